@@ -70,7 +70,11 @@ def pytest_configure(config: pytest.Config) -> None:
     for name, source in asked(config).items():
         if name not in models.KNOWN:
             raise pytest.UsageError(f"--models: no model {name!r}; there are {', '.join(models.KNOWN)}")
-        if name == source and name != "gpt2":  # gpt2 may still be downloaded
+        folder = Path(source.partition("=")[2])
+        if source != name and not (folder / "config.json").is_file():
+            problem = "it has no config.json" if folder.exists() else "it does not exist"
+            raise pytest.UsageError(f"--models {source}: cannot load a model from {folder}: {problem}")
+        if source == name and name != "gpt2":  # gpt2 may still be downloaded
             try:
                 models.KNOWN[name].locate()
             except ModelUnavailable as error:
@@ -136,7 +140,7 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
 
 def asked(config: pytest.Config) -> dict[str, str]:
     """The models asked for by name, and where each comes from."""
-    sources = filter(None, (config.getoption("--models") or "").split(","))
+    sources = filter(None, map(str.strip, (config.getoption("--models") or "").split(",")))
     return {source.partition("=")[0]: source for source in sources}
 
 

@@ -58,8 +58,14 @@ class Heads:
         """Every (layer, head), layer by layer."""
         return ((layer.index, head) for layer in self.layers for head in range(layer.heads))
 
-    def check(self, layer: Any, head: Any) -> tuple[int, int]:
-        """The pair as two ints. Raises NoSuchHead unless both are integers, not bools, and within range."""
+    def check(self, pair: Any) -> tuple[int, int]:
+        """A (layer, head) pair as two ints. Raises NoSuchHead unless both are integers, not bools, within range."""
+        try:
+            layer, head = pair
+        except (TypeError, ValueError):
+            raise NoSuchHead(
+                f"{pair!r} is no (layer, head) pair; what is asked for is a list of them, such as [(0, 1)]"
+            ) from None
         return (
             _index(layer, "layer", len(self.layers), "the model"),
             _index(head, "head", self.shape[1], "each layer"),

@@ -105,7 +105,7 @@ class HeadAblation:
             raise InvalidAblation("the ablation is not installed, so it would never fire: enter it first, with `with`")
         chosen = as_imputation(imputation)
         edits: dict[int, tuple[Edit, ...]] = {}
-        for layer, head in dict.fromkeys(self.heads.check(*pair) for pair in heads):
+        for layer, head in dict.fromkeys(map(self.heads.check, heads)):
             edits[layer] = (*edits.get(layer, ()), Edit(head, chosen))
         self.edits = edits
 

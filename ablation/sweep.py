@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import inspect
 import json
+import operator
 import warnings
 from collections.abc import Callable, Generator, Mapping, Sequence
 from contextlib import ExitStack, closing
@@ -199,7 +200,8 @@ class _Run:
             raise InvalidAblation("the model is in training mode, where dropout hides effects: call model.eval()")
         self.embedding: Tensor = model.get_input_embeddings().weight  # type: ignore[assignment]  # [vocabulary, channels]
         vocabulary = len(self.embedding)
-        self.token_ids, self.watch = list(map(int, token_ids)), list(watch)
+        self.token_ids = [_token_id(token) for token in token_ids]
+        self.watch = [None if token is None else _token_id(token) for token in watch]
         if not self.token_ids or not self.watch:
             raise InvalidPrompt("a sweep needs at least one prompt token and one watched token")
         if strange := [t for t in (*self.token_ids, *self.watch) if t is not None and not 0 <= t < vocabulary]:
@@ -354,6 +356,13 @@ class _Run:
 
     def _name(self, cell: Ablation) -> str:
         return f"layer {cell.layer}, head {cell.head}, {self.imputations[cell.imputation].name} imputation"
+
+
+def _token_id(token: Any) -> int:
+    try:
+        return operator.index(token)
+    except TypeError:
+        raise InvalidPrompt(f"{token!r} is no token id: a prompt is a list of integers, without rows") from None
 
 
 def _grow(

@@ -11,7 +11,7 @@ from transformers import PreTrainedModel
 
 from ablation.checks.decoders import Decoder
 from ablation.checks.observe import received
-from ablation.errors import InvalidAblation, InvalidReceipt, NoSuchHead, UnknownImputation
+from ablation.errors import InvalidAblation, InvalidReceipt
 from ablation.heads import find_heads
 from ablation.hook import HeadAblation
 
@@ -120,48 +120,6 @@ def test_a_failed_install_leaves_nothing_behind(monkeypatch: pytest.MonkeyPatch)
     with pytest.raises(Boom):
         HeadAblation(model).__enter__()
     assert hooks_of(model) == before
-
-
-def test_a_second_ablation_on_the_same_model_is_refused() -> None:
-    model = GPT2.build()
-    with HeadAblation(model) as ablation:
-        ablation.set([(1, 1)])
-        once = logits(model, IDS)
-        with pytest.raises(InvalidAblation, match="already carries an ablation"):
-            HeadAblation(model).__enter__()
-        assert torch.equal(logits(model, IDS), once)
-
-
-def test_setting_it_before_it_is_installed_is_refused() -> None:
-    with pytest.raises(InvalidAblation, match="enter it first"):
-        HeadAblation(GPT2.build()).set([(0, 0)])
-
-
-@pytest.mark.parametrize(
-    ("pair", "reason"),
-    [
-        ((3, 0), "no layer 3: the model has 3 layers, 0 to 2"),
-        ((-1, 0), "no layer -1"),
-        ((0, 4), "no head 4: each layer has 4 heads, 0 to 3"),
-        ((0, -1), "no head -1"),
-        ((True, 0), "layer True is not an integer"),
-        ((0, 1.0), "head 1.0 is not an integer"),
-        ((0, "1"), "head '1' is not an integer"),
-    ],
-)
-def test_a_head_that_is_not_there_is_refused_and_the_state_kept(pair: tuple[Any, Any], reason: str) -> None:
-    model = GPT2.build()
-    with HeadAblation(model) as ablation:
-        ablation.set([(1, 1)])
-        kept = ablation.edits
-        with pytest.raises(NoSuchHead, match=reason):
-            ablation.set([(0, 0), pair])
-        assert ablation.edits == kept
-
-
-def test_an_unknown_imputation_is_refused() -> None:
-    with HeadAblation(GPT2.build()) as ablation, pytest.raises(UnknownImputation, match="'zero', 'mean'"):
-        ablation.set([(0, 0)], "median")
 
 
 def test_a_projection_that_is_not_called_is_an_error_not_a_robust_model(monkeypatch: pytest.MonkeyPatch) -> None:

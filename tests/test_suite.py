@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import subprocess
 import sys
 import tomllib
 from collections.abc import Callable
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -23,6 +25,7 @@ from tests.test_models import folder  # noqa: F401 (a fixture)
 
 ROOT = Path(__file__).parent.parent
 GOLDEN = ROOT / "golden"
+CONFTEST = ROOT / "conftest.py"
 NAMES = {"argmax_robustness", "target_sensitivity", "control_stability", "zero_mean_agreement", "head_means"}
 MADE_WITH = {"torch": "1.0", "threads": 1}
 
@@ -217,23 +220,63 @@ def run_pytest(*arguments: str, **environment: str) -> tuple[int, str]:
     return done.returncode, done.stdout + done.stderr
 
 
-@pytest.mark.parametrize("option", ["--force-regen", "--regen-all"])
-def test_golden_arrays_are_never_rewritten_in_ci(option: str) -> None:
+def configure(request: pytest.FixtureRequest, **given: Any) -> None:
+    """What conftest.py does with the options of a run, in this process: a new one takes seconds to begin."""
+    (conftest,) = (p for p in request.config.pluginmanager.get_plugins() if getattr(p, "__file__", "") == str(CONFTEST))
+    options = dict.fromkeys(("--models", "--implementation", "--expected-failures", "force_regen", "regen_all")) | given
+    conftest.pytest_configure(SimpleNamespace(getoption=options.get, invocation_params=SimpleNamespace(dir=ROOT)))
+
+
+@pytest.mark.parametrize("option", ["force_regen", "regen_all"])
+def test_rewriting_golden_arrays_is_refused_in_ci_and_only_there(
+    option: str, request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("CI", "true")
+    with pytest.raises(pytest.UsageError, match="golden arrays are never rewritten in CI"):
+        configure(request, **{option: True})
+    monkeypatch.delenv("CI")
+    configure(request, **{option: True})
+
+
+def test_golden_arrays_are_never_rewritten_in_ci() -> None:
     before = contents(GOLDEN)
-    status, output = run_pytest("tests/test_golden.py", option, CI="true")
+    status, output = run_pytest("tests/test_golden.py", "--force-regen", CI="true")
     assert status == pytest.ExitCode.USAGE_ERROR and "golden arrays are never rewritten in CI" in output
     assert contents(GOLDEN) == before
 
 
-def test_an_unknown_model_is_a_usage_error() -> None:
-    status, output = run_pytest("--models", "gtp2", "--collect-only")
-    assert status == pytest.ExitCode.USAGE_ERROR and "no model 'gtp2'; there are capitals, smollm2, gpt2" in output
+def test_an_unknown_model_is_a_usage_error(request: pytest.FixtureRequest) -> None:
+    with pytest.raises(pytest.UsageError, match="no model 'gtp2'; there are capitals, smollm2, gpt2"):
+        configure(request, **{"--models": "gtp2"})
 
 
-def test_a_model_asked_for_that_cannot_be_had_is_an_error(tmp_path: Path) -> None:
-    nowhere = tmp_path / "nowhere"
-    status, output = run_pytest("tests/test_claims.py", "--models", f"gpt2={nowhere}", "-k", "published_claim")
-    assert status == pytest.ExitCode.TESTS_FAILED and "ModelUnavailable" in output and "does not exist" in output
+@pytest.mark.parametrize(
+    ("options", "reason"),
+    [
+        ({"--implementation": "nowhere:X"}, "--implementation nowhere:X: No module named 'nowhere'"),
+        ({"--implementation": "tests.implementations.ours:X"}, "has no attribute 'X'; it should be MODULE:CLASS"),
+        ({"--expected-failures": "no.txt"}, "No such file or directory"),
+        ({"--expected-failures": "bad.txt"}, "'zero' is no check's id, or has no reason"),
+    ],
+)
+def test_a_bad_option_is_a_usage_error(
+    options: dict[str, str],
+    reason: str,
+    request: pytest.FixtureRequest,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    Path("bad.txt").write_text("zero it is\n")
+    with pytest.raises(pytest.UsageError, match=re.escape(reason)):
+        configure(request, **options)
+
+
+def test_a_model_asked_for_that_is_in_no_folder_is_a_usage_error(
+    request: pytest.FixtureRequest, tmp_path: Path
+) -> None:
+    with pytest.raises(pytest.UsageError, match="nowhere: it does not exist"):
+        configure(request, **{"--models": f"gpt2={tmp_path / 'nowhere'}"})
 
 
 def test_claims_are_tested_on_the_model_they_are_about_and_can_fail(folder: Path) -> None:  # noqa: F811

@@ -17,13 +17,23 @@ from ablation.checks.decoders import FAMILIES, VOCABULARY, Decoder, decoders
 
 @dataclass(frozen=True)
 class Case:
-    """One case of a check. rows: each prompt's token ids. heads: (layer, head) pairs to ablate. side: of padding."""
+    """One case of a check.
+
+    rows: each prompt's token ids. heads: (layer, head) pairs to ablate. side: of padding. steps: of a `life`.
+    """
 
     decoder: Decoder
     rows: tuple[tuple[int, ...], ...]
     heads: tuple[tuple[int, int], ...]
     imputation: str = "zero"
     side: str = "right"
+    steps: tuple[tuple[Any, ...], ...] = ()
+
+    def __str__(self) -> str:
+        if self.steps:
+            return f"{self.decoder.family}, {', '.join(' '.join(map(str, step)) for step in self.steps)}"
+        heads = ", ".join(f"layer {layer} head {head}" for layer, head in self.heads)
+        return f"{self.decoder.family}, {heads}, {self.imputation} imputation"
 
     def model(self) -> PreTrainedModel:
         """A fresh model: the code under test is assumed to be broken."""

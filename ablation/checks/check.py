@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Literal
 
@@ -51,32 +52,38 @@ class Check:
             __tracebackhide__ = True
             self.on(make, case)
 
-        threads = torch.get_num_threads()
-        torch.set_num_threads(1)  # as fast on models so small, steady under load, and the same bits everywhere
-        try:
+        with on_one_thread():
             check()
-        finally:
-            torch.set_num_threads(threads)
 
     def on(self, make: Factory, case: Case) -> None:
         """Run the check on one case. Raises AssertionError, whose text needs no knowledge of the suite."""
         __tracebackhide__ = True
         try:
             self.function(make, case)
-        except AssertionError as error:
-            raise AssertionError(self._message(make, case, str(error))) from None
         except Exception as error:
-            raise AssertionError(self._message(make, case, f"it raised {type(error).__name__}: {error}")) from error
+            raise self.failure(make, case, error) from (None if isinstance(error, AssertionError) else error)
 
-    def _message(self, make: Factory, case: Case, what: str) -> str:
+    def failure(self, make: Factory, case: Case, error: Exception) -> AssertionError:
+        """The error that says what is wrong, where, and how to see it again."""
         name = getattr(make, "__qualname__", repr(make))
-        heads = ", ".join(f"layer {layer} head {head}" for layer, head in case.heads)
-        return (
+        what = str(error) if isinstance(error, AssertionError) else f"it raised {type(error).__name__}: {error}"
+        return AssertionError(
             f"{name} breaks {self.id} ({self.level}): {self.requirement}\n"
             f"  found: {what}\n"
-            f"  in: {case.decoder.family}, {heads}, {case.imputation} imputation\n"
+            f"  in: {case}\n"
             f"  again: reproduce({self.id!r}, {name}, {case!r})"
         )
+
+
+@contextmanager
+def on_one_thread() -> Iterator[None]:
+    """As fast on models so small, steady under load, and the same bits everywhere."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(threads)
 
 
 def declared(make: Factory) -> Mapping[str, str]:

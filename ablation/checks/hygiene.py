@@ -2,12 +2,16 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import AbstractContextManager, contextmanager
 from typing import Any
 
+from torch.utils.hooks import RemovableHandle
+
 from ablation.checks.cases import Case, Cases, run, same
-from ablation.checks.check import Check, Factory
+from ablation.checks.check import Check, Factory, declared
 from ablation.checks.observe import assert_as_it_was, state
-from ablation.heads import find_heads
+from ablation.heads import Layer, find_heads
 
 
 class Raised(Exception):
@@ -27,34 +31,63 @@ def closed(make: Factory, case: Case) -> None:
 
 
 def raising(make: Factory, case: Case) -> None:
-    """The same after a forward that raised, at any layer, before its projection or after it."""
+    """After an exception in a forward, or while hooks are registered, the model is what it was, too."""
     model, inputs = case.model(), case.inputs()
     before, bare = state(model), run(model, inputs)
-    layers = find_heads(model).layers
-    layer = layers[sum(case.rows[0]) % len(layers)]
-    error = Raised if case.rows[0][0] % 2 else KeyboardInterrupt
+    layer = find_heads(model).layers[case.heads[0][0]]
+    for error in (Raised, KeyboardInterrupt, GeneratorExit):
+        for place, broken in _breakages(layer, error):
+            implementation, raised = None, False
+            with broken:
+                try:
+                    implementation = make(model)
+                    implementation.ablate(list(case.heads), case.imputation)
+                    implementation.run(**inputs)
+                except error:
+                    raised = True
+                finally:
+                    if implementation is not None:
+                        implementation.close()
+            what = f"{error.__name__}, raised {place} layer {layer.index}"
+            may_miss = "observe" in declared(make) or place == REGISTERING  # it may run a copy, and need no hook
+            assert raised or may_miss, f"{what}, was swallowed"
+            try:
+                assert_as_it_was(model, before)
+            except AssertionError as left:
+                raise AssertionError(f"after {what}: {left}") from None
+            same(run(model, inputs), bare, f"after {what}, and close(), the logits of the model")
+
+
+REGISTERING = "while hooks were registered in"
+
+
+def _breakages(layer: Layer, error: type[BaseException]) -> Iterator[tuple[str, AbstractContextManager[None]]]:
+    """The places where an exception can strike, each with the context in which it does."""
 
     def fail(*_: Any, **__: Any) -> None:
         raise error
 
-    implementation = make(model)
-    broken = layer.projection if case.rows[0][-1] % 2 else layer.block
-    handle = broken.register_forward_hook(fail) if case.rows[0][-1] % 3 else broken.register_forward_pre_hook(fail)
-    implementation.ablate(list(case.heads), case.imputation)
-    try:
-        implementation.run(**inputs)
-    except error:
-        pass
-    else:
-        raise AssertionError(f"the {error.__name__} that layer {layer.index} raises in a forward was swallowed")
-    finally:
-        handle.remove()
-        implementation.close()
-    try:
-        assert_as_it_was(model, before)
-    except AssertionError as left:
-        raise AssertionError(f"after a forward that raised {error.__name__}: {left}") from None
-    same(run(model, inputs), bare, "the logits of the model after a forward that raised, and close()")
+    @contextmanager
+    def hooked(handle: RemovableHandle) -> Iterator[None]:
+        try:
+            yield
+        finally:
+            handle.remove()
+
+    @contextmanager
+    def unhookable() -> Iterator[None]:
+        for module in layer.block.modules():  # what an instance has comes before its class's method
+            vars(module).update(register_forward_pre_hook=fail, register_forward_hook=fail)
+        try:
+            yield
+        finally:
+            for module in layer.block.modules():
+                del module.register_forward_pre_hook, module.register_forward_hook
+
+    yield "before", hooked(layer.block.register_forward_pre_hook(fail))
+    yield "after the projection of", hooked(layer.projection.register_forward_hook(fail))
+    yield "after", hooked(layer.block.register_forward_hook(fail))
+    yield REGISTERING, unhookable()
 
 
 def foreign_hooks(make: Factory, case: Case) -> None:
@@ -151,7 +184,7 @@ CHECKS = [
     ),
     Check(
         id="hygiene.exception",
-        requirement="The same holds after a forward that raised, wherever it did.",
+        requirement="The same holds after an exception, in a forward or while hooks are registered.",
         function=raising,
         cases=Cases(dtypes=("float32",)),
     ),

@@ -8,11 +8,11 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any, Literal
 
-from ablation.checks import behaviour, hygiene, oracles, smoke
+from ablation.checks import behaviour, hygiene, life, oracles, smoke
 from ablation.checks.cases import Case
 from ablation.checks.check import Check, Factory
 
-CHECKS: tuple[Check, ...] = (*smoke.CHECKS, *behaviour.CHECKS, *oracles.CHECKS, *hygiene.CHECKS)
+CHECKS: tuple[Check, ...] = (*smoke.CHECKS, *behaviour.CHECKS, *oracles.CHECKS, *hygiene.CHECKS, *life.CHECKS)
 """The specification, in the order in which it reads."""
 
 

@@ -29,7 +29,7 @@ class Surgery:
             raise ValueError(f"no imputation {imputation!r}: surgery writes zeros")
         self.model = copy.deepcopy(self.original)
         found = find_heads(self.model)
-        for layer, head in (found.check(*pair) for pair in heads):
+        for layer, head in map(found.check, heads):
             projection, channels = found.layers[layer].projection, found.layers[layer].channels(head)
             with torch.no_grad():
                 if isinstance(projection, Conv1D):

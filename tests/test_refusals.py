@@ -1,0 +1,163 @@
+"""What cannot be ablated honestly is refused: by an error of its own, before any forward, and leaving no trace."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+from transformers import AutoModelForCausalLM, BloomConfig, PreTrainedModel
+
+from ablation.checks.decoders import Decoder
+from ablation.checks.observe import assert_as_it_was, state
+from ablation.errors import (
+    AblationError,
+    InvalidAblation,
+    InvalidPrompt,
+    NonFiniteLogits,
+    NoSuchHead,
+    UnknownImputation,
+    UnsupportedModel,
+)
+from ablation.hook import HeadAblation
+from ablation.sweep import sweep, sweep_sequential
+
+IDS = [3, 1, 4, 1, 5]
+Act = Callable[[PreTrainedModel], object]
+
+
+def gpt2() -> PreTrainedModel:
+    return Decoder("gpt2", layers=3, heads=4, width=2).fresh()
+
+
+def training() -> PreTrainedModel:
+    model = gpt2()
+    model.transformer.h[1].attn.resid_dropout.train()  # one module is enough
+    return model
+
+
+def shared() -> PreTrainedModel:
+    model = gpt2()
+    model.transformer.h[2].attn.c_proj = model.transformer.h[0].attn.c_proj
+    return model
+
+
+def compiled() -> PreTrainedModel:
+    model = gpt2()
+    model.transformer.h[1].compile(backend="eager")
+    return model
+
+
+def bypassed() -> PreTrainedModel:
+    config = BloomConfig(vocab_size=41, hidden_size=8, n_layer=2, n_head=2, pretraining_tp=2, slow_but_exact=True)
+    return AutoModelForCausalLM.from_config(config).eval()
+
+
+def infinite() -> PreTrainedModel:
+    model = gpt2()
+    with torch.no_grad():
+        model.transformer.ln_f.bias[0] = torch.inf
+    return model
+
+
+def enter(model: PreTrainedModel) -> None:
+    with HeadAblation(model):
+        pass
+
+
+def ablate(heads: Any, imputation: Any = "zero") -> Act:
+    def act(model: PreTrainedModel) -> None:
+        with HeadAblation(model) as ablation:
+            ablation.set([(1, 1)], "mean")
+            kept = ablation.edits
+            try:
+                ablation.set(heads, imputation)
+            finally:
+                assert ablation.edits == kept, "what was set before has to stay"
+
+    return act
+
+
+def swept(**arguments: Any) -> Act:
+    return lambda model: sweep(model, **dict(token_ids=IDS) | arguments)
+
+
+@pytest.mark.parametrize(
+    ("make", "act", "error", "reason"),
+    [
+        pytest.param(gpt2, ablate([(3, 0)]), NoSuchHead, "no layer 3: the model has 3 layers, 0 to 2", id="layer"),
+        pytest.param(gpt2, ablate([(-1, 0)]), NoSuchHead, "no layer -1", id="negative layer"),
+        pytest.param(gpt2, ablate([(0, 0), (0, 4)]), NoSuchHead, "no head 4: .* 4 heads, 0 to 3", id="head"),
+        pytest.param(gpt2, ablate([(0, -1)]), NoSuchHead, "no head -1", id="negative head"),
+        pytest.param(gpt2, ablate([(True, 0)]), NoSuchHead, "layer True is not an integer", id="bool"),
+        pytest.param(gpt2, ablate([(0, 1.0)]), NoSuchHead, "head 1.0 is not an integer", id="float"),
+        pytest.param(gpt2, ablate([(0, "1")]), NoSuchHead, "head '1' is not an integer", id="text"),
+        pytest.param(
+            gpt2, ablate((0, 1)), NoSuchHead, r"0 is no \(layer, head\) pair.* such as \[\(0, 1\)\]", id="pair"
+        ),
+        pytest.param(gpt2, ablate([(0,)]), NoSuchHead, r"\(0,\) is no \(layer, head\) pair", id="half a pair"),
+        pytest.param(gpt2, ablate([(0, 1)], "median"), UnknownImputation, "use one of 'zero', 'mean'", id="imputation"),
+        pytest.param(gpt2, swept(imputations=["median"]), UnknownImputation, "'zero', 'mean'", id="imputation, sweep"),
+        pytest.param(gpt2, ablate([(0, 1)], None), UnknownImputation, "imputation None", id="no imputation"),
+        pytest.param(gpt2, swept(imputations=["zero", "zero"]), InvalidAblation, "each only once", id="twice"),
+        pytest.param(gpt2, swept(imputations=[]), InvalidAblation, "at least one imputation", id="no imputations"),
+        pytest.param(gpt2, swept(max_rows=1), InvalidAblation, "a pass needs 2 rows", id="rows"),
+        pytest.param(training, swept(), InvalidAblation, r"training mode.* model.eval\(\)", id="training mode"),
+        pytest.param(
+            training,
+            lambda model: sweep_sequential(model, IDS),
+            InvalidAblation,
+            "training mode",
+            id="training mode, sequential",
+        ),
+        pytest.param(shared, enter, UnsupportedModel, "shares one projection among its layers", id="shared"),
+        pytest.param(compiled, enter, UnsupportedModel, "is compiled.* compile after ablating", id="compiled"),
+        pytest.param(bypassed, enter, UnsupportedModel, "bypasses its projections: set", id="bypassed"),
+        pytest.param(gpt2, swept(token_ids=[]), InvalidPrompt, "at least one prompt token", id="no prompt"),
+        pytest.param(gpt2, swept(token_ids=[41]), InvalidPrompt, "no token 41: the model has 41 tokens", id="token"),
+        pytest.param(gpt2, swept(token_ids=[1] * 65), InvalidPrompt, "65 tokens, .* takes at most 64", id="long"),
+        pytest.param(gpt2, swept(watch=[-1]), InvalidPrompt, "no token -1", id="watched token"),
+        pytest.param(gpt2, swept(watch=[]), InvalidPrompt, "one watched token", id="nothing watched"),
+        pytest.param(gpt2, swept(token_ids=list("words")), InvalidPrompt, "'w' is no token id", id="text for ids"),
+        pytest.param(
+            gpt2, lambda model: HeadAblation(model).set([(0, 0)]), InvalidAblation, "enter it first", id="not entered"
+        ),
+    ],
+)
+def test_it_is_refused_before_any_forward_and_leaves_nothing(
+    make: Callable[[], PreTrainedModel], act: Act, error: type[AblationError], reason: str
+) -> None:
+    model = make()
+    before = state(model)
+    forwards: list[object] = []
+    counting = model.register_forward_pre_hook(lambda *_: forwards.append(None))
+    with pytest.raises(error, match=reason) as caught:
+        act(model)
+    counting.remove()
+    assert type(caught.value) is error and not forwards
+    assert_as_it_was(model, before)
+
+
+def test_logits_that_are_not_finite_are_refused_by_the_forward_that_gives_them() -> None:
+    model = infinite()
+    before = state(model)
+    with pytest.raises(NonFiniteLogits, match="clean logits are not finite"):
+        sweep(model, IDS)
+    assert_as_it_was(model, before)
+
+
+def test_a_second_ablation_is_refused_and_the_first_goes_on() -> None:
+    model = gpt2()
+    ids = torch.tensor([IDS])
+    with HeadAblation(model) as ablation, torch.no_grad():
+        ablation.set([(1, 1)])
+        once = model(ids).logits
+        carrying = state(model)
+        for again in (ablation, HeadAblation(model)):
+            with pytest.raises(InvalidAblation, match="already carries an ablation: leave it first, or set all heads"):
+                again.__enter__()
+        with pytest.raises(InvalidAblation, match="already carries an ablation"):
+            sweep(model, IDS)
+        assert_as_it_was(model, carrying)
+        assert torch.equal(model(ids).logits, once)
