@@ -2,20 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from contextlib import AbstractContextManager, contextmanager
 from typing import Any
 
-from torch.utils.hooks import RemovableHandle
-
 from ablation.checks.cases import Case, Cases, run, same
-from ablation.checks.check import Check, Factory, declared
+from ablation.checks.check import Check, Factory
 from ablation.checks.observe import assert_as_it_was, state
-from ablation.heads import Layer, find_heads
-
-
-class Raised(Exception):
-    """What the model raises in the middle of a forward."""
+from ablation.heads import find_heads
 
 
 def closed(make: Factory, case: Case) -> None:
@@ -28,66 +20,6 @@ def closed(make: Factory, case: Case) -> None:
         implementation.run(**inputs)
         implementation.close()
         assert_as_it_was(model, before)
-
-
-def raising(make: Factory, case: Case) -> None:
-    """After an exception in a forward, or while hooks are registered, the model is what it was, too."""
-    model, inputs = case.model(), case.inputs()
-    before, bare = state(model), run(model, inputs)
-    layer = find_heads(model).layers[case.heads[0][0]]
-    for error in (Raised, KeyboardInterrupt, GeneratorExit):
-        for place, broken in _breakages(layer, error):
-            implementation, raised = None, False
-            with broken:
-                try:
-                    implementation = make(model)
-                    implementation.ablate(list(case.heads), case.imputation)
-                    implementation.run(**inputs)
-                except error:
-                    raised = True
-                finally:
-                    if implementation is not None:
-                        implementation.close()
-            what = f"{error.__name__}, raised {place} layer {layer.index}"
-            may_miss = "observe" in declared(make) or place == REGISTERING  # it may run a copy, and need no hook
-            assert raised or may_miss, f"{what}, was swallowed"
-            try:
-                assert_as_it_was(model, before)
-            except AssertionError as left:
-                raise AssertionError(f"after {what}: {left}") from None
-            same(run(model, inputs), bare, f"after {what}, and close(), the logits of the model")
-
-
-REGISTERING = "while hooks were registered in"
-
-
-def _breakages(layer: Layer, error: type[BaseException]) -> Iterator[tuple[str, AbstractContextManager[None]]]:
-    """The places where an exception can strike, each with the context in which it does."""
-
-    def fail(*_: Any, **__: Any) -> None:
-        raise error
-
-    @contextmanager
-    def hooked(handle: RemovableHandle) -> Iterator[None]:
-        try:
-            yield
-        finally:
-            handle.remove()
-
-    @contextmanager
-    def unhookable() -> Iterator[None]:
-        for module in layer.block.modules():  # what an instance has comes before its class's method
-            vars(module).update(register_forward_pre_hook=fail, register_forward_hook=fail)
-        try:
-            yield
-        finally:
-            for module in layer.block.modules():
-                del module.register_forward_pre_hook, module.register_forward_hook
-
-    yield "before", hooked(layer.block.register_forward_pre_hook(fail))
-    yield "after the projection of", hooked(layer.projection.register_forward_hook(fail))
-    yield "after", hooked(layer.block.register_forward_hook(fail))
-    yield REGISTERING, unhookable()
 
 
 def foreign_hooks(make: Factory, case: Case) -> None:
@@ -181,12 +113,6 @@ CHECKS = [
         requirement="After close the model is as it was found, and can be taken again.",
         function=closed,
         cases=Cases(),
-    ),
-    Check(
-        id="hygiene.exception",
-        requirement="The same holds after an exception, in a forward or while hooks are registered.",
-        function=raising,
-        cases=Cases(dtypes=("float32",)),
     ),
     Check(
         id="hygiene.foreign",

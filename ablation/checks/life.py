@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
-from dataclasses import replace
+from collections.abc import Iterator
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass, replace
 from typing import Any, cast
 
-from hypothesis import HealthCheck, settings
+from hypothesis import HealthCheck, Phase, settings
 from hypothesis import strategies as st
 from hypothesis.stateful import (
     RuleBasedStateMachine,
@@ -19,10 +21,9 @@ from hypothesis.stateful import (
 from ablation.checks.cases import Case, Cases, close, run, same
 from ablation.checks.check import Check, Factory, declared, on_one_thread
 from ablation.checks.decoders import Decoder
-from ablation.checks.hygiene import Raised
 from ablation.checks.observe import assert_as_it_was, state
 from ablation.checks.oracles import expected
-from ablation.heads import find_heads
+from ablation.heads import Layer, find_heads
 
 Pair = tuple[int, int]
 
@@ -36,15 +37,52 @@ pairs = drawn(lambda life: st.sampled_from(list(find_heads(life.model))))
 layers = drawn(lambda life: st.sampled_from(range(len(life.layers))))
 
 
-class Life(RuleBasedStateMachine):
-    """Opening, ablating, clearing, failing, nesting, closing and the user's hooking, in any order; runs after each.
+class Raised(Exception):
+    """What the model raises in the middle of a forward."""
 
+
+class Misplaced(Exception):
+    """A step for which there would have to be an implementation on the model, or none."""
+
+
+ERRORS: dict[str, type[BaseException]] = {e.__name__: e for e in (Raised, KeyboardInterrupt, GeneratorExit)}
+WHERE = ("before", "behind the projection of", "behind", "registering hooks in")
+
+
+@contextmanager
+def _broken(layer: Layer, where: str, error: type[BaseException]) -> Iterator[None]:
+    """Raise in a forward, at this layer; or where a hook is registered in it."""
+
+    def fail(*_: Any, **__: Any) -> None:
+        raise error
+
+    with ExitStack() as undo:
+        match where:
+            case "before":
+                undo.callback(layer.block.register_forward_pre_hook(fail).remove)
+            case "behind the projection of":
+                undo.callback(layer.projection.register_forward_hook(fail).remove)
+            case "behind":
+                undo.callback(layer.block.register_forward_hook(fail).remove)
+            case "registering hooks in":
+                for module in layer.block.modules():  # what an instance has comes before its class's method
+                    hidden = dict.fromkeys(("register_forward_pre_hook", "register_forward_hook"), fail)
+                    vars(module).update(hidden)
+                    for name in hidden:
+                        undo.callback(vars(module).pop, name)
+        yield
+
+
+class Life(RuleBasedStateMachine):
+    """Opening, ablating, clearing, nesting, closing and the user's hooking in any order; a run after each.
+
+    failing: forwards and installs fail, too; what else may be wrong is then left to the other check.
     Hypothesis draws the rules; `play` takes the steps of a case again.
     """
 
-    def __init__(self, make: Factory, cases: Cases) -> None:
+    def __init__(self, make: Factory, cases: Cases, failing: bool) -> None:
         super().__init__()
-        self.make, self.cases = make, cases
+        self.make, self.cases, self.failing = make, cases, failing
         self.implementation: Any = None
         self.ablated: Case | None = None  # the case that a run should give, None where nothing is ablated
         self.hooks: list[Any] = []
@@ -62,9 +100,11 @@ class Life(RuleBasedStateMachine):
         self.bare = run(self.model, self.inputs)
 
     def play(self, case: Case) -> None:
-        """Take the steps of a case."""
+        """Take the steps of a case. Raises Misplaced for one that cannot be taken where it stands."""
         self.begin(case)
         for step, *arguments in case.steps:
+            if step not in ("fail", "hook") and (step == "open") != (self.implementation is None):
+                raise Misplaced(step)
             getattr(self, step)(*arguments)
             self.runs_as_asked()
         self.teardown()
@@ -87,7 +127,7 @@ class Life(RuleBasedStateMachine):
         self.implementation.ablate([pair], imputation)
         self.ablated = replace(self.case, heads=(pair,), imputation=imputation, steps=())
 
-    @precondition(lambda self: self.implementation is not None)
+    @precondition(lambda self: self.implementation is not None and not self.failing)
     @rule()
     def clear(self) -> None:
         """Ablate nothing."""
@@ -95,25 +135,24 @@ class Life(RuleBasedStateMachine):
         self.implementation.clear()
         self.ablated = None
 
-    @precondition(lambda self: self.implementation is not None)
-    @rule(layer=layers)
-    def fail(self, layer: int) -> None:
-        """Run, with an error that a layer raises."""
-        self._note("fail", layer)
+    @precondition(lambda self: self.failing)
+    @rule(where=st.sampled_from(WHERE), layer=layers, error=st.sampled_from(sorted(ERRORS)))
+    def fail(self, where: str, layer: int, error: str) -> None:
+        """Run, after opening if need be, with an error that strikes in a layer."""
+        self._note("fail", where, layer, error)
+        raised = False
+        with _broken(self.layers[layer], where, ERRORS[error]):
+            try:
+                if self.implementation is None:
+                    self.implementation = self.make(self.model)
+                self.implementation.run(**self.inputs)
+            except ERRORS[error]:
+                raised = True
+        # It may run a copy of the model, and may need no hook.
+        if where != WHERE[-1] and "observe" not in declared(self.make):
+            assert raised, f"the {error} raised {where} layer {layer} was swallowed"
 
-        def broken(*_: Any) -> None:
-            raise Raised
-
-        handle = self.layers[layer].block.register_forward_hook(broken)
-        try:
-            self.implementation.run(**self.inputs)
-        except Raised:
-            pass
-        else:
-            assert "observe" in declared(self.make), f"an error raised in layer {layer} was swallowed"
-        finally:
-            handle.remove()
-
+    @precondition(lambda self: not self.failing)
     @rule(layer=layers)
     def hook(self, layer: int) -> None:
         """The user hooks a projection, to look on."""
@@ -124,7 +163,7 @@ class Life(RuleBasedStateMachine):
 
         self.hooks.append(self.layers[layer].projection.register_forward_hook(look))
 
-    @precondition(lambda self: self.implementation is not None)
+    @precondition(lambda self: self.implementation is not None and not self.failing)
     @rule(pair=pairs)
     def nest(self, pair: Pair) -> None:
         """A second implementation comes and goes."""
@@ -168,12 +207,15 @@ class Life(RuleBasedStateMachine):
             self.implementation.close()
         for handle in self.hooks:
             handle.remove()
-        if hasattr(self, "before"):
+        if hasattr(self, "before"):  # there is a model
             assert_as_it_was(self.model, self.before)
 
 
+@dataclass(frozen=True)
 class LifeCheck(Check):
-    """The check whose cases are drawn by the state machine, step by step."""
+    """A check whose cases are drawn by the state machine, step by step."""
+
+    failing: bool = False
 
     def __call__(self, make: Factory) -> None:
         """Run the machine, under the hypothesis profile in force. Raises AssertionError."""
@@ -181,32 +223,50 @@ class LifeCheck(Check):
         lives: list[Life] = []
 
         def birth() -> Life:
-            lives[:] = [Life(make, self.cases.without(declared(make)))]
+            lives[:] = [Life(make, self.cases.without(declared(make)), self.failing)]
             return lives[0]
 
-        try:
-            with on_one_thread():
-                run_state_machine_as_test(  # takes any callable that gives a machine, whatever its annotation says
-                    cast(Any, birth),
-                    settings=settings(
-                        deadline=None, stateful_step_count=12, suppress_health_check=[HealthCheck.too_slow]
-                    ),
-                )
-        except Exception as error:
-            raise self.failure(make, lives[0].case, error) from None
+        phases = [phase for phase in settings().phases if phase is not Phase.shrink]  # takes minutes: see `_shortest`
+        how = settings(
+            deadline=None, stateful_step_count=12, phases=phases, suppress_health_check=[HealthCheck.too_slow]
+        )
+        with on_one_thread():
+            try:
+                # It takes any callable that gives a machine, whatever its annotation says.
+                run_state_machine_as_test(cast(Any, birth), settings=how)
+            except Exception as error:
+                raise self._shortest(make, lives[0].case, error) from None
+
+    def _shortest(self, make: Factory, case: Case, error: Exception) -> AssertionError:
+        """The failure without the steps that it does not need."""
+        for index in reversed(range(len(case.steps))):
+            shorter = replace(case, steps=case.steps[:index] + case.steps[index + 1 :])
+            try:
+                self.function(make, shorter)
+            except Misplaced:
+                continue
+            except Exception as still:
+                case, error = shorter, still
+        return self.failure(make, case, error)
 
 
 def live(make: Factory, case: Case) -> None:
     """Play the steps of a case."""
-    Life(make, CASES).play(case)
+    Life(make, Cases(), failing=False).play(case)
 
 
-CASES = Cases()
 CHECKS = [
     LifeCheck(
-        id="life",
-        requirement="Opened, set, cleared, failed, nested and closed in any order, it does what was asked last.",
+        id="hygiene.exception",
+        requirement="The same holds after exceptions, in a forward or where hooks are registered, and it goes on.",
         function=live,
-        cases=CASES,
-    )
+        cases=Cases(),
+        failing=True,
+    ),
+    LifeCheck(
+        id="life",
+        requirement="Opened, set, cleared, nested and closed in any order, it does what was asked last.",
+        function=live,
+        cases=Cases(),
+    ),
 ]
