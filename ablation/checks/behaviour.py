@@ -34,13 +34,13 @@ def locality(make: Factory, case: Case) -> None:
     layers = find_heads(model).layers
     with received(model) as clean:
         run(model, inputs)
-    implementation = make(model)
-    try:
-        implementation.ablate(list(case.heads), case.imputation)
-        with received(model) as ablated:
+    with received(model) as ablated:  # before it is made: it may wrap the `forward` of a projection, too
+        implementation = make(model)
+        try:
+            implementation.ablate(list(case.heads), case.imputation)
             implementation.run(**inputs)
-    finally:
-        implementation.close()
+        finally:
+            implementation.close()
     first = min(layer for layer, _ in case.heads)
     for layer, calls in zip(layers, ablated, strict=True):
         assert len(calls) == 1, f"the projection of layer {layer.index} was called {len(calls)} times, not once"

@@ -10,7 +10,7 @@ from torch.utils.hooks import RemovableHandle
 
 from ablation.checks.cases import Case, Cases, run, same
 from ablation.checks.check import Check, Factory, declared
-from ablation.checks.observe import assert_as_it_was, state
+from ablation.checks.observe import assert_as_it_was, hooks, state
 from ablation.heads import Layer, find_heads
 
 
@@ -99,7 +99,7 @@ def foreign_hooks(make: Factory, case: Case) -> None:
             name = f"{place} {layer.index}"
             module.register_forward_pre_hook(lambda *_, name=name: fired.append(f"before {name}"))
             module.register_forward_hook(lambda *_, name=name: fired.append(f"after {name}"))
-    before = state(model)
+    before = hooks(model)
     run(model, inputs)
     expected = list(fired)
     implementation = make(model)
@@ -116,7 +116,7 @@ def foreign_hooks(make: Factory, case: Case) -> None:
             assert fired == expected, f"with heads {step}, the user's hooks fired as {fired}, not as {expected}"
     finally:
         implementation.close()
-    assert_as_it_was(model, before)
+    assert_as_it_was(model, before, hooks)
 
 
 BAD_HEADS: dict[str, Any] = {

@@ -21,7 +21,7 @@ from ablation.checks.check import Check, Factory, declared, on_one_thread
 from ablation.checks.decoders import Decoder
 from ablation.checks.hygiene import Raised
 from ablation.checks.observe import assert_as_it_was, state
-from ablation.checks.oracles import expected
+from ablation.checks.oracles import ablated_logits, expected
 from ablation.heads import find_heads
 
 Pair = tuple[int, int]
@@ -60,6 +60,7 @@ class Life(RuleBasedStateMachine):
         self.case, self.model, self.inputs = replace(case, steps=()), case.model(), case.inputs()
         self.layers, self.before = find_heads(self.model).layers, state(self.model)
         self.bare = run(self.model, self.inputs)
+        self.clean = ablated_logits(self.make, case)  # no heads: what the implementation gives on another such model
 
     def play(self, case: Case) -> None:
         """Take the steps of a case."""
@@ -147,14 +148,14 @@ class Life(RuleBasedStateMachine):
 
     @invariant()
     def runs_as_asked(self) -> None:
-        """After every step a run gives what the bare model gives, or surgery on one; the user's hooks look on."""
+        """After every step a run gives what a clean run gives, or surgery on the weights; the user's hooks look on."""
         self.fired = 0
         if self.implementation is None:
             same(run(self.model, self.inputs), self.bare, "the logits of the model without an implementation")
         else:
             got = self.implementation.run(**self.inputs)
             if self.ablated is None:
-                same(got, self.bare, "the logits with nothing ablated")
+                same(got, self.clean, "the logits with nothing ablated")
             else:
                 ((layer, head),) = self.ablated.heads
                 what = f"the logits with layer {layer} head {head} ablated by {self.ablated.imputation}"

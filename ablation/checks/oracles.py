@@ -117,11 +117,11 @@ def unread_head(make: Factory, case: Case) -> None:
     """A head that W_O does not read has no effect, to the last bit."""
     model = case.model()
     operated(model, case)
-    bare = run(model, case.inputs())
     implementation = make(model)
     try:
+        clean = implementation.run(**case.inputs())
         implementation.ablate(list(case.heads), case.imputation)
-        same(implementation.run(**case.inputs()), bare, "the logits, though W_O's block of the ablated head is 0")
+        same(implementation.run(**case.inputs()), clean, "the logits, though W_O's block of the ablated head is 0")
     finally:
         implementation.close()
 
