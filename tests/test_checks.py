@@ -6,15 +6,17 @@ import os
 import subprocess
 import sys
 from collections.abc import Sequence
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 import pytest
 import torch
 from hypothesis import settings
 
 from ablation.checks import CHECKS, Case, Decoder, check_all, reproduce
+from ablation.checks.cases import Cases
 from ablation.checks.protocol import FEATURES
 from ablation.heads import Layer, find_heads
 from ablation.imputation import as_imputation
@@ -152,10 +154,30 @@ class Rounding(Ours):
 def test_an_effect_is_measured_against_the_implementations_own_clean_run() -> None:
     case = Case(Decoder("gpt2", layers=1, heads=1, width=2), rows=((3, 1),), heads=((0, 0),))
     reproduce("unread", Rounding, case)
+    reproduce("life", Rounding, replace(case, heads=(), steps=(("open",), ("clear",), ("close",))))
     with pytest.raises(
         AssertionError, match="the logits before anything is ablated should be the same to the last bit"
     ):
         reproduce("identity", Rounding, case)
+
+
+class NoDoubles(Ours):
+    """Claims one dtype less."""
+
+    cannot: ClassVar[dict[str, str]] = {"float64": "never tried"}
+
+
+def test_a_dtype_that_is_not_claimed_is_not_drawn() -> None:
+    drawn = []
+
+    def record(make: Any, case: Case) -> None:
+        drawn.append(case.decoder.dtype)
+
+    check = replace(next(check for check in CHECKS if check.id == "identity"), function=record)
+    check(NoDoubles)
+    assert set(drawn) == {"float32", "bfloat16"}
+    check = replace(check, cases=Cases(dtypes=("float64",)))
+    assert check.missing(NoDoubles) == "cannot do 'float64': never tried"
 
 
 class Unfinished:

@@ -193,13 +193,14 @@ CHECKS = [
         requirement="The user's own hooks stay, in their order, and fire once a forward.",
         function=foreign_hooks,
         cases=Cases(dtypes=("float32",)),
-        needs=("observe",),
+        needs=("observe", "once"),
     ),
     Check(
         id="refusal.head",
         requirement="A layer or head that is not there is refused, with a reason, before any forward.",
         function=refuses_heads,
         cases=Cases(dtypes=("float32",)),
+        needs=("refusal",),
         level="SHOULD",
     ),
     Check(
@@ -207,6 +208,7 @@ CHECKS = [
         requirement="A layer or head that is not an integer is refused, with a reason, before any forward.",
         function=refuses_types,
         cases=Cases(dtypes=("float32",)),
+        needs=("refusal",),
         level="SHOULD",
     ),
     Check(
@@ -214,6 +216,7 @@ CHECKS = [
         requirement="An unknown imputation is refused, with a reason, before any forward.",
         function=refuses_imputation,
         cases=Cases(dtypes=("float32",)),
+        needs=("refusal",),
         level="SHOULD",
     ),
 ]
