@@ -4,15 +4,20 @@ from __future__ import annotations
 
 import re
 from collections.abc import Callable, Iterator, Sequence
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 import pytest
+import torch
 from hypothesis import settings
 
 from ablation.checks import CHECKS, Case, Decoder, check_all, reproduce
+from ablation.checks.cases import Cases
 from ablation.checks.protocol import FEATURES
+from ablation.heads import Layer, find_heads
+from ablation.imputation import as_imputation
 from tests.implementations.notebook import Notebook
 from tests.implementations.ours import Ours
 from tests.implementations.surgery import Surgery
@@ -84,6 +89,93 @@ def test_a_hook_that_never_fires_fails_the_smoke_check() -> None:
     case = Case(Decoder("gpt2", layers=2, heads=3, width=2), rows=((3, 1, 4),), heads=((1, 0),))
     with pytest.raises(AssertionError, match="ablating layer 1 head 0 changed no logit: nothing seems to be ablated"):
         reproduce("smoke", Silent, case)
+
+
+class Wrapping:
+    """Ablates without a hook, in a `forward` of its own, which it leaves behind."""
+
+    def __init__(self, model: Any) -> None:
+        self.model, self.heads, self.imputation = model, [], as_imputation("zero")
+        for layer in find_heads(model).layers:
+            layer.projection.forward = partial(self.forward, layer, layer.projection.forward)
+
+    def forward(self, layer: Layer, original: Any, z: torch.Tensor) -> torch.Tensor:
+        out = z.clone()
+        for channels in [layer.channels(head) for index, head in self.heads if index == layer.index]:
+            out[..., channels] = self.imputation(z[..., channels], None)
+        return original(out)
+
+    def ablate(self, heads: Sequence[tuple[int, int]], imputation: str) -> None:
+        self.heads, self.imputation = heads, as_imputation(imputation)
+
+    def run(self, **inputs: Any) -> torch.Tensor:
+        with torch.no_grad():
+            return self.model(**inputs, use_cache=False).logits
+
+    def clear(self) -> None:
+        self.heads = []
+
+    def close(self) -> None:
+        self.clear()
+
+
+def test_what_a_projection_receives_is_seen_below_a_forward_that_was_put_in_place_of_its_own() -> None:
+    case = Case(Decoder("llama", layers=2, heads=3, width=2), rows=((3, 1, 4),), heads=((1, 0),), imputation="mean")
+    for check in ("locality", "hygiene.foreign"):
+        reproduce(check, Wrapping, case)
+    with pytest.raises(AssertionError, match="not as it was found: model.layers.0.self_attn.o_proj.forward"):
+        reproduce("hygiene.closed", Wrapping, case)
+
+
+class Tidy(Ours):
+    """Leaves no hook behind, the user's neither."""
+
+    def close(self) -> None:
+        super().close()
+        for module in self.model.modules():
+            module._forward_hooks.clear()
+
+
+def test_a_hook_that_removes_the_users_own_is_told_where() -> None:
+    case = Case(Decoder("gpt2", layers=1, heads=1, width=2), rows=((3, 1),), heads=((0, 0),))
+    with pytest.raises(AssertionError, match="not as it was found: transformer.h.0._forward_hooks"):
+        reproduce("hygiene.foreign", Tidy, case)
+
+
+class Rounding(Ours):
+    """Computes a little otherwise than the model, ablated or not."""
+
+    def run(self, *args: Any, **inputs: Any) -> torch.Tensor:
+        return super().run(*args, **inputs) * (1 + 1e-6)
+
+
+def test_an_effect_is_measured_against_the_implementations_own_clean_run() -> None:
+    case = Case(Decoder("gpt2", layers=1, heads=1, width=2), rows=((3, 1),), heads=((0, 0),))
+    reproduce("unread", Rounding, case)
+    reproduce("life", Rounding, replace(case, heads=(), steps=(("open",), ("clear",), ("close",))))
+    with pytest.raises(
+        AssertionError, match="the logits before anything is ablated should be the same to the last bit"
+    ):
+        reproduce("identity", Rounding, case)
+
+
+class NoDoubles(Ours):
+    """Claims one dtype less."""
+
+    cannot: ClassVar[dict[str, str]] = {"float64": "never tried"}
+
+
+def test_a_dtype_that_is_not_claimed_is_not_drawn() -> None:
+    drawn = []
+
+    def record(make: Any, case: Case) -> None:
+        drawn.append(case.decoder.dtype)
+
+    check = replace(next(check for check in CHECKS if check.id == "identity"), function=record)
+    check(NoDoubles)
+    assert set(drawn) == {"float32", "bfloat16"}
+    check = replace(check, cases=Cases(dtypes=("float64",)))
+    assert check.missing(NoDoubles) == "cannot do 'float64': never tried"
 
 
 class Unfinished:

@@ -34,13 +34,13 @@ def locality(make: Factory, case: Case) -> None:
     layers = find_heads(model).layers
     with received(model) as clean:
         run(model, inputs)
-    implementation = make(model)
-    try:
-        implementation.ablate(list(case.heads), case.imputation)
-        with received(model) as ablated:
+    with received(model) as ablated:  # before it is made: it may wrap the `forward` of a projection, too
+        implementation = make(model)
+        try:
+            implementation.ablate(list(case.heads), case.imputation)
             implementation.run(**inputs)
-    finally:
-        implementation.close()
+        finally:
+            implementation.close()
     first = min(layer for layer, _ in case.heads)
     for layer, calls in zip(layers, ablated, strict=True):
         assert len(calls) == 1, f"the projection of layer {layer.index} was called {len(calls)} times, not once"
@@ -78,16 +78,18 @@ def _assert_imputed(value: torch.Tensor, old: torch.Tensor, case: Case, mask: to
 def input_untouched(make: Factory, case: Case) -> None:
     """A tensor that somebody else keeps, such as a captured activation, is not written to."""
     model, inputs = case.model(), case.inputs()
-    kept: list[tuple[torch.Tensor, torch.Tensor]] = []
+    kept: list[tuple[int, torch.Tensor, torch.Tensor]] = []
     for layer in find_heads(model).layers:
-        layer.projection.register_forward_pre_hook(lambda _, args: kept.append((args[0], args[0].clone())))
+        layer.projection.register_forward_pre_hook(
+            lambda _, args, index=layer.index: kept.append((index, args[0], args[0].clone()))
+        )
     implementation = make(model)
     try:
         implementation.ablate(list(case.heads), case.imputation)
         implementation.run(**inputs)
     finally:
         implementation.close()
-    for index, (tensor, copy) in enumerate(kept):
+    for index, tensor, copy in kept:
         same(tensor, copy, f"the input of the projection of layer {index}, captured by a hook before the ablation")
 
 
@@ -188,21 +190,21 @@ CHECKS = [
         requirement="At the input of the projections, the target heads' slices and nothing else are replaced.",
         function=locality,
         cases=Cases(dtypes=("float32", "float64", "bfloat16")),
-        needs=("observe",),
+        needs=("observe", "once"),
     ),
     Check(
         id="locality.padded",
         requirement="In a padded batch, each row's slice is replaced by what its own real tokens give.",
         function=locality,
         cases=Cases(rows=3, ragged=True, dtypes=PADDED),
-        needs=("observe", "batch", "padding"),
+        needs=("observe", "once", "batch", "padding"),
     ),
     Check(
         id="locality.sets",
         requirement="Several heads are replaced at once, each by what its own output gives.",
         function=locality,
         cases=Cases(heads=4),
-        needs=("observe", "sets"),
+        needs=("observe", "once", "sets"),
     ),
     Check(
         id="input.untouched",

@@ -65,11 +65,12 @@ class Cases:
     tokens: int = 1
 
     def without(self, cannot: Container[str]) -> Cases:
-        """The same, without the imputations and families that an implementation does not claim."""
+        """The same, without the imputations, families and dtypes that an implementation does not claim."""
         return replace(
             self,
             imputations=tuple(imputation for imputation in self.imputations if imputation not in cannot),
             families=tuple(family for family in self.families if family not in cannot),
+            dtypes=tuple(dtype for dtype in self.dtypes if dtype not in cannot),
         )
 
     def strategy(self) -> SearchStrategy[Case]:

@@ -37,8 +37,9 @@ class Check:
         cannot = declared(make)
         needs = [feature for feature in self.needs if feature in cannot]
         left = self.cases.without(cannot)
-        if not needs and not (left.imputations and left.families):
-            needs = [name for name in (*self.cases.imputations, *self.cases.families) if name in cannot]
+        if not needs and not (left.imputations and left.families and left.dtypes):
+            drawn = (*self.cases.imputations, *self.cases.families, *self.cases.dtypes)
+            needs = [name for name in drawn if name in cannot]
         return "; ".join(f"cannot do {name!r}: {cannot[name]}" for name in needs) or None
 
     def __call__(self, make: Factory) -> None:

@@ -6,7 +6,7 @@ from typing import Any
 
 from ablation.checks.cases import Case, Cases, run, same
 from ablation.checks.check import Check, Factory
-from ablation.checks.observe import assert_as_it_was, state
+from ablation.checks.observe import assert_as_it_was, assert_none, changes, hooks, state
 from ablation.heads import find_heads
 
 
@@ -31,7 +31,7 @@ def foreign_hooks(make: Factory, case: Case) -> None:
             name = f"{place} {layer.index}"
             module.register_forward_pre_hook(lambda *_, name=name: fired.append(f"before {name}"))
             module.register_forward_hook(lambda *_, name=name: fired.append(f"after {name}"))
-    before = state(model)
+    before = hooks(model)
     run(model, inputs)
     expected = list(fired)
     implementation = make(model)
@@ -48,7 +48,7 @@ def foreign_hooks(make: Factory, case: Case) -> None:
             assert fired == expected, f"with heads {step}, the user's hooks fired as {fired}, not as {expected}"
     finally:
         implementation.close()
-    assert_as_it_was(model, before)
+    assert_none(changes(model, before, hooks))
 
 
 BAD_HEADS: dict[str, Any] = {
@@ -119,13 +119,14 @@ CHECKS = [
         requirement="The user's own hooks stay, in their order, and fire once a forward.",
         function=foreign_hooks,
         cases=Cases(dtypes=("float32",)),
-        needs=("observe",),
+        needs=("observe", "once"),
     ),
     Check(
         id="refusal.head",
         requirement="A layer or head that is not there is refused, with a reason, before any forward.",
         function=refuses_heads,
         cases=Cases(dtypes=("float32",)),
+        needs=("refusal",),
         level="SHOULD",
     ),
     Check(
@@ -133,6 +134,7 @@ CHECKS = [
         requirement="A layer or head that is not an integer is refused, with a reason, before any forward.",
         function=refuses_types,
         cases=Cases(dtypes=("float32",)),
+        needs=("refusal",),
         level="SHOULD",
     ),
     Check(
@@ -140,6 +142,7 @@ CHECKS = [
         requirement="An unknown imputation is refused, with a reason, before any forward.",
         function=refuses_imputation,
         cases=Cases(dtypes=("float32",)),
+        needs=("refusal",),
         level="SHOULD",
     ),
 ]

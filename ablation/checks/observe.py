@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
 
@@ -16,7 +16,8 @@ from ablation.heads import find_heads
 def received(model: PreTrainedModel) -> Iterator[list[list[Tensor]]]:
     """Per layer, copies of the inputs [rows, tokens, heads * width] with which its projection is called.
 
-    The projection's own `forward` is wrapped: that comes after every hook, and no hook is needed to see it.
+    The projection's own `forward` is wrapped: that comes after every hook, and no hook is needed to see it. Entered
+    before an implementation is made, it also comes after a `forward` that this puts in its place.
     """
     layers = find_heads(model).layers
     calls: list[list[Tensor]] = [[] for _ in layers]
@@ -40,15 +41,23 @@ def _recording(forward: Any, calls: list[Tensor]) -> Any:
     return recording
 
 
+def hooks(model: nn.Module) -> dict[str, Any]:
+    """The tables of hooks, in their order."""
+    return {
+        f"{name or 'the model'}.{attribute}": [(key, id(hook)) for key, hook in value.items()]
+        for name, module in model.named_modules()
+        for attribute, value in vars(module).items()
+        if "_hooks" in attribute and isinstance(value, dict)
+    }
+
+
 def state(model: nn.Module) -> dict[str, Any]:
     """All that an ablation must leave as it was: hooks in their order, weights, flags, devices, configuration."""
-    found: dict[str, Any] = {"config": repr(getattr(model, "config", None))}
+    found: dict[str, Any] = {"config": repr(getattr(model, "config", None))} | hooks(model)
     for name, module in model.named_modules():
         for attribute, value in vars(module).items():
             place = f"{name or 'the model'}.{attribute}"
-            if "_hooks" in attribute and isinstance(value, dict):
-                found[place] = [(key, id(hook)) for key, hook in value.items()]
-            elif attribute == "training":
+            if attribute == "training":
                 found[place] = value
             elif attribute == "forward":
                 found[place] = id(value)
@@ -59,10 +68,20 @@ def state(model: nn.Module) -> dict[str, Any]:
     return found
 
 
+def changes(model: nn.Module, before: dict[str, Any], look: Callable[[nn.Module], dict[str, Any]] = state) -> list[str]:
+    """The places where a model's state, or its hooks, are not what they were before."""
+    after = look(model)
+    return [place for place in before | after if before.get(place) != after.get(place)]
+
+
+def assert_none(changed: Sequence[str]) -> None:
+    """Assert that there are no changes; name the first."""
+    __tracebackhide__ = True
+    shown = ", ".join(changed[:3]) + (f" and {len(changed) - 3} more" if len(changed) > 3 else "")
+    assert not changed, f"the model is not as it was found: {shown} changed"
+
+
 def assert_as_it_was(model: nn.Module, before: dict[str, Any]) -> None:
     """Assert that a model's state is the earlier one; name what changed."""
     __tracebackhide__ = True
-    after = state(model)
-    changed = [place for place in before | after if before.get(place) != after.get(place)]
-    shown = ", ".join(changed[:3]) + (f" and {len(changed) - 3} more" if len(changed) > 3 else "")
-    assert not changed, f"the model is not as it was found: {shown} changed"
+    assert_none(changes(model, before))

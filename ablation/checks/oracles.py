@@ -39,9 +39,9 @@ def operated(model: PreTrainedModel, case: Case, means: dict[tuple[int, int], fl
             block.zero_()
 
 
-def ablated_logits(make: Factory, case: Case) -> torch.Tensor:
+def ablated_logits(make: Factory, case: Case, model: PreTrainedModel | None = None) -> torch.Tensor:
     """The logits of the implementation under test, [rows, tokens, vocabulary]."""
-    implementation = make(case.model())
+    implementation = make(model or case.model())
     try:
         implementation.ablate(list(case.heads), case.imputation)
         logits: torch.Tensor = implementation.run(**case.inputs())
@@ -117,11 +117,11 @@ def unread_head(make: Factory, case: Case) -> None:
     """A head that W_O does not read has no effect, to the last bit."""
     model = case.model()
     operated(model, case)
-    bare = run(model, case.inputs())
     implementation = make(model)
     try:
+        clean = implementation.run(**case.inputs())
         implementation.ablate(list(case.heads), case.imputation)
-        same(implementation.run(**case.inputs()), bare, "the logits, though W_O's block of the ablated head is 0")
+        same(implementation.run(**case.inputs()), clean, "the logits, though W_O's block of the ablated head is 0")
     finally:
         implementation.close()
 

@@ -38,14 +38,16 @@ FEATURES = {
     "padding": "batches with padding, given an attention mask",
     "cache": "decoding with a key/value cache, under zero imputation",
     "observe": "running the very modules of the model it was given, so that what they receive can be seen",
+    "once": "running the model once for one ablation",
+    "refusal": "refusing heads and imputations that are not there",
 }
 
 
 class Implementation(Protocol):
     """Head ablation on one model. It is made from a model, in evaluation mode, that belongs to it until `close`.
 
-    cannot: feature -> reason, for features of FEATURES and families (`gpt2`, ...) that it does not claim. Checks that
-    need one are skipped with that reason. May be left out.
+    cannot: feature -> reason, for features of FEATURES, families (`gpt2`, ...) and dtypes (`float64`, ...) that it does
+    not claim. Checks that need one are skipped with that reason. May be left out.
     """
 
     cannot: Mapping[str, str]

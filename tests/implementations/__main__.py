@@ -1,0 +1,118 @@
+"""`python -m tests.implementations`: the specification against every implementation of this folder, as a table.
+
+Each runs in a process of its own, since libraries patch torch for all. The peers come with `pip install -e ".[peers]"`.
+"""
+
+from __future__ import annotations
+
+import argparse
+import importlib
+import importlib.metadata
+import inspect
+import json
+import logging
+import re
+import subprocess
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+from hypothesis import Phase, settings
+
+from ablation.checks import CHECKS, check_all
+
+NAMES = ("ours", "surgery", "notebook", "nnsight", "captum", "pyvene", "transformer_lens")
+"""The modules of this folder, one class each, in the order of the columns."""
+
+LIBRARIES = {"torch", "transformers", "nnsight", "captum", "pyvene", "transformer-lens"}
+README = Path(__file__).parents[2] / "README.md"
+BLOCK = re.compile(r"(?<=<!-- implementations -->\n).*?(?=<!-- /implementations -->)", re.DOTALL)
+CELLS = {"passed": "pass", "failed": "**fail**", "skipped": "-"}
+
+Result = dict[str, Any]  # cannot: {feature: reason}; records: {check id: [outcome, reason]}
+
+
+def adapter(name: str) -> Any:
+    """The one class of a module of this folder."""
+    module = importlib.import_module(f"tests.implementations.{name}")
+    (found,) = (kind for _, kind in inspect.getmembers(module, inspect.isclass) if kind.__module__ == module.__name__)
+    return found
+
+
+def run(name: str) -> Result:
+    """Run all checks against one implementation, in this process."""
+    settings.register_profile(
+        "implementations",
+        settings.get_profile("ci"),  # derandomised: the same examples each time
+        max_examples=20,
+        phases=[Phase.explicit, Phase.generate],
+        report_multiple_bugs=False,
+    )
+    settings.load_profile("implementations")
+    logging.disable(logging.WARNING)
+    make = adapter(name)
+    records = {record.id: [record.outcome, record.reason] for record in check_all(make)}
+    return {"cannot": dict(make.cannot), "records": records}
+
+
+def apart(name: str) -> Result:
+    """The same in a process of its own; the result is the last line that it prints."""
+    started = time.monotonic()
+    print(f"{name} ...", end=" ", flush=True, file=sys.stderr)
+    command = [sys.executable, "-m", "tests.implementations", "--only", name]
+    done = subprocess.run(command, capture_output=True, text=True, cwd=README.parent)
+    if done.returncode:
+        sys.exit(f"it did not run: {done.stderr.strip().splitlines()[-1]}")
+    result: Result = json.loads(done.stdout.splitlines()[-1])
+    outcomes = [outcome for outcome, _ in result["records"].values()]
+    counts = ", ".join(f"{outcomes.count(outcome)} {outcome}" for outcome in CELLS)
+    print(f"{counts}, {time.monotonic() - started:.0f} s", file=sys.stderr)
+    return result
+
+
+def table(results: dict[str, Result]) -> str:
+    """A row a check, a column an implementation."""
+    rows = [f"| check | {' | '.join(results)} |", f"|---|{'---|' * len(results)}"]
+    for check in CHECKS:
+        level = " (should)" if check.level == "SHOULD" else ""
+        cells = (CELLS[result["records"][check.id][0]] for result in results.values())
+        rows.append(f"| {check.id}{level} | {' | '.join(cells)} |")
+    return "\n".join(rows)
+
+
+def reasons(results: dict[str, Result]) -> str:
+    """What was found in each failure, and each reason why something cannot be tried."""
+    lines = []
+    for name, result in results.items():
+        for check, (outcome, reason) in result["records"].items():
+            if outcome == "failed":
+                found = re.search(r"^  found: (.*)$", reason, re.MULTILINE)
+                lines.append(f"- {name} fails `{check}`: {found[1] if found else reason}")
+        lines += [f"- {name} cannot `{feature}`: {reason}" for feature, reason in result["cannot"].items()]
+    return "\n".join(lines)
+
+
+def main() -> None:
+    """Print the table and the reasons; put the table into the README, or compare it with the README's."""
+    parser = argparse.ArgumentParser(prog="python -m tests.implementations", description=__doc__)
+    parser.add_argument("--write", action="store_true", help="put the table into README.md")
+    parser.add_argument("--check", action="store_true", help="exit with 1 where README.md has other outcomes")
+    parser.add_argument("--only", choices=NAMES, help="run one, and print its records as JSON")
+    options = parser.parse_args()
+    if options.only:
+        print(json.dumps(run(options.only)))
+        return
+    results = {name: apart(name) for name in NAMES}
+    versions = ", ".join(f"{name} {importlib.metadata.version(name)}" for name in sorted(LIBRARIES))
+    block = f"{table(results)}\n\nWith {versions}.\n"
+    print(f"{block}\n{reasons(results)}")
+    readme = README.read_text(encoding="utf-8")
+    if options.write:
+        README.write_text(BLOCK.sub(lambda _: block, readme), encoding="utf-8")
+    if options.check and table(results) not in readme:
+        sys.exit("README.md shows other outcomes than these")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,61 @@
+"""Captum: LayerFeatureAblation of a projection's input, with two features: the head, and all others.
+
+One ablation runs the model at least three times: to see the layer's input (captum/attr/_core/layer/
+layer_feature_ablation.py:291), for the clean score and for each feature (feature_ablation.py:508 and :660).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any, ClassVar
+
+import torch
+from captum.attr import LayerActivation, LayerFeatureAblation
+from torch import Tensor
+from transformers import PreTrainedModel
+
+from ablation.heads import find_heads
+from ablation.imputation import as_imputation
+
+
+class Captum:
+    cannot: ClassVar[dict[str, str]] = {
+        "sets": "it ablates in one layer at a time",
+        "cache": "it runs the model several times for one ablation, and each run would extend the cache",
+        "once": "it runs the model several times for one ablation",
+        "refusal": "it knows features, not heads: what an index means is the adapter's",
+    }
+
+    def __init__(self, model: PreTrainedModel) -> None:
+        self.model, self.layers = model, find_heads(model).layers
+        self.clear()
+
+    def ablate(self, heads: Sequence[tuple[int, int]], imputation: str) -> None:
+        self.heads, self.imputation = heads, as_imputation(imputation)
+
+    def run(self, input_ids: Tensor, attention_mask: Tensor | None = None, **inputs: Any) -> Tensor:
+        runs: list[Tensor] = []  # Captum gives the change of a score: the logits are kept on the way
+
+        def score(input_ids: Tensor) -> Tensor:
+            with torch.no_grad():
+                output = self.model(input_ids, attention_mask=attention_mask, **{"use_cache": False} | inputs)
+            runs.append(output.logits)
+            return output.logits[:, -1].max(dim=-1).values  # any score would do
+
+        if not self.heads:
+            score(input_ids)
+        for index, head in self.heads:
+            layer = self.layers[index]
+            at = {"attribute_to_layer_input": True}
+            z = LayerActivation(score, layer.projection).attribute(input_ids, **at)
+            features = torch.zeros(1, 1, z.shape[-1], dtype=torch.long)
+            features[..., layer.channels(head)] = 1  # ablated last
+            baseline = self.imputation(z[..., layer.channels(head)], attention_mask)
+            LayerFeatureAblation(score, layer.projection).attribute(input_ids, baseline, layer_mask=features, **at)
+        return runs[-1]
+
+    def clear(self) -> None:
+        self.ablate([], "zero")
+
+    def close(self) -> None:
+        self.clear()

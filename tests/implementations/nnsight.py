@@ -1,0 +1,54 @@
+"""nnsight: a trace a run, in which the input of each projection is replaced.
+
+It breaks hygiene.closed, and so hygiene.exception and life: `install_controller` (nnsight/intervention/source.py:688)
+puts an object in place of the `forward` of every module, "left there permanently", and has no counterpart that takes it
+out. Outside a trace it does nothing but call the original.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any, ClassVar
+
+import torch
+from nnsight import NNsight
+from torch import Tensor
+from transformers import PreTrainedModel
+
+from ablation.heads import find_heads
+from ablation.imputation import as_imputation
+
+
+class Nnsight:
+    cannot: ClassVar[dict[str, str]] = {
+        "refusal": "it knows modules, not heads: what an index means is the adapter's",
+    }
+
+    def __init__(self, model: PreTrainedModel) -> None:
+        self.model = NNsight(model)
+        self.layers = find_heads(model).layers
+        self.clear()
+
+    def ablate(self, heads: Sequence[tuple[int, int]], imputation: str) -> None:
+        self.heads, self.imputation = heads, as_imputation(imputation)
+
+    def run(self, input_ids: Tensor, attention_mask: Tensor | None = None, **inputs: Any) -> Tensor:
+        inputs = {"use_cache": False} | inputs
+        with torch.no_grad(), self.model.trace(input_ids=input_ids, attention_mask=attention_mask, **inputs):
+            for layer in self.layers:  # a trace reads the model in the order in which it runs
+                targets = [layer.channels(head) for index, head in self.heads if index == layer.index]
+                if targets:
+                    projection = self.model.get(layer.name)
+                    z = projection.input
+                    replaced = z.clone()
+                    for channels in targets:
+                        replaced[..., channels] = self.imputation(z[..., channels], attention_mask)
+                    projection.input = replaced
+            logits = self.model.output.logits.save()
+        return logits
+
+    def clear(self) -> None:
+        self.ablate([], "zero")
+
+    def close(self) -> None:
+        self.clear()

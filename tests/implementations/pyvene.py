@@ -1,0 +1,62 @@
+"""pyvene: an IntervenableModel of a copy of the model, one function for each projection's input.
+
+A copy, since `remove_forward_hooks` (pyvene/models/modeling_utils.py:77), before and after each run, removes all hooks
+of the model, the user's too, and `disable_model_gradients` (intervenable_base.py:347) freezes its parameters.
+"""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Callable, Sequence
+from typing import Any, ClassVar
+
+import pyvene
+import torch
+from torch import Tensor
+from transformers import PreTrainedModel
+
+from ablation.heads import Layer, find_heads
+from ablation.imputation import as_imputation
+
+
+class Pyvene:
+    cannot: ClassVar[dict[str, str]] = {
+        "observe": "it removes every hook of the model that it is given and freezes it, so it is given a copy",
+        "refusal": "the function that replaces z picks the head: what an index means is the adapter's",
+    }
+
+    def __init__(self, model: PreTrainedModel) -> None:
+        self.model = copy.deepcopy(model)
+        self.layers = find_heads(self.model).layers
+        self.clear()
+
+    def ablate(self, heads: Sequence[tuple[int, int]], imputation: str) -> None:
+        self.heads, self.imputation = heads, as_imputation(imputation)
+
+    def run(self, input_ids: Tensor, attention_mask: Tensor | None = None, **inputs: Any) -> Tensor:
+        representations = [
+            {"component": f"{layer.name}.input", "intervention": self.intervention(layer, attention_mask)}
+            for layer in self.layers
+            if any(index == layer.index for index, _ in self.heads)
+        ]
+        base = {"input_ids": input_ids, "attention_mask": attention_mask, "use_cache": False} | inputs
+        with torch.no_grad():
+            bare, ablated = pyvene.IntervenableModel(representations, self.model)(base)
+        return (ablated if representations else bare).logits
+
+    def intervention(self, layer: Layer, mask: Tensor | None) -> Callable[[Tensor, Any], Tensor]:
+        """A function of z [rows, tokens, heads * width] and of a source, of which there is none."""
+
+        def replace(z: Tensor, source: Any) -> Tensor:
+            out = z.clone()
+            for channels in [layer.channels(head) for index, head in self.heads if index == layer.index]:
+                out[..., channels] = self.imputation(z[..., channels], mask)
+            return out
+
+        return replace
+
+    def clear(self) -> None:
+        self.ablate([], "zero")
+
+    def close(self) -> None:
+        self.clear()

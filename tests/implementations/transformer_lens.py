@@ -1,0 +1,62 @@
+"""TransformerLens: a TransformerBridge around a copy of the model, with functions on `hook_z`.
+
+A copy, since the bridge "modifies it in place: bridge components replace its submodules"
+(transformer_lens/model_bridge/sources/_bridge_builder.py:296), and nothing puts them back.
+
+It breaks identity, by rounding only, as it documents: it computes attention itself, whatever implementation the model
+uses (model_bridge/generalized_components/position_embeddings_attention.py:550), and for GPT-2 from W_Q, W_K and W_V
+split apart (joint_qkv_attention.py:376). In float64 that is 1e-7, for the softmax: always in float32 for Llama, Qwen3
+and Mixtral (position_embeddings_attention.py:591), never for GPT-NeoX
+(joint_qkv_position_embeddings_attention.py:208).
+"""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Sequence
+from functools import partial
+from typing import Any, ClassVar
+
+import torch
+from torch import Tensor
+from transformer_lens.model_bridge.sources import build_bridge_from_module
+from transformers import PreTrainedModel
+
+from ablation.imputation import Imputation, as_imputation
+
+
+class TransformerLens:
+    cannot: ClassVar[dict[str, str]] = {
+        "observe": "a bridge replaces the modules of the model that it is given, for good, so it is given a copy",
+        "float64": "it takes the softmax in float32 for some families whose model does not, and the other way round",
+        "refusal": "hook_z gives all heads to a function that picks one: what an index means is the adapter's",
+    }
+
+    def __init__(self, model: PreTrainedModel) -> None:
+        copied = copy.deepcopy(model)
+        self.bridge = build_bridge_from_module(copied, type(copied).__name__, hf_config=copied.config)
+        self.clear()
+
+    def ablate(self, heads: Sequence[tuple[int, int]], imputation: str) -> None:
+        self.heads, self.imputation = heads, as_imputation(imputation)
+
+    def run(self, input_ids: Tensor, attention_mask: Tensor | None = None, **inputs: Any) -> Tensor:
+        hooks = [
+            (f"blocks.{layer}.attn.hook_z", partial(replace, head, self.imputation, attention_mask))
+            for layer, head in dict.fromkeys(self.heads)
+        ]
+        inputs = {"use_cache": False} | inputs
+        with torch.no_grad():
+            return self.bridge.run_with_hooks(input_ids, fwd_hooks=hooks, attention_mask=attention_mask, **inputs)
+
+    def clear(self) -> None:
+        self.ablate([], "zero")
+
+    def close(self) -> None:
+        self.clear()
+
+
+def replace(head: int, imputation: Imputation, mask: Tensor | None, z: Tensor, hook: Any) -> Tensor:
+    """A hook function, once the first three are bound. z: [rows, tokens, heads, width]."""
+    z[:, :, head] = imputation(z[:, :, head], mask)
+    return z
