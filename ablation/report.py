@@ -23,9 +23,13 @@ class Trend(NamedTuple):
 
 
 def trend(head_mean: NDArray[np.float64]) -> Trend:
-    """The trend of head means [layer, head] with depth. No slope where there is one layer; nothing explained then."""
-    layers = np.repeat(np.arange(len(head_mean)), head_mean.shape[1]).astype(float)
-    x, y = layers - layers.mean(), head_mean.ravel() - head_mean.mean()
+    """The trend of head means [layer, head] with depth; NaN where there is no head.
+
+    No slope where one layer has heads; nothing explained then.
+    """
+    layers, _ = np.nonzero(np.isfinite(head_mean))
+    means = head_mean[np.isfinite(head_mean)]
+    x, y = layers - layers.mean(), means - means.mean()
     slope = float(x @ y / (x @ x)) if x.any() else 0.0
     explained = slope**2 * (x @ x) / (y @ y) if y.any() else 0.0
     return Trend(slope, slope * (len(head_mean) - 1), float(explained))
@@ -36,14 +40,15 @@ def flips(sweep: Sweep, imputation: str) -> list[tuple[int, int, int]]:
     index = sweep.imputations.index(imputation)
     return [
         (int(layer), int(head), int(sweep.argmax[index, layer, head]))
-        for layer, head in np.argwhere(~sweep.kept[index])
+        for layer, head in np.argwhere(sweep.flipped[index])
     ]
 
 
 def findings(sweep: Sweep, decode: Decode, strongest: int = 3) -> dict[str, Any]:
     """Everything the report says, as values that JSON can hold. Changes of probability are in [-1, 1]."""
     target, control = int(sweep.watched[0]), int(sweep.watched[-1])
-    heads = sweep.kept[0].size
+    present = sweep.present
+    means = sweep.head_mean[present]
     found: dict[str, Any] = {
         "clean": {
             "prediction": decode(sweep.clean_argmax),
@@ -51,19 +56,21 @@ def findings(sweep: Sweep, decode: Decode, strongest: int = 3) -> dict[str, Any]
             "target": {"token": decode(target), "probability": float(sweep.clean_probability[0])},
             "control": {"token": decode(control), "probability": float(sweep.clean_probability[-1])},
         },
-        "heads": heads,
+        "heads": int(present.sum()),
+        "layers": len(present),
+        "layers_without_heads": [int(layer) for layer in np.flatnonzero(~present.any(axis=1))],
         "imputations": {},
         "head_means": {
-            "mean": float(sweep.head_mean.mean()),
-            "std": float(sweep.head_mean.std()),
-            "min": float(sweep.head_mean.min()),
-            "max": float(sweep.head_mean.max()),
+            "mean": float(means.mean()),
+            "std": float(means.std()),
+            "min": float(means.min()),
+            "max": float(means.max()),
             **{f"trend_{name}": value for name, value in trend(sweep.head_mean)._asdict().items()},
         },
     }
     for index, name in enumerate(sweep.imputations):
         change = sweep.probability_change[0, index]
-        order = np.argsort(change, axis=None)
+        order = np.argsort(change, axis=None)[: present.sum()]  # NaN comes last: there is no such head
         found["imputations"][name] = {
             "kept": int(sweep.kept[index].sum()),
             "flips": [
@@ -90,15 +97,17 @@ def findings(sweep: Sweep, decode: Decode, strongest: int = 3) -> dict[str, Any]
 def agreement(sweep: Sweep) -> dict[str, Any]:
     """How far mean and zero imputation agree: the largest difference of the target's change, and their correlation."""
     zero, mean = (sweep.probability_change[0, sweep.imputations.index(name)] for name in ("zero", "mean"))
+    largest = _cell(mean - zero, _largest(mean - zero))
+    zero, mean = zero[sweep.present], mean[sweep.present]
     both_vary = zero.std() > 0 and mean.std() > 0
     return {
-        "largest_difference": _cell(mean - zero, _largest(mean - zero)),
-        "correlation": float(np.corrcoef(zero.ravel(), mean.ravel())[0, 1]) if both_vary else None,
+        "largest_difference": largest,
+        "correlation": float(np.corrcoef(zero, mean)[0, 1]) if both_vary else None,
     }
 
 
 def _largest(change: NDArray[np.float64]) -> int:
-    return int(np.abs(change).argmax())
+    return int(np.nanargmax(np.abs(change)))
 
 
 def _cell(change: NDArray[np.float64], index: int) -> dict[str, Any]:
@@ -128,6 +137,9 @@ def render(found: dict[str, Any]) -> str:
             "",
             f"mean - zero at most {_change(far)} on the target" + ("" if r is None else f"; correlation {r:.3f}"),
         ]
+    if found["layers_without_heads"]:
+        without, of_all = ", ".join(map(str, found["layers_without_heads"])), found["layers"]
+        lines += ["", f"no attention heads in {len(found['layers_without_heads'])} of {of_all} layers: {without}"]
     lines += [
         "",
         f"head means {means['mean']:+.3f} on average, std {means['std']:.3f}, "

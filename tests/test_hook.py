@@ -142,7 +142,7 @@ def test_setting_it_before_it_is_installed_is_refused() -> None:
     [
         ((3, 0), "no layer 3: the model has 3 layers, 0 to 2"),
         ((-1, 0), "no layer -1"),
-        ((0, 4), "no head 4: each layer has 4 heads, 0 to 3"),
+        ((0, 4), "no head 4: layer 0 has 4 heads, 0 to 3"),
         ((0, -1), "no head -1"),
         ((True, 0), "layer True is not an integer"),
         ((0, 1.0), "head 1.0 is not an integer"),
