@@ -16,6 +16,7 @@ from ablation.heads import Heads, Layer, find_heads
 from ablation.imputation import Imputation, as_imputation
 
 ALL_ROWS = slice(None)
+NOT_CALLED = object()
 
 
 class Edit(NamedTuple):
@@ -74,7 +75,7 @@ class HeadAblation:
         self.receipt = Receipt(self.heads.depth)
         self._installed: ExitStack | None = None
         self._mask: Tensor | None = None
-        self._given: object = None
+        self._given: object = NOT_CALLED
         self._model = model
 
     def __enter__(self) -> Self:
@@ -124,7 +125,7 @@ class HeadAblation:
         """Before the decoder runs: a new receipt, and the padding mask that a mean has to respect."""
         self.receipt = Receipt(self.heads.depth)
         self._mask = None
-        noted, self._given = self._given, None
+        noted, self._given = self._given, NOT_CALLED
         if all(edit.imputation.pointwise for edits in self.edits.values() for edit in edits):
             return
         given = _arguments(decoder, args, kwargs)
@@ -132,7 +133,7 @@ class HeadAblation:
         if past is not None and past.get_seq_length() > 0:
             raise InvalidAblation("this imputation needs the whole sequence in one forward: pass use_cache=False")
         mask = given.get("attention_mask")
-        if isinstance(mask, dict):  # one for each kind of layer
+        if isinstance(mask, dict):  # made of it, one for each kind of layer
             mask = noted
         if mask is not None and (not isinstance(mask, Tensor) or mask.ndim != 2):
             raise InvalidAblation("this imputation needs an attention mask of [rows, tokens] to leave out the padding")

@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
 
+from ablation.heads import Heads
 from ablation.sweep import Sweep
 
 Decode = Callable[[int], str]
@@ -160,3 +161,49 @@ def _at(cell: dict[str, Any]) -> str:
 def _change(cell: dict[str, Any]) -> str:
     points = 100 * cell["change"]
     return f"{_at(cell)} {points:+.2f} pp" if abs(points) >= 0.005 else f"{_at(cell)} {points:+.0e} pp"
+
+
+def head_map(heads: Heads) -> dict[str, Any]:
+    """Where the heads of a model are, as values that JSON can hold; `projection` is null in a layer without heads."""
+    by_index = {layer.index: layer for layer in heads.layers}
+    rows = []
+    for index in range(heads.depth):
+        layer = by_index.get(index)
+        rows.append(
+            {
+                "layer": index,
+                "heads": layer.heads if layer else 0,
+                "key_value_heads": layer.key_value_heads if layer else 0,
+                "width": layer.width if layer else 0,
+                "projection": layer.name if layer else None,
+                "type": type(layer.projection).__name__ if layer else None,
+            }
+        )
+    return {"heads": len(list(heads)), "layers": rows}
+
+
+def render_head_map(found: dict[str, Any]) -> str:
+    """The map as a table, with one line for all layers that are alike."""
+    alike: dict[tuple[str, ...], list[int]] = {}
+    for row in found["layers"]:
+        if row["heads"]:
+            name = row["projection"].replace(f".{row['layer']}.", ".{layer}.", 1)
+            key = (*(str(row[k]) for k in ("heads", "key_value_heads", "width")), f"{name} ({row['type']})")
+        else:
+            key = ("none", "", "", "")
+        alike.setdefault(key, []).append(row["layer"])
+    lines: list[tuple[str, ...]] = [("layers", "heads", "key/value", "width", "projection")]
+    lines += [(_ranges(layers), *key) for key, layers in alike.items()]
+    widths = [max(map(len, column)) for column in zip(*lines, strict=True)]
+    return "\n".join("  ".join(f"{word:{w}}" for word, w in zip(line, widths, strict=True)).rstrip() for line in lines)
+
+
+def _ranges(numbers: Sequence[int]) -> str:
+    """0, 1, 2, 5 as "0-2, 5"; numbers in rising order."""
+    runs: list[list[int]] = []
+    for number in numbers:
+        if runs and number == runs[-1][-1] + 1:
+            runs[-1].append(number)
+        else:
+            runs.append([number])
+    return ", ".join(f"{run[0]}-{run[-1]}" if len(run) > 1 else str(run[0]) for run in runs)
