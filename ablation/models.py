@@ -70,7 +70,7 @@ def load(name: str, *, download: bool = True) -> Loaded:
     """
     if name in KNOWN:
         return KNOWN[name].load(download)
-    loaded: Loaded = _find(name, download, _pretrained)
+    loaded: Loaded = _find(name, download)
     return loaded
 
 
@@ -136,47 +136,6 @@ def _says(tokenizer: PreTrainedTokenizerBase, ids: list[int], text: str) -> bool
 # ---- where models come from; `read` is _pretrained or _configured
 
 
-def _find(name: str, download: bool, read: Callable[..., Any]) -> Any:
-    known, _, folder = name.partition("=")
-    if folder and known in KNOWN:
-        return _from_path(Path(folder), known, read)
-    path = Path(name).expanduser()
-    if path.exists() or path.is_absolute() or name.startswith((".", "~")) or path.suffix == ".gguf":
-        return _from_path(path, path.name, read)
-    return _from_hub(name, download, read)
-
-
-def _from_path(path: Path, name: str, read: Callable[..., Any]) -> Any:
-    if path.suffix == ".gguf" and path.is_file():
-        return read(name, str(path.parent), **_gguf(path), local_files_only=True)
-    if (path / "config.json").is_file():
-        return read(name, str(path), local_files_only=True)
-    problem = "has no config.json" if path.is_dir() else "is not a .gguf file" if path.exists() else "does not exist"
-    raise ModelUnavailable(f"cannot load a model from {path}: it {problem}")
-
-
-def _from_hub(name: str, download: bool, read: Callable[..., Any], given: str | None = None) -> Any:
-    try:
-        return read(name, given or name, local_files_only=True)
-    except ModelUnavailable as error:
-        if not isinstance(error.__cause__, OSError | HFValidationError):
-            raise
-    reason = "not on this machine"
-    if download:
-        try:
-            HfApi().model_info(given or name, timeout=10)  # fails at once where from_pretrained would try for long
-            return read(name, given or name)
-        except (RepositoryNotFoundError, HFValidationError):
-            reason = "not on the hub under this name"
-        except ModelUnavailable:
-            raise
-        except Exception as error:  # whatever the network does
-            reason = f"not on this machine, and the hub cannot be reached ({_first_line(error)})"
-    raise ModelUnavailable(
-        f"no model {name!r}: it is {reason}. Use {', '.join(KNOWN)}, a folder, a .gguf file or a hub id."
-    )
-
-
 def _pretrained(name: str, source: str, **kwargs: Any) -> Loaded:
     """What transformers loads from there, or ModelUnavailable."""
     gguf = {"gguf_file": kwargs["gguf_file"]} if "gguf_file" in kwargs else {}
@@ -203,12 +162,53 @@ def _configured(name: str, source: str, **kwargs: Any) -> PreTrainedModel:
     """What transformers builds of the configuration there, or ModelUnavailable."""
     where = {key: value for key, value in kwargs.items() if key in ("gguf_file", "local_files_only")}
     try:
-        config = AutoConfig.from_pretrained(source, **where)
+        config = AutoConfig.from_pretrained(source, trust_remote_code=False, **where)
         with torch.device("meta"):
             model: PreTrainedModel = AutoModelForCausalLM.from_config(config).eval()
     except Exception as error:  # as above
         raise ModelUnavailable(f"cannot build {name}: {_first_line(error)}") from error
     return model
+
+
+def _find(name: str, download: bool, read: Callable[..., Any] = _pretrained) -> Any:
+    known, _, folder = name.partition("=")
+    if folder and known in KNOWN:
+        return _from_path(Path(folder), known, read)
+    path = Path(name).expanduser()
+    if path.exists() or path.is_absolute() or name.startswith((".", "~")) or path.suffix == ".gguf":
+        return _from_path(path, path.name, read)
+    return _from_hub(name, download, read)
+
+
+def _from_path(path: Path, name: str, read: Callable[..., Any] = _pretrained) -> Any:
+    if path.suffix == ".gguf" and path.is_file():
+        return read(name, str(path.parent), **_gguf(path), local_files_only=True)
+    if (path / "config.json").is_file():
+        return read(name, str(path), local_files_only=True)
+    problem = "has no config.json" if path.is_dir() else "is not a .gguf file" if path.exists() else "does not exist"
+    raise ModelUnavailable(f"cannot load a model from {path}: it {problem}")
+
+
+def _from_hub(name: str, download: bool, read: Callable[..., Any] = _pretrained, given: str | None = None) -> Any:
+    try:
+        return read(name, given or name, local_files_only=True)
+    except ModelUnavailable as error:
+        if not isinstance(error.__cause__, OSError | HFValidationError):
+            raise
+    reason = "not on this machine"
+    if download:
+        try:
+            HfApi().model_info(given or name, timeout=10)  # fails at once where from_pretrained would try for long
+            return read(name, given or name)
+        except (RepositoryNotFoundError, HFValidationError):
+            reason = "not on the hub under this name"
+        except ModelUnavailable:
+            raise
+        except Exception as error:  # whatever the network does
+            reason = f"not on this machine, and the hub cannot be reached ({_first_line(error)})"
+    raise ModelUnavailable(
+        f"no model {name!r}: it is {reason}. Use {', '.join(KNOWN)}, a folder, a .gguf file or a hub id."
+    )
 
 
 def _first_line(error: Exception) -> str:
@@ -222,7 +222,7 @@ CAPITALS = Path(__file__).parent / "capitals"
 
 
 def _load_capitals(download: bool) -> Loaded:
-    loaded: Loaded = _from_path(CAPITALS, "capitals", _pretrained)
+    loaded: Loaded = _from_path(CAPITALS, "capitals")
     return loaded
 
 
@@ -257,7 +257,7 @@ def _load_smollm2(download: bool) -> Loaded:
     cache = user_cache_path("head-ablation")
     folder = cache / f"smollm2-{_sha256(gguf)[:16]}-{versions}"
     if not _is_intact(folder):
-        loaded: Loaded = _from_path(gguf, "smollm2", _pretrained)
+        loaded: Loaded = _from_path(gguf, "smollm2")
         if hasattr(loaded.model.config, "quantization_config"):
             del loaded.model.config.quantization_config
         cache.mkdir(parents=True, exist_ok=True)
@@ -270,7 +270,7 @@ def _load_smollm2(download: bool) -> Loaded:
             sums = {file.name: _sha256(file) for file in sorted(draft.iterdir())}
             (draft / SUMS).write_text(json.dumps(sums, indent=2))
             draft.rename(folder)
-    cached: Loaded = _from_path(folder, "smollm2", _pretrained)
+    cached: Loaded = _from_path(folder, "smollm2")
     return cached
 
 
@@ -292,7 +292,7 @@ def _sha256(path: Path) -> str:
 
 
 def _load_gpt2(download: bool) -> Loaded:
-    loaded: Loaded = _from_hub("gpt2", download, _pretrained, given=GPT2)
+    loaded: Loaded = _from_hub("gpt2", download, given=GPT2)
     return loaded
 
 

@@ -7,7 +7,9 @@ What a head is, is not taken from `ablation.heads` but seen from outside: see `W
 
 from __future__ import annotations
 
+import argparse
 import re
+import sys
 import warnings
 from collections.abc import Iterator, Sequence
 from contextlib import ExitStack, contextmanager
@@ -18,6 +20,7 @@ from typing import Any
 import numpy as np
 import torch
 import torch.nn.functional as F  # noqa: N812 (its usual name)
+import transformers
 from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 from transformers import PretrainedConfig, PreTrainedModel
@@ -357,7 +360,7 @@ def check_sweeps(model: PreTrainedModel, heads: Heads) -> str:
     method = swept.provenance["method"]
     fell_back = [str(note.message) for note in notes if "growing batch" in str(note.message)]
     assert bool(fell_back) == (method == "sequential")
-    return "grew" if method == "growing batch" else f"sequential: {swept.provenance['reason']}"
+    return "grows" if method == "growing batch" else f"one by one: {one_line(swept.provenance['reason'])}"
 
 
 def described(heads: Heads) -> str:
@@ -371,7 +374,72 @@ def described(heads: Heads) -> str:
     return f"{len(heads.layers)} of {heads.depth} layers: {kinds}" if without else f"{heads.depth} layers: {kinds}"
 
 
-def one_line(error: Exception) -> str:
-    """An error in one line, without what differs from run to run."""
-    text = " ".join(str(error).split()) or type(error).__name__
-    return re.sub(r"\s*\|\s*", " ", text)[:200]
+def one_line(message: object) -> str:
+    """A message in one line of a table."""
+    text = " ".join(str(message).replace("|", " ").split())
+    return text if len(text) <= 150 else f"{text[:150]}..."
+
+
+# ---- the page
+
+
+def page(outcomes: Sequence[Outcome]) -> str:
+    """The table of all families."""
+    made = ", ".join(f"{name} {version}" for name, version in VERSIONS.items())
+    lines = [
+        "# Every causal-LM family of transformers",
+        "",
+        f"{summary(outcomes)}.",
+        "Supported: all heads of a tiny random model pass the zero oracle, they are those that are seen to attend, and",
+        "its sweep equals the double loop. Every other is refused, with the reason.",
+        "",
+        f"Made by `python -m tests.families --write` with {made}; `pytest -m families` tests it.",
+        "",
+        "- heads: decoder layers, query/key-value heads x width, of a tiny model that has every kind of layer.",
+        "- sweep: whether its batch grows, or it runs one by one, and why.",
+        "- z: whether a head's channels at the projection's input are its own (gated or not), or mixed with those of",
+        "  others, as by a norm over all of them. What is ablated is what the projection is given.",
+        "",
+        "| family | model | outcome | heads, or reason | sweep | z |",
+        "|---|---|---|---|---|---|",
+    ]
+    lines += [f"| {o.family} | {o.model} | {o.what} | {o.note} | {o.sweep} | {o.z} |" for o in outcomes]
+    return "\n".join(lines) + "\n"
+
+
+def summary(outcomes: Sequence[Outcome]) -> str:
+    """The number of families that are supported, of those that can be built here."""
+    built = [o for o in outcomes if o.what != "not built"]
+    supported = sum(o.what == "supported" for o in built)
+    version = VERSIONS["transformers"]
+    return (
+        f"{supported} of the {len(built)} causal-LM families of transformers {version} that can be built are supported"
+    )
+
+
+VERSIONS = {"transformers": transformers.__version__, "torch": torch.__version__}
+MARKS = "<!-- families -->{}<!-- /families -->"
+
+
+def main() -> None:
+    """Check all families and print the table; with --write, into the page, and the number into the README."""
+    parser = argparse.ArgumentParser(description="Check every causal-LM family of transformers.")
+    parser.add_argument("--write", action="store_true", help="write tests/families.md and the number in the README")
+    write = parser.parse_args().write
+    torch.set_num_threads(1)
+    transformers.utils.logging.set_verbosity_error()
+    outcomes = []
+    for family in FAMILIES:
+        print(family, file=sys.stderr)
+        outcomes.append(outcome(family))
+    if not write:
+        print(page(outcomes), end="")
+        return
+    PAGE.write_text(page(outcomes), encoding="utf-8")
+    text = README.read_text(encoding="utf-8")
+    marked = re.sub(MARKS.format(".*?"), MARKS.format(summary(outcomes)), text, flags=re.DOTALL)
+    README.write_text(marked, encoding="utf-8")
+
+
+if __name__ == "__main__":
+    main()

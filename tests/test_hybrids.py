@@ -14,6 +14,7 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from ablation import figures, report
+from ablation.checks.cases import close
 from ablation.checks.decoders import Decoder
 from ablation.errors import NoSuchHead
 from ablation.heads import find_heads
@@ -145,3 +146,18 @@ def test_a_family_whose_layers_hand_rows_on_falls_back_to_the_double_loop() -> N
     with pytest.warns(UserWarning, match="growing batch does not suit HYV4ForCausalLM"):
         result = sweep(model, IDS)
     assert_equal(result, sweep_sequential(model, IDS), atol=0)
+
+
+def test_the_padding_that_a_model_of_several_parts_is_told_of_stays_out_of_the_mean() -> None:
+    """Its text decoder is given masks for each kind of layer in its place."""
+    model = build("gemma3")
+    ids = torch.tensor([[3, 17, 4, 29, 5, 11], [3, 17, 4, 29, 0, 0]])
+    mask = torch.tensor([[1] * 6, [1] * 4 + [0] * 2])
+    with HeadAblation(model) as ablation, torch.no_grad():
+        ablation.set([(1, 2)], "mean")
+        padded = model(ids, attention_mask=mask, use_cache=False).logits[1, :4]
+        alone = model(ids[1:, :4], use_cache=False).logits[0]
+        ablation.clear()
+        clean = model(ids[1:, :4], use_cache=False).logits[0]
+    close(padded, alone, "the logits of a row, padded")
+    assert not torch.allclose(alone, clean, atol=1e-3)
