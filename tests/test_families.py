@@ -18,7 +18,6 @@ from tests.families import FAMILIES, MARKS, NOT_BUILT, PAGE, README, REFUSED, VE
 FEW = {
     "deepseek_v3": "latent attention: the values have a width of their own",
     "falcon_h1": "attention beside a state-space model in each layer",
-    "kimi_linear": "linear attention in the other layers, called an attention too",
     "bert": "the projection is in another module than the heads",
     "bitnet": "a norm over all heads before the projection",
     "zamba2": "layers that share their weights; a batch that cannot grow",
