@@ -25,6 +25,7 @@ examples:
   python -m ablation sweep --model smollm2 --out smollm2-berlin
   python -m ablation sweep --model gpt2 --prompt "Paris is the capital of" --target " France" --control " Germany"
   python -m ablation sweep --model path/to/a/folder --prompt "Two and two are" --impute zero --json
+  python -m ablation heads path/to/a/folder
 """
 
 
@@ -32,7 +33,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     """Run a command. Returns the exit status: 0, 2 for bad input, 130 when interrupted."""
     arguments = _parser().parse_args(argv)
     try:
-        _sweep(arguments)
+        arguments.run(arguments)
     except (AblationError, OSError) as error:
         _say("")
         print(f"ablation: {error}", file=sys.stderr)
@@ -63,6 +64,15 @@ def _parser() -> argparse.ArgumentParser:
     add("--out", type=Path, metavar="FOLDER", help="where arrays and figures go (default: ./ablation-MODEL)")
     add("--max-rows", type=int, metavar="N", help="rows of the batch at once (default: what 512 MB hold)")
     add("--json", action="store_true", help="print the findings as JSON")
+    sweep.set_defaults(run=_sweep)
+    heads = commands.add_parser(
+        "heads",
+        help="where the heads of a model are, or why it is refused",
+        description="Show where the attention heads of a model are, or why they cannot be ablated. Loads no weights.",
+    )
+    heads.add_argument("model", help="capitals, smollm2, gpt2, a folder, a .gguf file or a hub id")
+    heads.add_argument("--json", action="store_true", help="print the map as JSON, layer by layer")
+    heads.set_defaults(run=_heads)
     return parser
 
 
@@ -91,6 +101,22 @@ def _sweep(arguments: argparse.Namespace) -> None:
         print(json.dumps(found | {"provenance": result.provenance}, indent=2, ensure_ascii=False))
     else:
         print(f"{text}\nArrays, provenance and figures are in {out}")
+
+
+def _heads(arguments: argparse.Namespace) -> None:
+    _say(f"reading {arguments.model} ...")
+    from ablation import models, report
+    from ablation.heads import find_heads
+
+    _quiet()
+    model = models.architecture(arguments.model)
+    found = {"model": arguments.model, "architecture": type(model).__name__, **report.head_map(find_heads(model))}
+    _say("")
+    if arguments.json:
+        print(json.dumps(found, indent=2))
+    else:
+        summary = f"{found['architecture']}, {found['heads']} heads in {len(found['layers'])} layers"
+        print(f"{arguments.model}: {summary}\n\n{report.render_head_map(found)}")
 
 
 def _question(arguments: argparse.Namespace) -> Question:

@@ -14,6 +14,7 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.font_manager import findfont, get_font
 from matplotlib.lines import Line2D
+from matplotlib.patches import Patch
 from matplotlib.patheffects import withStroke
 from matplotlib.ticker import MaxNLocator
 from numpy.typing import NDArray
@@ -41,7 +42,8 @@ STYLE: dict[Any, Any] = {
     "figure.dpi": 200,
 }
 DIVERGING, SEQUENTIAL = "RdBu_r", "cividis"  # told apart by the colour-blind; white is 0
-ABSENT, ACCENT = "0.8", "#D55E00"
+ACCENT = "#D55E00"
+ABSENT: dict[str, Any] = {"facecolor": "0.85", "edgecolor": "0.55", "hatch": "/////", "linewidth": 0}
 MINUS = "\N{MINUS SIGN}"
 RING: dict[str, Any] = {"marker": "o", "mfc": "none", "mec": "black", "linestyle": "none", "mew": 0.8}
 DASH: dict[str, Any] = {"marker": "_", "linestyle": "none", "mew": 0.5}
@@ -79,7 +81,10 @@ def draw(sweep: Sweep, folder: Path, *, title: str, token_texts: Mapping[int, st
 def sensitivity(sweep: Sweep, texts: Mapping[int, str]) -> Figure:
     """Maps of the change in probability, in percentage points: token by imputation, flipped heads ringed."""
     panels = [
-        [Panel(100 * change, [f"{role}, {name}", kept(sweep, i, texts)], ~sweep.kept[i]) for i, (name, change) in each]
+        [
+            Panel(100 * change, [f"{role}, {name}", kept(sweep, i, texts)], sweep.flipped[i])
+            for i, (name, change) in each
+        ]
         for role, each in (
             (role, list(enumerate(zip(sweep.imputations, changes, strict=True))))
             for role, changes in zip(roles(sweep, texts), sweep.probability_change, strict=True)
@@ -103,7 +108,7 @@ def margins(sweep: Sweep, texts: Mapping[int, str]) -> Figure:
     """Maps of the margin of the clean argmax over its best rival, in logits; negative where it is flipped."""
     signed = np.where(sweep.kept, sweep.margin, -sweep.margin)
     panels = [
-        Panel(values, [name, kept(sweep, i, texts)], ~sweep.kept[i])
+        Panel(values, [name, kept(sweep, i, texts)], sweep.flipped[i])
         for i, (name, values) in enumerate(zip(sweep.imputations, signed, strict=True))
     ]
     argmax = texts[sweep.clean_argmax]
@@ -143,8 +148,12 @@ def head_means(sweep: Sweep, texts: Mapping[int, str]) -> Figure:
     slope, _, r_squared = trend(means)
     right.axvline(0, color="black", linewidth=0.5, linestyle=":")
     right.plot(means, depth, ".", color="0.6", markersize=3)
-    right.plot(means.mean(axis=1), depth, "o-", color="black", markersize=3, linewidth=0.8)
-    right.plot(means.mean() + slope * (depth - depth.mean()), depth, "--", color=ACCENT)
+    there = np.isfinite(means)
+    some = there.any(axis=1)  # layers that have heads
+    averages = np.array([layer[head].mean() for layer, head in zip(means[some], there[some], strict=True)])
+    right.plot(averages, depth[some], "o-", color="black", markersize=3, linewidth=0.8)
+    centre = np.nonzero(there)[0].mean()
+    right.plot(means[there].mean() + slope * (depth - centre), depth, "--", color=ACCENT)
     right.set(xlim=(-bound, bound), xlabel="mean of z")
     right.tick_params(labelleft=False)
     figure.colorbar(image, ax=right, label="mean of z", aspect=30, fraction=0.05, pad=0.03)
@@ -153,8 +162,9 @@ def head_means(sweep: Sweep, texts: Mapping[int, str]) -> Figure:
         Line2D([], [], marker=".", color="0.6", linestyle="none", label="head"),
         Line2D([], [], marker="o", color="black", markersize=3, linewidth=0.8, label="layer average"),
         Line2D([], [], linestyle="--", color=ACCENT, label=label),
+        *absent(means),
     ]
-    figure.legend(handles=handles, loc="outside lower center", ncols=3, columnspacing=1)
+    figure.legend(handles=handles, loc="outside lower center", ncols=2 if absent(means) else 3, columnspacing=1)
     return figure
 
 
@@ -182,7 +192,7 @@ def maps(panels: Sequence[Sequence[Panel]], label: str, argmax: str | None = Non
         axes.label_outer()
     bar = figure.colorbar(image, ax=grid, aspect=30, fraction=0.05, pad=0.02)
     bar.set_label(fill(label, max(18, int(rows * down / INCHES_A_LETTER))))
-    handles = []
+    handles: list[Line2D | Patch] = absent(values[0])
     if argmax is not None and any(panel.flipped is not None and panel.flipped.any() for panel in flat):
         handles.append(Line2D([], [], markersize=6, label=f"the argmax is not {argmax}", **RING))
     if (values < low / 5).any():
@@ -201,7 +211,8 @@ def heat_map(axes: Axes, panel: Panel, scale: tuple[float, float], cell: float) 
     layers, heads = panel.values.shape
     colours = DIVERGING if low < 0 else SEQUENTIAL
     image = axes.imshow(panel.values, cmap=colours, vmin=low, vmax=high, aspect="auto", interpolation="nearest")
-    axes.set_facecolor(ABSENT)  # shows where a layer has no such head
+    if absent(panel.values):
+        axes.patch.set(**ABSENT)  # shows where there is no head
     axes.set(xlabel="head", ylabel="layer")
     axes.set_xticks(range(0, heads, tick_step(cell, 0.18)))
     axes.set_yticks(range(0, layers, tick_step(cell, 0.14)))
@@ -213,6 +224,14 @@ def heat_map(axes: Axes, panel: Panel, scale: tuple[float, float], cell: float) 
         y, x = np.nonzero(panel.flipped)
         axes.plot(x, y, markersize=0.65 * side, path_effects=RIM, **RING)
     return image
+
+
+def absent(values: Floats) -> list[Line2D | Patch]:
+    """What the legend says of cells [layer, head] that are no heads, if there are any."""
+    missing = np.isnan(values)
+    if not missing.any():
+        return []
+    return [Patch(label="no heads" if missing.all(axis=1).any() else "no such head", **ABSENT)]
 
 
 def tick_step(cell: float, inches: float) -> int:
@@ -239,8 +258,7 @@ def roles(sweep: Sweep, texts: Mapping[int, str]) -> list[str]:
 
 def kept(sweep: Sweep, imputation: int, texts: Mapping[int, str]) -> str:
     """How many ablations keep the clean argmax."""
-    flags = sweep.kept[imputation]
-    return f"{flags.sum()} of {flags.size} keep {texts[sweep.clean_argmax]}"
+    return f"{sweep.kept[imputation].sum()} of {sweep.present.sum()} keep {texts[sweep.clean_argmax]}"
 
 
 def quoted(token: str) -> str:

@@ -8,26 +8,35 @@ understood or refused, never guessed.
 from __future__ import annotations
 
 import operator
+import re
 from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
 
 from torch import nn
-from transformers import PreTrainedModel
+from transformers import PretrainedConfig, PreTrainedModel
 from transformers.pytorch_utils import Conv1D
 
 from ablation.errors import NoSuchHead, UnsupportedModel
 
-# The names of the attention output projection in transformers, all families.
-PROJECTIONS = ("o_proj", "out_proj", "c_proj", "dense")
+# What transformers' modules cannot say but by a name. An attention, by its class; one that reads another sequence, by
+# its place in the layer; its output projection, by its place in the attention.
+ATTENTION = re.compile(r"Attention|MLA$")
+CROSS = re.compile(r"cross|encoder", re.IGNORECASE)
+PROJECTION = re.compile(r"(attention_)?o(ut|utput)?(_proj|_lin|_linear)?|Wo|c_proj|dense")
+
+# An attention's own word, the first that it has: channels of one head's z, and query heads.
+WIDTHS = ("v_head_dim", "head_dim", "head_size", "attention_head_size", "dim_head")
+COUNTS = ("num_heads", "num_attention_heads", "num_attn_heads", "n_heads", "n_head")
 
 
 @dataclass(frozen=True, eq=False)
 class Layer:
     """The heads of one decoder layer.
 
-    block: the decoder layer. projection: its attention output projection, of dotted name `name` in the model.
-    heads: number of query heads. width: channels of one head's z.
+    index: among all decoder layers. block: the decoder layer. projection: its attention output projection, of dotted
+    name `name` in the model. heads: number of query heads. key_value_heads: of key/value heads. width: channels of
+    one head's z.
     """
 
     index: int
@@ -35,6 +44,7 @@ class Layer:
     name: str
     projection: nn.Module
     heads: int
+    key_value_heads: int
     width: int
 
     def channels(self, head: int) -> slice:
@@ -44,32 +54,43 @@ class Layer:
 
 @dataclass(frozen=True, eq=False)
 class Heads:
-    """All heads of a model. decoder: the module that runs the layers (it is called once a forward)."""
+    """All heads of a model.
+
+    decoder: the module that runs the layers (it is called once a forward). depth: number of its layers. layers: those
+    that have attention heads; in a hybrid model, some do not.
+    """
 
     decoder: nn.Module
+    depth: int
     layers: tuple[Layer, ...]
 
     @property
     def shape(self) -> tuple[int, int]:
-        """(layers, heads)."""
-        return len(self.layers), self.layers[0].heads
+        """(decoder layers, heads of the layer that has the most)."""
+        return self.depth, max(layer.heads for layer in self.layers)
 
     def __iter__(self) -> Iterator[tuple[int, int]]:
         """Every (layer, head), layer by layer."""
         return ((layer.index, head) for layer in self.layers for head in range(layer.heads))
 
+    def layer(self, index: Any) -> Layer:
+        """The layer of that index. Raises NoSuchHead if there is none, or if it has no heads."""
+        index = _index(index, "layer", self.depth, "the model")
+        for layer in self.layers:
+            if layer.index == index:
+                return layer
+        raise NoSuchHead(f"layer {index} has no attention heads")
+
     def check(self, pair: Any) -> tuple[int, int]:
-        """A (layer, head) pair as two ints. Raises NoSuchHead unless both are integers, not bools, within range."""
+        """A (layer, head) pair as two ints. Raises NoSuchHead unless both are integers, not bools, and it exists."""
         try:
             layer, head = pair
         except (TypeError, ValueError):
             raise NoSuchHead(
                 f"{pair!r} is no (layer, head) pair; what is asked for is a list of them, such as [(0, 1)]"
             ) from None
-        return (
-            _index(layer, "layer", len(self.layers), "the model"),
-            _index(head, "head", self.shape[1], "each layer"),
-        )
+        found = self.layer(layer)
+        return found.index, _index(head, "head", found.heads, f"layer {found.index}")
 
 
 def _index(value: Any, what: str, count: int, owner: str) -> int:
@@ -87,75 +108,140 @@ def _index(value: Any, what: str, count: int, owner: str) -> int:
 def find_heads(model: PreTrainedModel) -> Heads:
     """The heads of a causal language model of transformers.
 
+    Of a model of several parts (vision, speech) it is the text decoder. Layers without attention, or with linear
+    attention, a convolution or a state-space model in its place, have no heads; cross-attention is left alone.
+
     Raises UnsupportedModel, with the reason, where a head's z cannot be told from the modules, or where replacing it
     at the projection's input would not be an ablation of that head.
     """
     if not isinstance(model, PreTrainedModel):
         raise UnsupportedModel(f"{_kind(model)} is not a transformers model; for a compiled one, pass the original")
     config = model.config.get_text_config(decoder=True)
-    try:
-        count, queries = (getattr(config, name, None) for name in ("num_hidden_layers", "num_attention_heads"))
-    except Exception as error:  # a configuration by layer refuses to name one number
-        raise UnsupportedModel(f"{_kind(model)} has no one number of heads for all layers: {error}") from error
-    if not isinstance(count, int) or not isinstance(queries, int):
-        raise UnsupportedModel(f"{_kind(model)} has no attention heads: its configuration names no number of them")
-    decoder = model.get_decoder()
-    blocks = next((m for m in decoder.modules() if isinstance(m, nn.ModuleList) and len(m) == count), None)
-    if blocks is None:
-        raise UnsupportedModel(f"{_kind(model)} has no list of {count} decoder layers")
+    decoder, blocks = _decoder_layers(model, config)
     names = {module: name for name, module in model.named_modules()}
+    kinds = getattr(config, "layer_types", None) or []
+    if len(kinds) != len(blocks):
+        kinds = [""] * len(blocks)
     layers = []
-    for index, block in enumerate(blocks):
-        projection = _projection(block, index)
-        width, rest = divmod(_in_features(projection), queries)
-        if rest:
-            raise UnsupportedModel(
-                f"{names[projection]} takes {_in_features(projection)} channels, not a multiple of {queries} heads"
-            )
-        attention = model.get_submodule(names[projection].rpartition(".")[0])
-        _refuse_other_heads(attention, width, index)
-        layers.append(Layer(index, block, names[projection], projection, queries, width))
-    heads = Heads(decoder, tuple(layers))
-    _refuse_dishonest(model, heads)
-    return heads
+    for index, (block, kind) in enumerate(zip(blocks, kinds, strict=True)):
+        if kind == "linear_attention":  # whatever its class is called: a recurrence, whose state is not a head's z
+            continue
+        attentions = _attentions(block)
+        if not attentions and "attention" not in kind:
+            continue
+        projection, attention = _projection(attentions, block, index)
+        heads, width = _count(attention, projection, config, index)
+        layers.append(Layer(index, block, names[projection], projection, heads, _key_values(attention, heads), width))
+    found = Heads(decoder, len(blocks), tuple(layers))
+    _refuse_dishonest(model, found)
+    return found
 
 
-def _projection(block: nn.Module, index: int) -> nn.Linear | Conv1D:
-    """The one attention output projection of a decoder layer."""
-    attentions = [m for m in block.modules() if type(m).__name__.endswith("Attention")]
-    found = [
-        child
-        for attention in attentions
-        for name, child in attention.named_children()
-        if name in PROJECTIONS and isinstance(child, nn.Linear | Conv1D)
-    ]
+def _decoder_layers(model: PreTrainedModel, config: PretrainedConfig) -> tuple[PreTrainedModel, nn.ModuleList]:
+    """The text decoder, and the one list of layers with attention that it runs."""
+    root = model.get_decoder()
+    if not isinstance(root, PreTrainedModel):  # where the name `decoder` is that of the unembedding
+        root = model
+    found: list[tuple[str, PreTrainedModel, nn.ModuleList]] = []
+    _collect(root, root, "", found)
+    text = [(name, owner, blocks) for name, owner, blocks in found if type(owner.config) is type(config)]
+    if len(text) == 1:
+        return text[0][1:]
+    if not found:
+        raise UnsupportedModel(f"{_kind(model)} has no attention heads: none of its layers has an attention")
+    lists = ", ".join(name for name, *_ in text or found)
+    if not text:
+        raise UnsupportedModel(f"{_kind(model)} has no text decoder of its own, only parts with attention: {lists}")
+    raise UnsupportedModel(f"{_kind(model)} has {len(text)} lists of layers with attention ({lists}), not one decoder")
+
+
+def _collect(
+    module: nn.Module, owner: PreTrainedModel, prefix: str, found: list[tuple[str, PreTrainedModel, nn.ModuleList]]
+) -> None:
+    """Append every outermost list of layers with attention, with the model that it is part of."""
+    for name, child in module.named_children():
+        path = f"{prefix}{name}"
+        if isinstance(child, nn.ModuleList) and any(_attentions(block) for block in child):
+            found.append((path, owner, child))
+        else:
+            _collect(child, child if isinstance(child, PreTrainedModel) else owner, f"{path}.", found)
+
+
+def _attentions(block: nn.Module) -> dict[str, nn.Module]:
+    """The self-attentions of a decoder layer, and what they consist of, by their place in it."""
+    return {
+        name: module
+        for name, module in block.named_modules()
+        if ATTENTION.search(_kind(module)) and not CROSS.search(name + _kind(module))
+    }
+
+
+def _projection(attentions: dict[str, nn.Module], block: nn.Module, index: int) -> tuple[nn.Linear | Conv1D, nn.Module]:
+    """The one attention output projection of a decoder layer, and the attention that knows its heads.
+
+    It is a Linear or Conv1D, or stands as `dense` or `linear` in a module around it (`output.dense` of BERT).
+    """
+    found: dict[nn.Linear | Conv1D, str] = {}
+    for place, attention in attentions.items():
+        for name, child in attention.named_children():
+            if PROJECTION.fullmatch(name):
+                for linear in (child, getattr(child, "dense", None), getattr(child, "linear", None)):
+                    if isinstance(linear, nn.Linear | Conv1D):
+                        found.setdefault(linear, place)
     if len(found) != 1:
         raise UnsupportedModel(
-            f"layer {index} ({_kind(block)}) has {len(found)} attention output projections; exactly one can be ablated"
+            f"layer {index} ({_kind(block)}) has {len(found)} attention output projections that are Linear or Conv1D; "
+            "exactly one can be ablated"
         )
-    return found[0]
+    ((projection, place),) = found.items()
+    inside = [m for name, m in attentions.items() if name.startswith(place) and _own(m, WIDTHS + COUNTS) is not None]
+    return projection, inside[0] if inside else attentions[place]
 
 
-def _refuse_other_heads(attention: nn.Module, width: int, index: int) -> None:
-    """Raise UnsupportedModel where the attention module itself counts its heads otherwise, as in mixed layers."""
-    own = {getattr(attention, name, None) for name in ("head_dim", "v_head_dim", "head_size")} - {None}
-    if own and width not in own:
-        widths = " or ".join(map(str, sorted(map(str, own))))
-        raise UnsupportedModel(
-            f"layer {index} ({_kind(attention)}) has heads of {widths} channels, not of {width}: "
-            "its number of heads is not the one that the configuration names for all layers"
-        )
+def _count(
+    attention: nn.Module, projection: nn.Linear | Conv1D, config: PretrainedConfig, index: int
+) -> tuple[int, int]:
+    """Number and width of a layer's query heads, that together fill the projection's input."""
+    # Conv1D keeps its weight as [in, out]; a Linear says so itself, also where its weight is packed.
+    channels = projection.weight.shape[0] if isinstance(projection, Conv1D) else projection.in_features
     if hasattr(attention, "lambda_init"):  # differential attention: two heads make one output, of twice the width
         raise UnsupportedModel(f"layer {index} ({_kind(attention)}) subtracts heads from each other before W_O")
+    heads, width = _own(attention, COUNTS), _own(attention, WIDTHS)
+    if heads is None:
+        try:
+            heads = int(config.num_attention_heads)
+        except Exception:  # it has none, or one for each layer, which a configuration by layer refuses to say
+            heads = None
+    if heads is None and width is not None:
+        heads = channels // width
+    if heads is None:
+        raise UnsupportedModel(f"layer {index} ({_kind(attention)}) says neither how many heads it has nor how wide")
+    if width is None:
+        width = channels // heads
+    if heads * width != channels:
+        raise UnsupportedModel(
+            f"layer {index} ({_kind(attention)}): its projection takes {channels} channels, "
+            f"which are not {heads} heads of {width}"
+        )
+    return heads, width
 
 
-def _in_features(projection: nn.Linear | Conv1D) -> int:
-    # Conv1D keeps its weight as [in, out]; a Linear says so itself, also where its weight is packed.
-    return projection.weight.shape[0] if isinstance(projection, Conv1D) else projection.in_features
+def _own(module: nn.Module, names: tuple[str, ...]) -> int | None:
+    """The first of these attributes of a module that is an int."""
+    values = (getattr(module, name, None) for name in names)
+    return next((v for v in values if isinstance(v, int) and not isinstance(v, bool)), None)
+
+
+def _key_values(attention: nn.Module, heads: int) -> int:
+    """Number of a layer's key/value heads: as many as query heads, where the attention knows no groups of them."""
+    groups, own = _own(attention, ("num_key_value_groups",)), _own(attention, ("num_key_value_heads", "num_kv_heads"))
+    return heads // groups if groups else own or heads
 
 
 def _refuse_dishonest(model: PreTrainedModel, heads: Heads) -> None:
     """Raise UnsupportedModel where a hook on the projection would not fire once a forward, for one layer."""
+    if not heads.layers:
+        raise UnsupportedModel(f"{_kind(model)} has no attention heads: none of its layers has an attention")
     projections = [layer.projection for layer in heads.layers]
     if len(set(projections)) < len(projections):
         raise UnsupportedModel(f"{_kind(model)} shares one projection among its layers: no layer's head stands alone")

@@ -16,6 +16,7 @@ from ablation.heads import Heads, Layer, find_heads
 from ablation.imputation import Imputation, as_imputation
 
 ALL_ROWS = slice(None)
+NOT_CALLED = object()
 
 
 class Edit(NamedTuple):
@@ -39,8 +40,8 @@ class Fired(NamedTuple):
 class Receipt:
     """What the hook did in one forward.
 
-    calls: how often each layer's projection was called, [layers]. fired: for each layer with edits, one `Fired` an
-    edit, in their order.
+    calls: how often each layer's projection was called, [layers]; 0 in a layer without heads. fired: for each layer
+    with edits, one `Fired` an edit, in their order.
     """
 
     def __init__(self, layers: int) -> None:
@@ -59,9 +60,9 @@ class HeadAblation:
         logits = model(input_ids).logits
         ablation.clear()
 
-    It holds one forward pre-hook on each layer's attention output projection, and two hooks on the decoder that
-    start and check the receipt. It never writes into a tensor that it is given. On leaving, by whatever way, these
-    hooks are gone and everything else is as it was. It can be entered again.
+    It holds one forward pre-hook on each attention output projection, two hooks on the decoder that start and check
+    the receipt, and one on the model that notes its mask. It never writes into a tensor that it is given. On leaving,
+    by whatever way, these hooks are gone and everything else is as it was. It can be entered again.
 
     edits: its state, {layer: edits}; empty when unset. receipt: what it did in the last forward.
 
@@ -71,10 +72,11 @@ class HeadAblation:
     def __init__(self, model: PreTrainedModel) -> None:
         self.heads: Heads = find_heads(model)
         self.edits: Mapping[int, tuple[Edit, ...]] = {}
-        self.receipt = Receipt(len(self.heads.layers))
+        self.receipt = Receipt(self.heads.depth)
         self._installed: ExitStack | None = None
         self._mask: Tensor | None = None
-        self._arguments = list(inspect.signature(self.heads.decoder.forward).parameters)
+        self._given: object = NOT_CALLED
+        self._model = model
 
     def __enter__(self) -> Self:
         """Install the hooks. Raises InvalidAblation if the model already carries an ablation."""
@@ -82,6 +84,7 @@ class HeadAblation:
         if any(isinstance(getattr(h, "__self__", None), HeadAblation) for h in decoder._forward_pre_hooks.values()):
             raise InvalidAblation("the model already carries an ablation: leave it first, or set all heads on that one")
         with ExitStack() as hooks:
+            hooks.callback(self._model.register_forward_pre_hook(self._note, with_kwargs=True).remove)
             hooks.callback(decoder.register_forward_pre_hook(self._start, with_kwargs=True).remove)
             for layer in layers:
                 replace = partial(self._replace, layer)
@@ -114,17 +117,24 @@ class HeadAblation:
         self.edits = {}
         self._mask = None
 
+    def _note(self, model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        """Before the model runs: the mask it was given, from which a model of several parts makes the decoder's."""
+        self._given = _arguments(model, args, kwargs).get("attention_mask")
+
     def _start(self, decoder: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         """Before the decoder runs: a new receipt, and the padding mask that a mean has to respect."""
-        self.receipt = Receipt(len(self.heads.layers))
+        self.receipt = Receipt(self.heads.depth)
         self._mask = None
+        noted, self._given = self._given, NOT_CALLED
         if all(edit.imputation.pointwise for edits in self.edits.values() for edit in edits):
             return
-        given = dict(zip(self._arguments, args, strict=False)) | kwargs
+        given = _arguments(decoder, args, kwargs)
         past = given.get("past_key_values")
         if past is not None and past.get_seq_length() > 0:
             raise InvalidAblation("this imputation needs the whole sequence in one forward: pass use_cache=False")
         mask = given.get("attention_mask")
+        if isinstance(mask, dict):  # made of it, one for each kind of layer
+            mask = noted
         if mask is not None and (not isinstance(mask, Tensor) or mask.ndim != 2):
             raise InvalidAblation("this imputation needs an attention mask of [rows, tokens] to leave out the padding")
         self._mask = mask
@@ -152,8 +162,13 @@ class HeadAblation:
         """After the decoder ran: each edited projection was called exactly once, or the result is not an ablation."""
         for index in self.edits:
             if self.receipt.calls[index] != 1:
-                name, calls = self.heads.layers[index].name, self.receipt.calls[index]
+                name, calls = self.heads.layer(index).name, self.receipt.calls[index]
                 raise InvalidReceipt(f"{name} was called {calls} times in one forward, not once: no head was ablated")
+
+
+def _arguments(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> dict[str, Any]:
+    """The arguments of a module's forward by name."""
+    return dict(zip(inspect.signature(module.forward).parameters, args, strict=False)) | kwargs
 
 
 def replaced(z: Tensor, layer: Layer, edits: Iterable[Edit], mask: Tensor | None) -> tuple[Tensor, list[Fired]]:

@@ -18,7 +18,7 @@ import torch
 from huggingface_hub import HfApi, try_to_load_from_cache
 from huggingface_hub.errors import HFValidationError, RepositoryNotFoundError
 from platformdirs import user_cache_path
-from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
+from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
 
 from ablation.errors import InvalidPrompt, ModelUnavailable
 
@@ -51,11 +51,15 @@ class Loaded:
 
 @dataclass(frozen=True)
 class Known:
-    """A model that goes by a name. locate: cheap, raises ModelUnavailable where `load` would, without a download."""
+    """A model that goes by a name. locate: cheap, raises ModelUnavailable where `load` would, without a download.
+
+    source: where its configuration is, a path or a hub id; raises ModelUnavailable.
+    """
 
     question: Question
     locate: Callable[[], Any]
     load: Callable[[bool], Loaded]
+    source: Callable[[], str]
 
 
 def load(name: str, *, download: bool = True) -> Loaded:
@@ -66,13 +70,17 @@ def load(name: str, *, download: bool = True) -> Loaded:
     """
     if name in KNOWN:
         return KNOWN[name].load(download)
-    known, _, folder = name.partition("=")
-    if folder and known in KNOWN:
-        return _from_path(Path(folder), name=known)
-    path = Path(name).expanduser()
-    if path.exists() or path.is_absolute() or name.startswith((".", "~")) or path.suffix == ".gguf":
-        return _from_path(path, name=path.name)
-    return _from_hub(name, download)
+    loaded: Loaded = _find(name, download)
+    return loaded
+
+
+def architecture(name: str) -> PreTrainedModel:
+    """The model of that name without its weights, on the meta device, from its configuration alone.
+
+    Raises ModelUnavailable, as `load` does.
+    """
+    model: PreTrainedModel = _find(KNOWN[name].source() if name in KNOWN else name, True, _configured)
+    return model
 
 
 def question(name: str) -> Question | None:
@@ -125,38 +133,7 @@ def _says(tokenizer: PreTrainedTokenizerBase, ids: list[int], text: str) -> bool
     return one == other
 
 
-# ---- where weights come from
-
-
-def _from_path(path: Path, name: str) -> Loaded:
-    if path.suffix == ".gguf" and path.is_file():
-        return _pretrained(name, str(path.parent), **_gguf(path), local_files_only=True)
-    if (path / "config.json").is_file():
-        return _pretrained(name, str(path), local_files_only=True)
-    problem = "has no config.json" if path.is_dir() else "is not a .gguf file" if path.exists() else "does not exist"
-    raise ModelUnavailable(f"cannot load a model from {path}: it {problem}")
-
-
-def _from_hub(name: str, download: bool, given: str | None = None) -> Loaded:
-    try:
-        return _pretrained(name, given or name, local_files_only=True)
-    except ModelUnavailable as error:
-        if not isinstance(error.__cause__, OSError | HFValidationError):
-            raise
-    reason = "not on this machine"
-    if download:
-        try:
-            HfApi().model_info(given or name, timeout=10)  # fails at once where from_pretrained would try for long
-            return _pretrained(name, given or name)
-        except (RepositoryNotFoundError, HFValidationError):
-            reason = "not on the hub under this name"
-        except ModelUnavailable:
-            raise
-        except Exception as error:  # whatever the network does
-            reason = f"not on this machine, and the hub cannot be reached ({_first_line(error)})"
-    raise ModelUnavailable(
-        f"no model {name!r}: it is {reason}. Use {', '.join(KNOWN)}, a folder, a .gguf file or a hub id."
-    )
+# ---- where models come from; `read` is _pretrained or _configured
 
 
 def _pretrained(name: str, source: str, **kwargs: Any) -> Loaded:
@@ -181,6 +158,59 @@ def _pretrained(name: str, source: str, **kwargs: Any) -> Loaded:
     return Loaded(name, model.eval(), tokenizer, revision)
 
 
+def _configured(name: str, source: str, **kwargs: Any) -> PreTrainedModel:
+    """What transformers builds of the configuration there, or ModelUnavailable."""
+    where = {key: value for key, value in kwargs.items() if key in ("gguf_file", "local_files_only")}
+    try:
+        config = AutoConfig.from_pretrained(source, trust_remote_code=False, **where)
+        with torch.device("meta"):
+            model: PreTrainedModel = AutoModelForCausalLM.from_config(config).eval()
+    except Exception as error:  # as above
+        raise ModelUnavailable(f"cannot build {name}: {_first_line(error)}") from error
+    return model
+
+
+def _find(name: str, download: bool, read: Callable[..., Any] = _pretrained) -> Any:
+    known, _, folder = name.partition("=")
+    if folder and known in KNOWN:
+        return _from_path(Path(folder), known, read)
+    path = Path(name).expanduser()
+    if path.exists() or path.is_absolute() or name.startswith((".", "~")) or path.suffix == ".gguf":
+        return _from_path(path, path.name, read)
+    return _from_hub(name, download, read)
+
+
+def _from_path(path: Path, name: str, read: Callable[..., Any] = _pretrained) -> Any:
+    if path.suffix == ".gguf" and path.is_file():
+        return read(name, str(path.parent), **_gguf(path), local_files_only=True)
+    if (path / "config.json").is_file():
+        return read(name, str(path), local_files_only=True)
+    problem = "has no config.json" if path.is_dir() else "is not a .gguf file" if path.exists() else "does not exist"
+    raise ModelUnavailable(f"cannot load a model from {path}: it {problem}")
+
+
+def _from_hub(name: str, download: bool, read: Callable[..., Any] = _pretrained, given: str | None = None) -> Any:
+    try:
+        return read(name, given or name, local_files_only=True)
+    except ModelUnavailable as error:
+        if not isinstance(error.__cause__, OSError | HFValidationError):
+            raise
+    reason = "not on this machine"
+    if download:
+        try:
+            HfApi().model_info(given or name, timeout=10)  # fails at once where from_pretrained would try for long
+            return read(name, given or name)
+        except (RepositoryNotFoundError, HFValidationError):
+            reason = "not on the hub under this name"
+        except ModelUnavailable:
+            raise
+        except Exception as error:  # whatever the network does
+            reason = f"not on this machine, and the hub cannot be reached ({_first_line(error)})"
+    raise ModelUnavailable(
+        f"no model {name!r}: it is {reason}. Use {', '.join(KNOWN)}, a folder, a .gguf file or a hub id."
+    )
+
+
 def _first_line(error: Exception) -> str:
     return f"{type(error).__name__}: {error}".strip().splitlines()[0]
 
@@ -188,8 +218,12 @@ def _first_line(error: Exception) -> str:
 # ---- the models with names
 
 
+CAPITALS = Path(__file__).parent / "capitals"
+
+
 def _load_capitals(download: bool) -> Loaded:
-    return _from_path(Path(__file__).parent / "capitals", "capitals")
+    loaded: Loaded = _from_path(CAPITALS, "capitals")
+    return loaded
 
 
 def _gguf(path: Path) -> dict[str, Any]:
@@ -223,7 +257,7 @@ def _load_smollm2(download: bool) -> Loaded:
     cache = user_cache_path("head-ablation")
     folder = cache / f"smollm2-{_sha256(gguf)[:16]}-{versions}"
     if not _is_intact(folder):
-        loaded = _from_path(gguf, "smollm2")
+        loaded: Loaded = _from_path(gguf, "smollm2")
         if hasattr(loaded.model.config, "quantization_config"):
             del loaded.model.config.quantization_config
         cache.mkdir(parents=True, exist_ok=True)
@@ -236,7 +270,8 @@ def _load_smollm2(download: bool) -> Loaded:
             sums = {file.name: _sha256(file) for file in sorted(draft.iterdir())}
             (draft / SUMS).write_text(json.dumps(sums, indent=2))
             draft.rename(folder)
-    return _from_path(folder, "smollm2")
+    cached: Loaded = _from_path(folder, "smollm2")
+    return cached
 
 
 SUMS = "sha256.json"
@@ -257,7 +292,8 @@ def _sha256(path: Path) -> str:
 
 
 def _load_gpt2(download: bool) -> Loaded:
-    return _from_hub("gpt2", download, given=GPT2)
+    loaded: Loaded = _from_hub("gpt2", download, given=GPT2)
+    return loaded
 
 
 def _locate_gpt2() -> None:
@@ -271,7 +307,12 @@ GPT2 = "openai-community/gpt2"
 _GERMANY = Question("Berlin is the capital of", " Germany", " France")
 
 KNOWN: dict[str, Known] = {
-    "capitals": Known(_GERMANY, lambda: None, _load_capitals),
-    "smollm2": Known(Question("The capital of Germany is", " Berlin", " Paris"), _locate_smollm2, _load_smollm2),
-    "gpt2": Known(_GERMANY, _locate_gpt2, _load_gpt2),
+    "capitals": Known(_GERMANY, lambda: None, _load_capitals, lambda: str(CAPITALS)),
+    "smollm2": Known(
+        Question("The capital of Germany is", " Berlin", " Paris"),
+        _locate_smollm2,
+        _load_smollm2,
+        lambda: str(_locate_smollm2()),
+    ),
+    "gpt2": Known(_GERMANY, _locate_gpt2, _load_gpt2, lambda: GPT2),
 }

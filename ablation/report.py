@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
 
+from ablation.heads import Heads
 from ablation.sweep import Sweep
 
 Decode = Callable[[int], str]
@@ -23,9 +24,13 @@ class Trend(NamedTuple):
 
 
 def trend(head_mean: NDArray[np.float64]) -> Trend:
-    """The trend of head means [layer, head] with depth. No slope where there is one layer; nothing explained then."""
-    layers = np.repeat(np.arange(len(head_mean)), head_mean.shape[1]).astype(float)
-    x, y = layers - layers.mean(), head_mean.ravel() - head_mean.mean()
+    """The trend of head means [layer, head] with depth; NaN where there is no head.
+
+    No slope where one layer has heads; nothing explained then.
+    """
+    layers, _ = np.nonzero(np.isfinite(head_mean))
+    means = head_mean[np.isfinite(head_mean)]
+    x, y = layers - layers.mean(), means - means.mean()
     slope = float(x @ y / (x @ x)) if x.any() else 0.0
     explained = slope**2 * (x @ x) / (y @ y) if y.any() else 0.0
     return Trend(slope, slope * (len(head_mean) - 1), float(explained))
@@ -36,14 +41,15 @@ def flips(sweep: Sweep, imputation: str) -> list[tuple[int, int, int]]:
     index = sweep.imputations.index(imputation)
     return [
         (int(layer), int(head), int(sweep.argmax[index, layer, head]))
-        for layer, head in np.argwhere(~sweep.kept[index])
+        for layer, head in np.argwhere(sweep.flipped[index])
     ]
 
 
 def findings(sweep: Sweep, decode: Decode, strongest: int = 3) -> dict[str, Any]:
     """Everything the report says, as values that JSON can hold. Changes of probability are in [-1, 1]."""
     target, control = int(sweep.watched[0]), int(sweep.watched[-1])
-    heads = sweep.kept[0].size
+    present = sweep.present
+    means = sweep.head_mean[present]
     found: dict[str, Any] = {
         "clean": {
             "prediction": decode(sweep.clean_argmax),
@@ -51,19 +57,21 @@ def findings(sweep: Sweep, decode: Decode, strongest: int = 3) -> dict[str, Any]
             "target": {"token": decode(target), "probability": float(sweep.clean_probability[0])},
             "control": {"token": decode(control), "probability": float(sweep.clean_probability[-1])},
         },
-        "heads": heads,
+        "heads": int(present.sum()),
+        "layers": len(present),
+        "layers_without_heads": [int(layer) for layer in np.flatnonzero(~present.any(axis=1))],
         "imputations": {},
         "head_means": {
-            "mean": float(sweep.head_mean.mean()),
-            "std": float(sweep.head_mean.std()),
-            "min": float(sweep.head_mean.min()),
-            "max": float(sweep.head_mean.max()),
+            "mean": float(means.mean()),
+            "std": float(means.std()),
+            "min": float(means.min()),
+            "max": float(means.max()),
             **{f"trend_{name}": value for name, value in trend(sweep.head_mean)._asdict().items()},
         },
     }
     for index, name in enumerate(sweep.imputations):
         change = sweep.probability_change[0, index]
-        order = np.argsort(change, axis=None)
+        order = np.argsort(change, axis=None)[: present.sum()]  # NaN comes last: there is no such head
         found["imputations"][name] = {
             "kept": int(sweep.kept[index].sum()),
             "flips": [
@@ -90,15 +98,17 @@ def findings(sweep: Sweep, decode: Decode, strongest: int = 3) -> dict[str, Any]
 def agreement(sweep: Sweep) -> dict[str, Any]:
     """How far mean and zero imputation agree: the largest difference of the target's change, and their correlation."""
     zero, mean = (sweep.probability_change[0, sweep.imputations.index(name)] for name in ("zero", "mean"))
+    largest = _cell(mean - zero, _largest(mean - zero))
+    zero, mean = zero[sweep.present], mean[sweep.present]
     both_vary = zero.std() > 0 and mean.std() > 0
     return {
-        "largest_difference": _cell(mean - zero, _largest(mean - zero)),
-        "correlation": float(np.corrcoef(zero.ravel(), mean.ravel())[0, 1]) if both_vary else None,
+        "largest_difference": largest,
+        "correlation": float(np.corrcoef(zero, mean)[0, 1]) if both_vary else None,
     }
 
 
 def _largest(change: NDArray[np.float64]) -> int:
-    return int(np.abs(change).argmax())
+    return int(np.nanargmax(np.abs(change)))
 
 
 def _cell(change: NDArray[np.float64], index: int) -> dict[str, Any]:
@@ -128,6 +138,9 @@ def render(found: dict[str, Any]) -> str:
             "",
             f"mean - zero at most {_change(far)} on the target" + ("" if r is None else f"; correlation {r:.3f}"),
         ]
+    if found["layers_without_heads"]:
+        without, of_all = ", ".join(map(str, found["layers_without_heads"])), found["layers"]
+        lines += ["", f"no attention heads in {len(found['layers_without_heads'])} of {of_all} layers: {without}"]
     lines += [
         "",
         f"head means {means['mean']:+.3f} on average, std {means['std']:.3f}, "
@@ -148,3 +161,49 @@ def _at(cell: dict[str, Any]) -> str:
 def _change(cell: dict[str, Any]) -> str:
     points = 100 * cell["change"]
     return f"{_at(cell)} {points:+.2f} pp" if abs(points) >= 0.005 else f"{_at(cell)} {points:+.0e} pp"
+
+
+def head_map(heads: Heads) -> dict[str, Any]:
+    """Where the heads of a model are, as values that JSON can hold; `projection` is null in a layer without heads."""
+    by_index = {layer.index: layer for layer in heads.layers}
+    rows = []
+    for index in range(heads.depth):
+        layer = by_index.get(index)
+        rows.append(
+            {
+                "layer": index,
+                "heads": layer.heads if layer else 0,
+                "key_value_heads": layer.key_value_heads if layer else 0,
+                "width": layer.width if layer else 0,
+                "projection": layer.name if layer else None,
+                "type": type(layer.projection).__name__ if layer else None,
+            }
+        )
+    return {"heads": len(list(heads)), "layers": rows}
+
+
+def render_head_map(found: dict[str, Any]) -> str:
+    """The map as a table, with one line for all layers that are alike."""
+    alike: dict[tuple[str, ...], list[int]] = {}
+    for row in found["layers"]:
+        if row["heads"]:
+            name = row["projection"].replace(f".{row['layer']}.", ".{layer}.", 1)
+            key = (*(str(row[k]) for k in ("heads", "key_value_heads", "width")), f"{name} ({row['type']})")
+        else:
+            key = ("none", "", "", "")
+        alike.setdefault(key, []).append(row["layer"])
+    lines: list[tuple[str, ...]] = [("layers", "heads", "key/value", "width", "projection")]
+    lines += [(_ranges(layers), *key) for key, layers in alike.items()]
+    widths = [max(map(len, column)) for column in zip(*lines, strict=True)]
+    return "\n".join("  ".join(f"{word:{w}}" for word, w in zip(line, widths, strict=True)).rstrip() for line in lines)
+
+
+def _ranges(numbers: Sequence[int]) -> str:
+    """0, 1, 2, 5 as "0-2, 5"; numbers in rising order."""
+    runs: list[list[int]] = []
+    for number in numbers:
+        if runs and number == runs[-1][-1] + 1:
+            runs[-1].append(number)
+        else:
+            runs.append([number])
+    return ", ".join(f"{run[0]}-{run[-1]}" if len(run) > 1 else str(run[0]) for run in runs)

@@ -21,7 +21,14 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from ablation import provenance
-from ablation.errors import AblationError, InvalidAblation, InvalidPrompt, InvalidReceipt, NonFiniteLogits
+from ablation.errors import (
+    AblationError,
+    InvalidAblation,
+    InvalidPrompt,
+    InvalidReceipt,
+    NonFiniteLogits,
+    UnsupportedModel,
+)
 from ablation.heads import Heads, Layer, find_heads
 from ablation.hook import Edit, Fired, HeadAblation
 from ablation.imputation import IMPUTATIONS, Imputation, as_imputation
@@ -35,7 +42,8 @@ class Sweep:
     """What each ablation did. L layers, H heads, I imputations, W watched tokens; all floats are float64.
 
     Probabilities are in [0, 1], log-probabilities in nats, margins (top-1 logit - top-2 logit) in logits, all at the
-    prompt's last token. Of equal logits the lowest token id is the argmax.
+    prompt's last token. Of equal logits the lowest token id is the argmax. L counts all decoder layers, H is the
+    largest number of heads: where a layer has fewer, or none, floats are NaN and integers -1.
     """
 
     imputations: tuple[str, ...]
@@ -68,9 +76,21 @@ class Sweep:
     """What the sweep was made with; values that JSON can hold."""
 
     @property
+    def present(self) -> NDArray[np.bool_]:
+        """[L, H] whether there is such a head."""
+        there: NDArray[np.bool_] = self.argmax[0] >= 0
+        return there
+
+    @property
     def kept(self) -> NDArray[np.bool_]:
-        """[I, L, H] whether the argmax is that of the clean run."""
+        """[I, L, H] whether the argmax is that of the clean run; False where there is no head."""
         return np.equal(self.argmax, self.clean_argmax)
+
+    @property
+    def flipped(self) -> NDArray[np.bool_]:
+        """[I, L, H] whether the argmax is another than in the clean run; False where there is no head."""
+        flipped: NDArray[np.bool_] = self.present & ~self.kept
+        return flipped
 
     def save(self, folder: Path) -> None:
         """Write sweep.npz (the arrays) and sweep.json (the rest) into an existing folder. Raises OSError."""
@@ -171,7 +191,7 @@ def sweep_sequential(
 
 
 class _Clean(NamedTuple):
-    """The clean run: last-token logits [vocabulary], head means [layer, head]."""
+    """The clean run: last-token logits [vocabulary], head means [layer, head], NaN where there is no head."""
 
     logits: Tensor
     head_mean: NDArray[np.float64]
@@ -217,9 +237,9 @@ class _Run:
             for head in range(layer.heads)
         ]
 
-    def forward(self, **how: Any) -> Tensor:
+    def forward(self, rows: int = 1, **how: Any) -> Tensor:
         """Logits of the last token, [rows, vocabulary]."""
-        ids = torch.tensor([self.token_ids], device=self.embedding.device)
+        ids = torch.tensor([self.token_ids] * rows, device=self.embedding.device)
         logits: Tensor = self.model(ids, use_cache=False, **how).logits
         return logits[:, -1]
 
@@ -228,7 +248,12 @@ class _Run:
         seen: dict[int, list[NDArray[np.float64]]] = {layer.index: [] for layer in self.heads.layers}
 
         def look(layer: Layer, projection: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-            (z,) = args or kwargs.values()  # [1, tokens, heads * width]
+            (z, *_) = args or kwargs.values()
+            if z.shape != (1, len(self.token_ids), layer.heads * layer.width):
+                raise UnsupportedModel(
+                    f"{layer.name} was given {tuple(z.shape)}, not [1, {len(self.token_ids)} tokens, "
+                    f"{layer.heads * layer.width} channels]"
+                )
             per_head = z.double().unflatten(-1, (layer.heads, layer.width))
             seen[layer.index].append(per_head.mean(dim=(0, 1, 3)).cpu().numpy())
 
@@ -242,7 +267,10 @@ class _Run:
                 raise InvalidReceipt(f"{layer.name} was called {len(seen[layer.index])} times in a forward, not once")
         if not logits.isfinite().all():
             raise NonFiniteLogits("the model's clean logits are not finite")
-        return _Clean(logits, np.stack([mean for (mean,) in seen.values()]))
+        head_mean = np.full(self.heads.shape, np.nan)
+        for layer in self.heads.layers:
+            head_mean[layer.index, : layer.heads] = seen[layer.index][0]
+        return _Clean(logits, head_mean)
 
     def sequential(self, progress: Progress | None) -> Generator[Row]:
         """One forward for each cell."""
@@ -269,7 +297,7 @@ class _Run:
             {"logits_to_keep": 1} if "logits_to_keep" in inspect.signature(self.model.forward).parameters else {}
         )
         with HeadAblation(self.model) as hook:
-            for number, cells in enumerate(passes):
+            for cells in passes:
                 edits: dict[int, tuple[Edit, ...]] = {}
                 rows = 1  # the clean one
                 for layer, group in groupby(cells, key=lambda cell: cell.layer):
@@ -279,25 +307,30 @@ class _Run:
                 hook.edits = edits
                 with ExitStack() as growth:
                     for layer in self.heads.layers:
-                        grow = partial(_grow, len(edits.get(layer.index, ())), step)
+                        grow = partial(_grow, edits.get(layer.index, ()), step)
                         growth.callback(layer.block.register_forward_pre_hook(grow, with_kwargs=True).remove)
                     logits = self.forward(**last_only)  # [rows, vocabulary]
                 receipt = hook.receipt
-                if number == 0:
-                    self._agree(hook, clean, cells[0], logits)
+                self._agree(hook, clean, cells, logits)
                 fired = [f for layer in sorted(receipt.fired) for f in receipt.fired[layer]]
                 for cell, row, f in zip(cells, logits[1:], fired, strict=True):
                     yield Row(cell, row, receipt.calls[cell.layer], f)
 
-    def _agree(self, hook: HeadAblation, clean: _Clean, first: Ablation, logits: Tensor) -> None:
-        """Raise unless the clean row and the first ablated one are, up to rounding, what they are alone."""
-        hook.edits = {first.layer: (Edit(first.head, self.imputations[first.imputation]),)}
-        (ablated,) = self.forward()
+    def _agree(self, hook: HeadAblation, clean: _Clean, cells: Sequence[Ablation], logits: Tensor) -> None:
+        """Raise unless rows of a pass are, up to rounding, what they are in a batch that does not grow.
+
+        These are the clean row, which was computed alone, and of each layer the row that was added last.
+        """
+        last = {cell.layer: row for row, cell in enumerate(cells, start=1)}
+        hook.edits = {
+            layer: (Edit(cells[row - 1].head, self.imputations[cells[row - 1].imputation], slice(i, i + 1)),)
+            for i, (layer, row) in enumerate(last.items())
+        }
+        expected = torch.cat([clean.logits[None], self.forward(len(last))])
+        apart = (logits[[0, *last.values()]] - expected).abs().max()
         # Half of the digits: far above rounding, far below what a row that has seen other rows looks like.
-        atol = torch.finfo(logits.dtype).eps ** 0.5 * clean.logits.abs().max()
-        for row, alone in zip(logits[:2], (clean.logits, ablated), strict=True):
-            if not (row - alone).abs().max() <= atol:
-                raise _Disagreement(f"a row differs from the same forward alone by {(row - alone).abs().max():.2g}")
+        if not apart <= torch.finfo(logits.dtype).eps ** 0.5 * clean.logits.abs().max():
+            raise _Disagreement(f"a row differs from the same forward without growth by {apart:.2g}")
 
     def affordable_rows(self) -> int:
         """Rows whose activations fit in ROW_BUDGET_BYTES: a layer's widest tensors, and float64 logits."""
@@ -326,7 +359,7 @@ class _Run:
                 argmax[cell], margin[cell] = after.argmax, after.margin
                 calls[cell], (replaced[cell], changed[cell]) = called, fired
         for cell in self.cells:
-            elements = len(self.token_ids) * self.heads.layers[cell.layer].width
+            elements = len(self.token_ids) * self.heads.layer(cell.layer).width
             if calls[cell] != 1 or replaced[cell] != elements:
                 raise InvalidReceipt(
                     f"{self._name(cell)}: {calls[cell]} calls, {replaced[cell]} of {elements} elements replaced"
@@ -366,19 +399,21 @@ def _token_id(token: Any) -> int:
 
 
 def _grow(
-    copies: int, step: Callable[[], None], block: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]
+    edits: Sequence[Edit], step: Callable[[], None], block: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]
 ) -> tuple[tuple[Any, ...], dict[str, Any]]:
-    """Before a decoder layer runs: append copies of the batch's first row, the clean one."""
+    """Before a decoder layer runs: append a copy of the batch's first row, the clean one, for each of its edits."""
     step()
     if args:
         hidden, *rest = args
-        return (_with_copies(hidden, copies), *rest), kwargs
-    return (), kwargs | {"hidden_states": _with_copies(kwargs["hidden_states"], copies)}
+        return (_with_copies(hidden, edits), *rest), kwargs
+    return (), kwargs | {"hidden_states": _with_copies(kwargs["hidden_states"], edits)}
 
 
-def _with_copies(hidden: Tensor, copies: int) -> Tensor:
-    """[rows, tokens, channels] -> [rows + copies, tokens, channels]"""
-    return torch.cat([hidden, hidden[:1].expand(copies, -1, -1)])
+def _with_copies(hidden: Tensor, edits: Sequence[Edit]) -> Tensor:
+    """[rows, tokens, ...] -> [rows + edits, tokens, ...]"""
+    if edits and len(hidden) != edits[0].rows.start:  # the rows are not its first dimension
+        raise _Disagreement(f"a layer was given {len(hidden)} rows, not {edits[0].rows.start}")
+    return torch.cat([hidden, hidden[:1].expand(len(edits), *hidden.shape[1:])])
 
 
 def _most_probable(watch: Sequence[int | None], logits: Tensor) -> list[int]:

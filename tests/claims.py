@@ -27,7 +27,7 @@ def clean_prediction(claim: Mapping[str, Any], sweep: Sweep, decode: Decode) -> 
 
 def argmax_robustness(claim: Mapping[str, Any], sweep: Sweep, decode: Decode) -> None:
     turned = flips(sweep, claim["imputation"])
-    heads = sweep.kept[0].size
+    heads = int(sweep.present.sum())
     kept = heads - len(turned)
     where = ", ".join(f"L{layer}H{head} to {decode(token)!r}" for layer, head, token in turned) or "none flips"
     assert heads == claim["of"], f"{heads} heads were ablated"
@@ -39,25 +39,27 @@ def argmax_robustness(claim: Mapping[str, Any], sweep: Sweep, decode: Decode) ->
 
 
 def target_sensitivity(claim: Mapping[str, Any], sweep: Sweep, decode: Decode) -> None:
-    for name, change in zip(sweep.imputations, 100 * sweep.probability_change[0], strict=True):
+    for name, change in zip(sweep.imputations, 100 * sweep.probability_change[0][:, sweep.present], strict=True):
         low, high = change.min(), change.max()
         found = f"{name}: from {low:+.2f} to {high:+.2f} pp"
         assert low < 0 < high and high - low >= claim["range_at_least_pp"], found
 
 
 def control_stability(claim: Mapping[str, Any], sweep: Sweep, decode: Decode) -> None:
-    worst = 100 * np.abs(sweep.probability_change[1]).max()
+    worst = 100 * np.abs(sweep.probability_change[1][:, sweep.present]).max()
     assert worst <= claim["at_most_pp"], f"the control changes by up to {worst:.2f} pp"
 
 
 def zero_mean_agreement(claim: Mapping[str, Any], sweep: Sweep, decode: Decode) -> None:
     zero, mean = (sweep.imputations.index(name) for name in ("zero", "mean"))
-    worst = 100 * np.abs(sweep.probability_change[:, mean] - sweep.probability_change[:, zero]).max()
+    apart = sweep.probability_change[:, mean] - sweep.probability_change[:, zero]
+    worst = 100 * np.abs(apart[:, sweep.present]).max()
     assert worst <= claim["at_most_pp"], f"mean - zero is up to {worst:.2f} pp"
 
 
 def head_means(claim: Mapping[str, Any], sweep: Sweep, decode: Decode) -> None:
-    average, size, spread = sweep.head_mean.mean(), np.median(np.abs(sweep.head_mean)), sweep.head_mean.std()
+    means = sweep.head_mean[sweep.present]
+    average, size, spread = means.mean(), np.median(np.abs(means)), means.std()
     drift = trend(sweep.head_mean).drift
     assert size <= claim["size_at_most"], f"the median size of a head's mean is {size:.3f}"
     assert abs(average) <= claim["size_at_most"], f"head means are {average:+.3f} on average"

@@ -42,7 +42,7 @@ def robustness(sweep: Sweep, noise: float) -> dict[str, Any]:
         "argmax": np.where(decided, sweep.argmax, -1),
         "margin": sweep.margin,
         "kept": (sweep.kept & decided).sum(axis=(1, 2)),  # [imputation]
-        "near_ties": (~decided).sum(axis=(1, 2)),  # [imputation]
+        "near_ties": (sweep.present & ~decided).sum(axis=(1, 2)),  # [imputation]
     }
 
 

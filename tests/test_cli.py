@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 import subprocess
 import sys
 from collections.abc import Callable
@@ -10,8 +11,9 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from transformers import MambaConfig, PretrainedConfig
 
-from ablation import experiment, figures
+from ablation import experiment, figures, report
 from ablation.cli import main
 from ablation.sweep import Sweep
 from tests.test_models import Hub, folder, hub  # noqa: F401 (fixtures)
@@ -159,11 +161,64 @@ def test_what_stood_in_the_folder_before_is_kept_when_the_next_sweep_fails(run: 
     assert {path: path.read_bytes() for path in Path("out").iterdir()} == before
 
 
-def test_help_answers_without_importing_torch() -> None:
-    code = "import sys, ablation.cli as c\ntry: c.main(['sweep', '--help'])\nfinally: assert 'torch' not in sys.modules"
+def test_heads_shows_the_map_of_a_model_without_its_weights(
+    folder: Path,  # noqa: F811
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    (folder / "model.safetensors").unlink()
+    assert main(["heads", str(folder)]) == 0
+    out = capsys.readouterr().out
+    assert "GPT2LMHeadModel, 6 heads in 2 layers" in out
+    assert re.search(r"0-1 +3 +3 +\d+ +transformer\.h\.\{layer\}\.attn\.c_proj \(Conv1D\)", out)
+
+
+def test_heads_gives_the_map_layer_by_layer_as_json(capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["heads", "capitals", "--json"]) == 0
+    found = json.loads(capsys.readouterr().out)
+    assert (found["model"], found["architecture"], found["heads"]) == ("capitals", "GPT2LMHeadModel", 144)
+    assert found["layers"][3] == {
+        "layer": 3,
+        "heads": 12,
+        "key_value_heads": 12,
+        "width": 8,
+        "projection": "transformer.h.3.attn.c_proj",
+        "type": "Conv1D",
+    }
+
+
+@pytest.mark.parametrize(
+    ("config", "reason"),
+    [
+        (MambaConfig(num_hidden_layers=2), "MambaForCausalLM has no attention heads"),
+        (None, "cannot load a model from model: it does not exist"),
+    ],
+)
+def test_heads_of_a_model_that_is_refused_are_one_line_and_status_2(
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+    config: PretrainedConfig | None,
+    reason: str,
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    if config is not None:
+        config.save_pretrained("model")
+    assert main(["heads", "./model"]) == 2
+    out, err = capsys.readouterr()
+    assert out == "" and err.startswith("ablation: ") and reason in err and err.count("\n") == 1
+
+
+def test_layers_that_are_alike_are_shown_in_runs() -> None:
+    assert report._ranges([0, 1, 2, 4, 6, 7]) == "0-2, 4, 6-7"
+
+
+@pytest.mark.parametrize("command", ["sweep", "heads"])
+def test_help_answers_without_importing_torch(command: str) -> None:
+    code = f"import sys, ablation.cli as c\ntry: c.main(['{command}', '--help'])\n"
+    code += "finally: assert 'torch' not in sys.modules"
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
-    assert "--model" in done.stdout and "examples:" in done.stdout
+    assert "model" in done.stdout and ("examples:" in done.stdout) == (command == "sweep")
 
 
 def test_it_runs_as_a_module() -> None:

@@ -9,11 +9,13 @@ import shlex
 from pathlib import Path
 
 import pytest
+from transformers import Qwen3NextConfig
 
 from ablation.checks import CHECKS
 from ablation.cli import main
 from ablation.errors import ModelUnavailable
 from ablation.models import KNOWN
+from tests.families import tiny
 
 README = (Path(__file__).parent.parent / "README.md").read_text(encoding="utf-8")
 
@@ -30,6 +32,17 @@ def test_the_sweep_it_shows_is_the_sweep_it_prints(
     assert main(shlex.split(shown[0])[1:]) == 0
     printed, _, _ = capsys.readouterr().out.rpartition("\nArrays")
     assert printed.strip() == shown[1].strip()
+
+
+def test_the_map_of_heads_it_shows_is_the_one_it_prints(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (shown,) = re.findall(r"\$ python -m (ablation heads .*)\n((?:.*\n)+?)```", README)
+    arguments = shlex.split(shown[0])[1:]
+    monkeypatch.chdir(tmp_path)
+    tiny(Qwen3NextConfig).save_pretrained(arguments[-1])
+    assert main(arguments) == 0
+    assert capsys.readouterr().out.strip() == shown[1].strip()
 
 
 def test_the_python_it_shows_prints_what_it_says() -> None:

@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 import torch
-from transformers import AutoModelForCausalLM, BloomConfig, PreTrainedModel
+from transformers import AutoModelForCausalLM, BloomConfig, Lfm2Config, PreTrainedModel
 
 from ablation.checks.decoders import Decoder
 from ablation.checks.observe import assert_as_it_was, state
@@ -47,6 +47,12 @@ def compiled() -> PreTrainedModel:
     model = gpt2()
     model.transformer.h[1].compile(backend="eager")
     return model
+
+
+def hybrid() -> PreTrainedModel:
+    shape = dict(hidden_size=8, intermediate_size=16, num_attention_heads=2, num_key_value_heads=1)
+    config = Lfm2Config(vocab_size=41, num_hidden_layers=2, layer_types=["conv", "full_attention"], **shape)
+    return AutoModelForCausalLM.from_config(config).eval()
 
 
 def bypassed() -> PreTrainedModel:
@@ -97,6 +103,7 @@ def swept(**arguments: Any) -> Act:
             gpt2, ablate((0, 1)), NoSuchHead, r"0 is no \(layer, head\) pair.* such as \[\(0, 1\)\]", id="pair"
         ),
         pytest.param(gpt2, ablate([(0,)]), NoSuchHead, r"\(0,\) is no \(layer, head\) pair", id="half a pair"),
+        pytest.param(hybrid, ablate([(0, 1)]), NoSuchHead, "layer 0 has no attention heads", id="layer without heads"),
         pytest.param(gpt2, ablate([(0, 1)], "median"), UnknownImputation, "use one of 'zero', 'mean'", id="imputation"),
         pytest.param(gpt2, swept(imputations=["median"]), UnknownImputation, "'zero', 'mean'", id="imputation, sweep"),
         pytest.param(gpt2, ablate([(0, 1)], None), UnknownImputation, "imputation None", id="no imputation"),

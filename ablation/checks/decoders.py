@@ -91,7 +91,9 @@ def _config(decoder: Decoder) -> PretrainedConfig:
     raise ValueError(f"no family {decoder.family!r}")
 
 
-def randomised(config: PretrainedConfig, seed: int, attention: str = "sdpa", dtype: str = "float32") -> PreTrainedModel:
+def randomised(
+    config: PretrainedConfig, seed: int, attention: str | None = "sdpa", dtype: str = "float32"
+) -> PreTrainedModel:
     """A model with every parameter random, biases and norms too, large enough that every head matters.
 
     Weights are whole numbers / 256, at most 1 in size, from a stream that numpy has frozen: exact in every float type.

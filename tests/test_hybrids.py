@@ -1,0 +1,156 @@
+"""Models some of whose layers have no attention heads, or other numbers of them: what is not there never counts."""
+
+from __future__ import annotations
+
+import json
+from functools import cache
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from matplotlib.figure import Figure
+from torch import Tensor
+from transformers import PreTrainedModel
+
+from ablation import figures, report
+from ablation.checks.cases import close
+from ablation.checks.decoders import Decoder
+from ablation.errors import NoSuchHead
+from ablation.heads import find_heads
+from ablation.hook import HeadAblation
+from ablation.sweep import Sweep, sweep, sweep_sequential
+from tests.families import build, logits
+from tests.test_figures import assert_composed, drawn, texts_of  # noqa: F401 (fixture)
+from tests.test_sweep import ATOL, IDS, assert_equal
+
+# Layer 1 alone has heads: gated attention among linear ones. Layers of 6, 4 and 6 heads.
+HYBRID, RAGGED = "qwen3_next", "inkling_text"
+PRESENT = {HYBRID: [[0] * 4, [1] * 4, [0] * 4], RAGGED: [[1] * 6, [1, 1, 1, 1, 0, 0], [1] * 6]}
+
+
+@cache
+def model_of(family: str) -> PreTrainedModel:
+    return build(family)
+
+
+@cache
+def swept(family: str) -> Sweep:
+    return sweep(model_of(family), IDS)
+
+
+def test_layers_keep_their_index_and_number_of_heads() -> None:
+    hybrid, ragged = find_heads(model_of(HYBRID)), find_heads(model_of(RAGGED))
+    assert (hybrid.shape, ragged.shape) == ((3, 4), (3, 6))
+    assert list(hybrid) == [(1, head) for head in range(4)]
+    assert [(layer.index, layer.heads, layer.key_value_heads, layer.width) for layer in ragged.layers] == [
+        (0, 6, 2, 8),
+        (1, 4, 2, 16),
+        (2, 6, 2, 8),
+    ]
+    assert hybrid.layer(1).name == "model.layers.1.self_attn.o_proj"
+
+
+@pytest.mark.parametrize(
+    ("family", "pair", "reason"),
+    [
+        (HYBRID, (0, 0), "layer 0 has no attention heads"),
+        (HYBRID, (3, 0), "no layer 3: the model has 3 layers, 0 to 2"),
+        (RAGGED, (1, 4), "no head 4: layer 1 has 4 heads, 0 to 3"),
+    ],
+)
+def test_a_head_that_is_not_there_is_refused(family: str, pair: tuple[int, int], reason: str) -> None:
+    with HeadAblation(model_of(family)) as ablation, pytest.raises(NoSuchHead, match=reason):
+        ablation.set([pair])
+
+
+def test_a_layer_without_heads_is_not_waited_for() -> None:
+    model = model_of(HYBRID)
+    with HeadAblation(model) as ablation:
+        ablation.set([(1, 2)])
+        logits(model)
+        assert ablation.receipt.calls == [0, 1, 0]
+        assert list(ablation.receipt.fired) == [1]
+
+
+@pytest.mark.parametrize("family", [HYBRID, RAGGED])
+def test_a_sweep_has_no_values_where_there_is_no_head(family: str) -> None:
+    result, present = swept(family), np.array(PRESENT[family], dtype=bool)
+    assert result.provenance["method"] == "growing batch"
+    assert_equal(result, sweep_sequential(model_of(family), IDS), ATOL["float32"])
+    assert np.array_equal(result.present, present)
+    for name in ("probability_change", "log_probability_change", "margin"):
+        array = getattr(result, name)
+        assert np.isfinite(array[..., present]).all() and np.isnan(array[..., ~present]).all()
+    assert np.array_equal(np.isfinite(result.head_mean), present)
+    for name in ("argmax", "calls", "replaced", "changed"):
+        assert (getattr(result, name)[:, ~present] == -1).all()
+    assert (result.calls[:, present] == 1).all()
+    assert np.array_equal(result.kept | result.flipped, np.stack([present] * 2))
+
+
+@pytest.mark.parametrize("family", [HYBRID, RAGGED])
+def test_saved_and_loaded_it_is_equal(family: str, tmp_path: Path) -> None:
+    swept(family).save(tmp_path)
+    loaded = Sweep.load(tmp_path)
+    assert np.array_equal(loaded.margin, swept(family).margin, equal_nan=True)
+    assert np.array_equal(loaded.present, swept(family).present)
+
+
+@pytest.mark.parametrize("family", [HYBRID, RAGGED])
+def test_the_findings_are_those_of_the_heads_that_there_are(family: str) -> None:
+    result, heads = swept(family), list(find_heads(model_of(family)))
+    found = report.findings(result, str)
+    assert json.loads(json.dumps(found, allow_nan=False)) == found
+    assert found["heads"] == len(heads)
+    assert found["head_means"]["mean"] == pytest.approx(np.mean([result.head_mean[pair] for pair in heads]))
+    for index, of in enumerate(found["imputations"].values()):
+        assert of["kept"] + len(of["flips"]) == len(heads)
+        changes = {pair: result.probability_change[(0, index, *pair)] for pair in heads}
+        for key, best in (("target_raised", max), ("target_lowered", min)):
+            if of[key]:
+                assert of[key][0]["change"] == best(changes.values())
+                assert changes[of[key][0]["layer"], of[key][0]["head"]] == of[key][0]["change"]
+    assert found["layers_without_heads"] == ([0, 2] if family == HYBRID else [])
+    assert ("no attention heads in 2 of 3 layers: 0, 2" in report.render(found)) == (family == HYBRID)
+
+
+def test_figures_say_where_there_is_no_head(tmp_path: Path, drawn: list[Figure]) -> None:  # noqa: F811
+    result = swept(HYBRID)
+    tokens = {int(token): "a" for token in (*result.watched, result.clean_argmax)}
+    paths = figures.draw(result, tmp_path, title="a hybrid", token_texts=tokens)
+    for path, figure in zip(paths, drawn, strict=True):
+        assert_composed(figure)
+        assert ("no heads" in {text.get_text() for text in texts_of(figure)}) == (path.stem != "histograms")
+    assert [patch.get_label() for patch in figures.absent(swept(RAGGED).head_mean)] == ["no such head"]
+
+
+def test_rows_that_are_mixed_up_in_one_layer_only_are_noticed() -> None:
+    """The clean row, the first and the last ablated one are what they should be. So it is with HY-V4."""
+    model = Decoder("gpt2", layers=3, heads=4, width=2).build()
+
+    def mix(_: object, args: object, out: Tensor) -> Tensor:
+        return torch.cat([out[:9], out[9:10].expand(len(out) - 9, -1, -1)]) if len(out) > 9 else out
+
+    handle = model.transformer.h[1].mlp.register_forward_hook(mix)
+    try:
+        with pytest.warns(UserWarning, match="differs from the same forward without growth"):
+            result = sweep(model, IDS)
+        assert_equal(result, sweep_sequential(model, IDS), atol=0)
+    finally:
+        handle.remove()
+
+
+def test_the_padding_that_a_model_of_several_parts_is_told_of_stays_out_of_the_mean() -> None:
+    """Its text decoder is given masks for each kind of layer in its place."""
+    model = build("gemma3")
+    ids = torch.tensor([[3, 17, 4, 29, 5, 11], [3, 17, 4, 29, 0, 0]])
+    mask = torch.tensor([[1] * 6, [1] * 4 + [0] * 2])
+    with HeadAblation(model) as ablation, torch.no_grad():
+        ablation.set([(1, 2)], "mean")
+        padded = model(ids, attention_mask=mask, use_cache=False).logits[1, :4]
+        alone = model(ids[1:, :4], use_cache=False).logits[0]
+        ablation.clear()
+        clean = model(ids[1:, :4], use_cache=False).logits[0]
+    close(padded, alone, "the logits of a row, padded")
+    assert not torch.allclose(alone, clean, atol=1e-3)
