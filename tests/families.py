@@ -181,9 +181,14 @@ def tiny(config_class: type[PretrainedConfig], **special: Any) -> PretrainedConf
     return config_class(**small | special)
 
 
+def config_of(family: str) -> PretrainedConfig:
+    """The tiny configuration of a family."""
+    return tiny(CONFIG_MAPPING[family], **SPECIAL.get(family, {}))
+
+
 def build(family: str) -> PreTrainedModel:
     """A tiny model of that family, all its weights random. Raises whatever transformers raises where it cannot."""
-    return randomised(tiny(CONFIG_MAPPING[family], **SPECIAL.get(family, {})), seed=1, attention=None)
+    return randomised(config_of(family), seed=1, attention=None)
 
 
 # ---- what a head is, seen from outside
