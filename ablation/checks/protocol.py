@@ -32,7 +32,7 @@ from transformers import PreTrainedModel
 
 FEATURES = {
     "zero": "zero imputation",
-    "mean": "imputation by the mean of the head's z over its real tokens and channels, row by row",
+    "mean": "imputation by the mean of the head's z in that forward, over its real tokens and channels, row by row",
     "sets": "several heads at once",
     "batch": "several rows at once",
     "padding": "batches with padding, given an attention mask",
@@ -58,7 +58,10 @@ class Implementation(Protocol):
         """From now on ablate these (layer, head) pairs, by "zero" or "mean", and no others."""
 
     def run(self, input_ids: Tensor, attention_mask: Tensor | None = None, **inputs: Any) -> Tensor:
-        """Logits [rows, tokens, vocabulary]. inputs: position_ids; past_key_values and use_cache, if it can "cache"."""
+        """Logits [rows, tokens, vocabulary] of one forward of the model.
+
+        inputs: position_ids; past_key_values and use_cache, if it can "cache".
+        """
 
     def clear(self) -> None:
         """From now on ablate nothing."""
