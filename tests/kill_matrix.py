@@ -14,7 +14,7 @@ from tests.mutants import ELSEWHERE, GROUPS, MUTANTS, Mutant
 from tests.mutants.trial import few_examples, tried
 
 PAGE = Path(__file__).parent / "mutants.md"
-EXAMPLES = 30
+EXAMPLES = 10
 KILLED, CRASHED, SURVIVED, NOT_TRIED = "x", "!", "", "-"
 
 Matrix = Mapping[type[Mutant], Mapping[str, str]]

@@ -22,8 +22,9 @@ TESTS = Path(__file__).parent
 
 @pytest.fixture(autouse=True)
 def examples(request: pytest.FixtureRequest) -> Iterator[None]:
-    right = "right" in request.node.name
-    with few_examples(seeded=request.config.getoption("--hypothesis-seed") is not None, examples=5 if right else 15):
+    """Derandomised, but for --hypothesis-seed. A right implementation goes through all examples, so it has fewer."""
+    right = request.node.name.startswith("test_no_right")
+    with few_examples(seeded=request.config.getoption("--hypothesis-seed") is not None, examples=4 if right else 15):
         yield
 
 
@@ -51,10 +52,11 @@ class Accident(Mutant):
 
 
 def test_a_survivor_and_an_accident_are_no_deaths() -> None:
-    with pytest.raises(AssertionError, match="Survivor survives: Is no mutant at all"):
-        death(Survivor)
-    with pytest.raises(AssertionError, match=r"Accident is killed by accident only: locality: LookupError\('no such"):
-        death(Accident)
+    with few_examples(examples=1):
+        with pytest.raises(AssertionError, match="Survivor survives: Is no mutant at all"):
+            death(Survivor)
+        with pytest.raises(AssertionError, match=r"Accident is killed by accident only: locality: LookupError\('no"):
+            death(Accident)
 
 
 def test_every_mutant_has_a_cause_and_a_name_of_its_own() -> None:
