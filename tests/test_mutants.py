@@ -5,7 +5,7 @@ from __future__ import annotations
 import re
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 import pytest
 
@@ -57,6 +57,23 @@ def test_a_survivor_and_an_accident_are_no_deaths() -> None:
             death(Survivor)
         with pytest.raises(AssertionError, match=r"Accident is killed by accident only: locality: LookupError\('no"):
             death(Accident)
+
+
+def test_an_implementation_that_is_not_deterministic_is_rejected_by_an_assertion() -> None:
+    """Hypothesis, which runs a failing case again, calls it flaky."""
+
+    class Once(Mutant):
+        """Ablates nothing, but only once."""
+
+        done: ClassVar[bool] = False
+
+        def targets(self, layer: int) -> list[int]:
+            once, Once.done = not Once.done, Once.done or bool(self.heads)
+            return [] if once else super().targets(layer)
+
+    smoke = next(check for check in CHECKS if check.id == "smoke")
+    trial = tried(smoke, Once)
+    assert trial is not None and trial.rejected and "what is tested is not deterministic" in trial.reason
 
 
 def test_every_mutant_has_a_cause_and_a_name_of_its_own() -> None:
