@@ -72,7 +72,7 @@ def _findings(matrix: Matrix) -> Iterator[str]:
         yield f"| {number} | `{check.id}` | {rejects} | {only} |"
     idle = [check.id for check in CHECKS if [check.id] not in alone.values()]
     yield from ("", "### Checks that reject nothing alone", "")
-    yield "Every mutant that they reject is rejected by another check, too: candidates to remove, and what speaks for each."
+    yield "Every mutant that they reject is rejected by another check, too: candidates to remove, and what is for each."
     yield ""
     yield from (f"- `{check}`: {FOR_IT.get(check, 'it says more plainly what is wrong')}." for check in idle)
 

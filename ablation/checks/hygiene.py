@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 from ablation.checks.cases import Case, Cases, run, same
-from ablation.checks.check import Check, Factory
+from ablation.checks.check import Check, Factory, declared
 from ablation.checks.observe import assert_as_it_was, assert_none, changes, hooks, state
 from ablation.heads import find_heads
 

@@ -193,7 +193,7 @@ CHECKS = [
         requirement="The same for several heads, each by the mean of its z in that very forward.",
         function=weight_oracle,
         cases=Cases(imputations=("mean",), heads=4),
-        needs=("mean", "sets"),
+        needs=("mean", "sets", "once"),
     ),
     Check(
         id="numpy.oracle",

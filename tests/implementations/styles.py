@@ -62,6 +62,41 @@ class OwnPrecision(Right):
         return torch.stack([row[here].mean() for row, here in zip(z, real, strict=True)])[:, None, None]
 
 
+class CleanMeans(Right):
+    """Takes the means of all heads from a clean forward of the same inputs, beforehand."""
+
+    cannot: ClassVar[dict[str, str]] = {"once": "it measures first"}
+
+    def forward(self, input_ids: Tensor, **inputs: Any) -> Tensor:
+        if self.imputation == "mean" and self.heads:
+            heads, self.heads = self.heads, []
+            self.means: list[list[Tensor]] = []
+            handles = [projection.register_forward_pre_hook(self.measure) for projection in self.projections()]
+            try:
+                super().forward(input_ids, **inputs)
+            finally:
+                self.heads = heads
+                for handle in handles:
+                    handle.remove()
+        return super().forward(input_ids, **inputs)
+
+    def measure(self, module: nn.Module, args: tuple[Any, ...]) -> None:
+        z = args[0]
+        self.means.append([super(CleanMeans, self).mean(head, self.real) for head in z.split(self.width(z), dim=-1)])
+
+    def hook(self, layer: int, module: nn.Module, args: tuple[Any, ...]) -> Any:
+        self.layer = layer
+        return super().hook(layer, module, args)
+
+    def edited(self, z: Tensor, heads: list[int]) -> Tensor:
+        if self.imputation != "mean":
+            return super().edited(z, heads)
+        out = z.clone()
+        for head in heads:
+            out[..., self.channels(head, z)] = self.means[self.layer][head]
+        return out
+
+
 class PerRun(Right):
     """Installs its hooks for each run, before all others, also to be called when a forward raises."""
 
@@ -207,6 +242,7 @@ STYLES = (
     Multiplied,
     RealTokensOnly,
     OwnPrecision,
+    CleanMeans,
     PerRun,
     PerSet,
     GlobalHook,
