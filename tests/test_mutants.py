@@ -11,10 +11,10 @@ import pytest
 
 from ablation.checks import CHECKS
 from tests.implementations.ours import Ours
-from tests.implementations.right import Right
-from tests.implementations.styles import STYLES
 from tests.implementations.surgery import Surgery
 from tests.mutants import ELSEWHERE, GROUPS, MUTANTS, Mutant
+from tests.mutants.right import Right
+from tests.mutants.styles import STYLES
 from tests.mutants.trial import death, few_examples, tried
 
 TESTS = Path(__file__).parent

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import ClassVar
 
-from tests.implementations.right import Right
+from tests.mutants.right import Right
 
 
 class Mutant(Right):

@@ -12,7 +12,7 @@ from torch.nn.modules.module import register_module_forward_pre_hook
 from transformers import PreTrainedModel
 from transformers.pytorch_utils import Conv1D
 
-from tests.implementations.right import Right
+from tests.mutants.right import Right
 
 
 class Where(Right):
