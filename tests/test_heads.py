@@ -10,6 +10,7 @@ from torch import nn
 from transformers import (
     AutoModelForCausalLM,
     BloomConfig,
+    DeepseekV3Config,
     DiffLlamaConfig,
     MambaConfig,
     PreTrainedModel,
@@ -44,6 +45,15 @@ def test_heads_are_the_query_heads_at_the_attention_output_projection(decoder: D
 
 def from_config(config: Any) -> PreTrainedModel:
     return AutoModelForCausalLM.from_config(config)
+
+
+def test_the_width_of_a_head_is_what_the_projection_reads() -> None:
+    """Not `config.head_dim`: with latent attention, that is the width of rotary positions."""
+    latent = dict(q_lora_rank=None, kv_lora_rank=4, qk_rope_head_dim=2, qk_nope_head_dim=4, v_head_dim=6)
+    config = DeepseekV3Config(**SMALL, num_attention_heads=2, num_key_value_heads=2, intermediate_size=8, **latent)
+    assert config.head_dim != 6
+    layer = find_heads(from_config(config)).layers[1]
+    assert (layer.heads, layer.width) == (2, 6) and layer.channels(1) == slice(6, 12)
 
 
 def shared() -> PreTrainedModel:

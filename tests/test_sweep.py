@@ -211,3 +211,17 @@ def test_it_is_replaceable() -> None:
     result = sweep(GPT2.build(), IDS)
     named = replace(result, provenance={"model": "x", **result.provenance})
     assert named.margin is result.margin and named.provenance["model"] == "x"
+
+
+def test_of_equal_logits_the_lowest_token_is_the_prediction() -> None:
+    model = randomised(GPT2.build().config, seed=1)
+    ids = [7, 9, 8]
+    first = sweep(model, ids).clean_argmax
+    twins = {first, 2, 40}
+    assert not twins & set(ids) and first > 2
+    with torch.no_grad():
+        embedding = model.transformer.wte.weight
+        embedding[sorted(twins)] = embedding[first].clone()
+    result = sweep(model, ids)
+    assert result.clean_argmax == 2 and result.clean_margin == 0
+    assert not {first, 40} & set(result.argmax.flat) and not result.margin[result.argmax == 2].any()

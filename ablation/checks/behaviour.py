@@ -2,11 +2,18 @@
 
 from __future__ import annotations
 
+from contextlib import suppress
+from typing import Any
+
 import torch
+from torch import nn
+from transformers import PreTrainedModel
 
 from ablation.checks.cases import Case, Cases, close, run, same
-from ablation.checks.check import Check, Factory
+from ablation.checks.check import Check, Factory, declared
+from ablation.checks.decoders import VOCABULARY
 from ablation.checks.observe import received
+from ablation.checks.protocol import Implementation
 from ablation.heads import find_heads
 
 
@@ -21,20 +28,41 @@ def identity(make: Factory, case: Case) -> None:
         same(implementation.run(**inputs), bare, "the logits with an empty set of heads")
         implementation.ablate(list(case.heads), case.imputation)
         implementation.run(**inputs)
+        implementation.ablate([], case.imputation)
+        same(implementation.run(**inputs), bare, "the logits with an empty set of heads after another set")
+        implementation.ablate(list(case.heads), case.imputation)
         implementation.clear()
         same(implementation.run(**inputs), bare, "the logits after clear()")
+        unmasked = {"input_ids": inputs["input_ids"]}
+        same(implementation.run(**unmasked), run(model, unmasked), "the logits without an attention mask")
     finally:
         implementation.close()
     same(run(model, inputs), bare, "the logits of the model after close()")
 
 
+def foreign_edit(make: Factory, case: Case) -> None:
+    """Locality, where a hook of the user's doubles z: before or after the ablation is the same, to the last bit."""
+    model = case.model()
+    for layer in find_heads(model).layers:
+        layer.projection.register_forward_pre_hook(lambda _, args: (2 * args[0],))
+    _assert_local(make, case, model)
+
+
 def locality(make: Factory, case: Case) -> None:
-    """At the projections' inputs only the target heads' slices differ from the clean run; each is called once."""
-    model, inputs = case.model(), case.inputs()
+    """At the projections' inputs the target heads' slices, and no others, hold what they should; each is called once.
+
+    The others are compared up to the first layer with targets: what comes into the layers above is changed already.
+    """
+    _assert_local(make, case, case.model())
+
+
+def _assert_local(make: Factory, case: Case, model: PreTrainedModel) -> None:
+    inputs = case.inputs()
     layers = find_heads(model).layers
-    with received(model) as clean:
+    real = inputs["attention_mask"].bool()
+    with received(model) as calls:  # before the implementation, which may wrap or replace the projections
         run(model, inputs)
-    with received(model) as ablated:  # before it is made: it may wrap the `forward` of a projection, too
+        clean = [layer.pop() for layer in calls]
         implementation = make(model)
         try:
             implementation.ablate(list(case.heads), case.imputation)
@@ -42,37 +70,36 @@ def locality(make: Factory, case: Case) -> None:
         finally:
             implementation.close()
     first = min(layer for layer, _ in case.heads)
-    for layer, calls in zip(layers, ablated, strict=True):
-        assert len(calls) == 1, f"the projection of layer {layer.index} was called {len(calls)} times, not once"
-        was, now = clean[layer.index][0], calls[0]
-        assert now.dtype == was.dtype, f"the projection of layer {layer.index} was given {now.dtype}, not {was.dtype}"
-        if layer.index > first:
-            break  # what comes in is changed already by the layer below
-        targets = {head for index, head in case.heads if index == layer.index}
-        shape = (layer.heads, layer.width)
-        touched = (was != now).unflatten(-1, shape).any(dim=-1).flatten(0, 1).any(dim=0)  # [heads]
-        others = [head for head in range(layer.heads) if touched[head] and head not in targets]
-        asked = ", ".join(f"head {head}" for head in sorted(targets)) or "no head"
-        what = f"of layer {layer.index}, {asked} was to be ablated"
-        assert not others, f"{what}, but head {others[0]} was changed"
+    for layer, was, now in zip(layers, clean, calls, strict=True):
+        assert len(now) == 1, f"the projection of layer {layer.index} was called {len(now)} times, not once"
+        assert now[0].dtype == was.dtype, f"the projection of layer {layer.index} got {now[0].dtype}, not {was.dtype}"
+        old, new = (z.unflatten(-1, (layer.heads, layer.width)) for z in (was, now[0]))
+        targets = sorted(head for index, head in case.heads if index == layer.index)
+        what = f"of layer {layer.index}, {', '.join(f'head {head}' for head in targets) or 'no head'} was to be ablated"
+        if layer.index <= first:
+            touched = (old != new).any(dim=-1).flatten(0, 1).any(dim=0)  # [heads]
+            others = [head for head in range(layer.heads) if touched[head] and head not in targets]
+            assert not others, f"{what}, but head {others[0]} was changed"
         for head in targets:
-            value, old = (z.unflatten(-1, shape)[:, :, head] for z in (now, was))  # [rows, tokens, width]
-            _assert_imputed(value, old, case, inputs["attention_mask"], f"{what}; head {head}")
+            for row, here in enumerate(real):  # what padding holds is nobody's concern
+                held, own = (z[row, here, head] for z in (new, old))  # [tokens, width]
+                name = f"{what}; head {head}, row {row}"
+                _assert_imputed(held, own if layer.index == first else None, case.imputation, name)
 
 
-def _assert_imputed(value: torch.Tensor, old: torch.Tensor, case: Case, mask: torch.Tensor, what: str) -> None:
-    if case.imputation == "zero":
-        left = int(value.count_nonzero())
-        assert not left, f"{what} holds {left} of {value.numel()} elements that are not 0"
+def _assert_imputed(held: torch.Tensor, own: torch.Tensor | None, imputation: str, what: str) -> None:
+    """held: [tokens, width] of one row. own: what it replaces, where that is known."""
+    if imputation == "zero":
+        left = int(held.count_nonzero())
+        assert not left, f"{what}, holds {left} of {held.numel()} elements that are not 0"
         return
-    for row, real in enumerate(mask.bool()):
-        held = value[row, real]
-        spread = (held.max() - held.min()).item()
-        assert spread == 0, f"{what}, row {row}, holds several values, from {held.min():.6g} to {held.max():.6g}"
-        mean = old[row, real].double().mean()
-        ulps = 4 * torch.finfo(held.dtype).eps * old[row, real].abs().max().item()  # the mean of few numbers, rounded
+    spread = (held.max() - held.min()).item()
+    assert spread == 0, f"{what}, holds several values, from {held.min():.6g} to {held.max():.6g}"
+    if own is not None:
+        mean = own.double().mean()
+        ulps = 4 * torch.finfo(held.dtype).eps * own.abs().max().item()  # the mean of few numbers, rounded
         off = abs(held[0, 0].double() - mean).item()
-        assert off <= ulps, f"{what}, row {row}, holds {held[0, 0]:.9g}; its mean is {mean:.9g}"
+        assert off <= ulps, f"{what}, holds {held[0, 0]:.9g}; its mean is {mean:.9g}"
 
 
 def input_untouched(make: Factory, case: Case) -> None:
@@ -94,37 +121,89 @@ def input_untouched(make: Factory, case: Case) -> None:
 
 
 def rows_stand_alone(make: Factory, case: Case) -> None:
-    """A row of a batch, padded or not, gives what it gives alone."""
+    """A row of a batch, padded or not, gives what it gives alone, without an attention mask."""
     model, inputs = case.model(), case.inputs()
     implementation = make(model)
     try:
         implementation.ablate(list(case.heads), case.imputation)
         together = implementation.run(**inputs)
         for index, row in enumerate(case.rows):
-            alone = implementation.run(torch.tensor([row]), torch.ones(1, len(row), dtype=torch.long))
+            alone = implementation.run(torch.tensor([row]))
             real = inputs["attention_mask"][index].bool()
             close(together[index, real], alone[0], f"row {index} of {len(case.rows)}, against the same row alone")
     finally:
         implementation.close()
 
 
-def repeats(make: Factory, case: Case) -> None:
-    """The same run again gives the same bits, also after a run on something else and after other heads."""
-    model, inputs = case.model(), case.inputs()
-    other = torch.tensor([[(token + 7) % 41 for token in case.rows[0]] + [3, 1]])
+def forgets(make: Factory, case: Case) -> None:
+    """Whatever was run, ablated, cleared or interrupted before, a run gives what a new implementation gives."""
+    inputs = case.inputs()
+    ids = (inputs["input_ids"] + 7) % VOCABULARY
+    prompts: list[dict[str, Any]] = [inputs, {"input_ids": ids}]
+    imputations = [case.imputation, *({"zero", "mean"} - {case.imputation} - set(declared(make)))]
+    first, head, imputation = (
+        ([case.heads[0]], case.imputation),
+        ([case.heads[-1]], case.imputation),
+        ([case.heads[0]], imputations[-1]),
+    )
+
+    spare = case.model()
+
+    def new(heads: list[tuple[int, int]], imputation: str, prompt: int) -> torch.Tensor:
+        implementation = make(spare)
+        try:
+            implementation.ablate(heads, imputation)
+            logits: torch.Tensor = implementation.run(**prompts[prompt])
+        finally:
+            implementation.close()
+        return logits
+
+    alone = [new(*first, 0), new(*first, 1)]  # each closed before the next is made
+    other_head, other_imputation = new(*head, 0), new(*imputation, 0)
+    model = case.model()
+    last = find_heads(model).layers[-1].block
+    bare = run(model, inputs)
     implementation = make(model)
+
+    def then(prompt: int, want: torch.Tensor, what: str) -> None:
+        same(implementation.run(**prompts[prompt]), want, f"the logits {what}")
+
     try:
-        implementation.ablate(list(case.heads), case.imputation)
-        once = implementation.run(**inputs)
-        same(implementation.run(**inputs), once, "the logits of a second run")
-        implementation.run(other, torch.ones_like(other))
-        same(implementation.run(**inputs), once, "the logits after a run on another prompt")
-        implementation.ablate([(0, 0)], case.imputation)
-        implementation.run(**inputs)
-        implementation.ablate(list(case.heads), case.imputation)
-        same(implementation.run(**inputs), once, "the logits after other heads were ablated in between")
+        implementation.ablate(*first)
+        then(0, alone[0], "of a second implementation")
+        then(0, alone[0], "of a second run")
+        then(1, alone[1], "of another prompt, without a mask, after a run")
+        then(0, alone[0], "after a run on another prompt")
+        implementation.ablate(*head)
+        then(0, other_head, "with another head, after a run with the first")
+        implementation.clear()
+        then(0, bare, "after clear()")
+        implementation.ablate(*first)
+        implementation.ablate(*imputation)
+        then(0, other_imputation, "with another imputation, set after the first")
+        implementation.ablate(*first)
+        _interrupted(implementation, last, inputs)
+        then(0, alone[0], "after a forward that was interrupted")
     finally:
         implementation.close()
+
+
+class Interrupted(Exception):
+    """What a layer raises in the middle of a forward."""
+
+
+def _interrupted(implementation: Implementation, block: nn.Module, inputs: dict[str, Any]) -> None:
+    """Run, with a decoder layer that raises before its attention."""
+
+    def fail(*_: Any) -> None:
+        raise Interrupted
+
+    handle = block.register_forward_pre_hook(fail)
+    try:
+        with suppress(Interrupted):
+            implementation.run(**inputs)
+    finally:
+        handle.remove()
 
 
 def order_is_irrelevant(make: Factory, case: Case) -> None:
@@ -158,7 +237,7 @@ def causality(make: Factory, case: Case) -> None:
 
 
 def cache(make: Factory, case: Case) -> None:
-    """Under zero imputation, decoding token by token with a cache gives what one forward gives."""
+    """Under zero imputation, decoding in pieces of one and two tokens with a cache gives what one forward gives."""
     from transformers import DynamicCache
 
     model, row = case.model(), case.rows[0]
@@ -167,10 +246,14 @@ def cache(make: Factory, case: Case) -> None:
         implementation.ablate(list(case.heads), "zero")
         whole = implementation.run(torch.tensor([row]), torch.ones(1, len(row), dtype=torch.long))
         past = DynamicCache(config=model.config)
-        for i, token in enumerate(row):
-            mask = torch.ones(1, i + 1, dtype=torch.long)
-            step = implementation.run(torch.tensor([[token]]), mask, past_key_values=past, use_cache=True)
-            close(step[:, -1], whole[:, i], f"the logits of token {i}, decoded with a cache, against one forward")
+        start, size = 0, 1 + row[0] % 2
+        while start < len(row):
+            piece = slice(start, min(start + size, len(row)))
+            mask = torch.ones(1, piece.stop, dtype=torch.long)
+            step = implementation.run(torch.tensor([row[piece]]), mask, past_key_values=past, use_cache=True)
+            name = f"token {start}" if piece.stop == start + 1 else f"tokens {start} to {piece.stop - 1}"
+            close(step, whole[:, piece], f"the logits of {name}, decoded with a cache, against one forward")
+            start, size = piece.stop, 3 - size
     finally:
         implementation.close()
 
@@ -203,8 +286,15 @@ CHECKS = [
         id="locality.sets",
         requirement="Several heads are replaced at once, each by what its own output gives.",
         function=locality,
-        cases=Cases(heads=4),
+        cases=Cases(rows=2, heads=4),
         needs=("observe", "once", "sets"),
+    ),
+    Check(
+        id="locality.foreign",
+        requirement="The same where a hook of the user's edits z: its edit is kept.",
+        function=foreign_edit,
+        cases=Cases(),
+        needs=("observe", "once"),
     ),
     Check(
         id="input.untouched",
@@ -245,13 +335,20 @@ CHECKS = [
         id="cache",
         requirement="Under zero imputation, decoding with a key/value cache gives what one forward gives.",
         function=cache,
-        cases=Cases(imputations=("zero",), tokens=2),
+        cases=Cases(imputations=("zero",), tokens=3),
         needs=("zero", "cache"),
     ),
     Check(
-        id="repeat",
-        requirement="The same run again gives the same bits, whatever ran in between.",
-        function=repeats,
-        cases=Cases(),
+        id="history",
+        requirement="What was run, ablated, cleared or interrupted before leaves no trace, to the last bit.",
+        function=forgets,
+        cases=Cases(heads=2),
+    ),
+    Check(
+        id="history.padded",
+        requirement="Nor does an attention mask that a run before was given.",
+        function=forgets,
+        cases=Cases(rows=2, ragged=True, heads=2, dtypes=PADDED),
+        needs=("batch", "padding"),
     ),
 ]

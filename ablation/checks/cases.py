@@ -14,6 +14,8 @@ from transformers import PreTrainedModel
 
 from ablation.checks.decoders import FAMILIES, VOCABULARY, Decoder, decoders
 
+MOST_TOKENS = 8  # more than the prompt that everybody hard-codes
+
 
 @dataclass(frozen=True)
 class Case:
@@ -54,7 +56,7 @@ class Case:
 
 @dataclass(frozen=True)
 class Cases:
-    """How the cases of a check are drawn: up to that many rows and heads, and at least that many tokens."""
+    """How the cases of a check are drawn: up to that many rows and heads, and at least that many tokens and layers."""
 
     imputations: tuple[str, ...] = ("zero", "mean")
     families: tuple[str, ...] = FAMILIES
@@ -63,11 +65,13 @@ class Cases:
     ragged: bool = False
     heads: int = 1
     tokens: int = 1
+    layers: int = 1
 
     def without(self, cannot: Container[str]) -> Cases:
-        """The same, without the imputations, families and dtypes that an implementation does not claim."""
+        """The same, without the imputations, families, dtypes and batches that an implementation does not claim."""
         return replace(
             self,
+            rows=1 if "batch" in cannot else self.rows,
             imputations=tuple(imputation for imputation in self.imputations if imputation not in cannot),
             families=tuple(family for family in self.families if family not in cannot),
             dtypes=tuple(dtype for dtype in self.dtypes if dtype not in cannot),
@@ -80,13 +84,13 @@ class Cases:
 
 @st.composite
 def _cases(draw: st.DrawFn, of: Cases) -> Case:
-    decoder = draw(decoders(of.families, of.dtypes))
+    decoder = draw(decoders(of.families, of.dtypes, of.layers))
     count = draw(st.integers(1 if of.rows == 1 else 2, of.rows))
     token = st.integers(0, VOCABULARY - 1)
     if of.ragged:
-        prompts = [draw(st.lists(token, min_size=of.tokens, max_size=5)) for _ in range(count)]
+        prompts = [draw(st.lists(token, min_size=of.tokens, max_size=MOST_TOKENS)) for _ in range(count)]
     else:
-        length = draw(st.integers(of.tokens, 5))
+        length = draw(st.integers(of.tokens, MOST_TOKENS))
         prompts = [draw(st.lists(token, min_size=length, max_size=length)) for _ in range(count)]
     pair = st.tuples(st.integers(0, decoder.layers - 1), st.integers(0, decoder.heads - 1))
     chosen = draw(st.lists(pair, min_size=1, max_size=of.heads, unique=True))

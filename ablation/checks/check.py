@@ -10,6 +10,7 @@ from typing import Literal
 import hypothesis
 import torch
 from hypothesis import HealthCheck, given
+from hypothesis.errors import FlakyFailure
 from transformers import PreTrainedModel
 
 from ablation.checks.cases import Case, Cases
@@ -54,7 +55,12 @@ class Check:
             self.on(make, case)
 
         with on_one_thread():
-            check()
+            try:
+                check()
+            except FlakyFailure as error:  # of an implementation that is not deterministic
+                (first, *_) = error.exceptions
+                again = "the same case passed when it was run again: what is tested is not deterministic"
+                raise AssertionError(f"{first}\n  flaky: {again}") from first.__cause__
 
     def on(self, make: Factory, case: Case) -> None:
         """Run the check on one case. Raises AssertionError, whose text needs no knowledge of the suite."""

@@ -115,7 +115,10 @@ FAMILIES = ("gpt2", "llama", "qwen3", "gpt_neox", "opt", "mixtral")
 
 @st.composite
 def decoders(
-    draw: st.DrawFn, families: tuple[str, ...] = FAMILIES, dtypes: tuple[str, ...] = ("float32", "float64")
+    draw: st.DrawFn,
+    families: tuple[str, ...] = FAMILIES,
+    dtypes: tuple[str, ...] = ("float32", "float64"),
+    least_layers: int = 1,
 ) -> Decoder:
     """Small decoders, seldom with as many layers as heads."""
     family = draw(st.sampled_from(families))
@@ -123,7 +126,7 @@ def decoders(
     heads = groups * draw(st.integers(1, 3))
     # Even, for rotary positions; experts are multiplied in blocks of 16 bytes.
     width = 8 if family == "mixtral" else draw(st.sampled_from([2, 4, 6]))
-    layers = draw(st.integers(1, 3))
+    layers = draw(st.integers(least_layers, least_layers + 2))
     if family == "mixtral":  # its kernel for experts knows no float64
         dtypes = tuple(dtype for dtype in dtypes if dtype != "float64")
     return Decoder(

@@ -239,10 +239,11 @@ class LifeCheck(Check):
                 # It takes any callable that gives a machine, whatever its annotation says.
                 run_state_machine_as_test(cast(Any, birth), settings=how)
             except Exception as error:
-                raise self._shortest(make, lives[0].case, error) from None
+                case, left = self._shortest(make, lives[0].case, error)
+                raise self.failure(make, case, left) from (None if isinstance(left, AssertionError) else left)
 
-    def _shortest(self, make: Factory, case: Case, error: Exception) -> AssertionError:
-        """The failure without the steps that it does not need."""
+    def _shortest(self, make: Factory, case: Case, error: Exception) -> tuple[Case, Exception]:
+        """The failing case without the steps that it does not need, and its error."""
         for span in (2, 1):  # an opening goes with its closing
             for index in reversed(range(len(case.steps) - span + 1)):
                 shorter = replace(case, steps=case.steps[:index] + case.steps[index + span :])
@@ -252,7 +253,7 @@ class LifeCheck(Check):
                     continue
                 except Exception as still:
                     case, error = shorter, still
-        return self.failure(make, case, error)
+        return case, error
 
 
 def live(make: Factory, case: Case) -> None:

@@ -52,19 +52,26 @@ def hooks(model: nn.Module) -> dict[str, Any]:
 
 
 def state(model: nn.Module) -> dict[str, Any]:
-    """All that an ablation must leave as it was: hooks in their order, weights, flags, devices, configuration."""
-    found: dict[str, Any] = {"config": repr(getattr(model, "config", None))} | hooks(model)
+    """All that an ablation must leave as it was: modules, hooks in their order, weights, flags, configuration."""
+    config = getattr(model, "config", None)
+    found: dict[str, Any] = {
+        "config": repr(config),
+        "config._attn_implementation": getattr(config, "_attn_implementation", None),  # not in the repr
+        **hooks(model),
+    }
     for name, module in model.named_modules():
+        found[f"{name or 'the model'}: its attributes"] = sorted(vars(module))
         for attribute, value in vars(module).items():
             place = f"{name or 'the model'}.{attribute}"
             if attribute == "training":
                 found[place] = value
             elif attribute == "forward":
                 found[place] = id(value)
-        found[f"{name or 'the model'}: its class"] = type(module)
+        found[f"{name or 'the model'}: the module itself"] = (id(module), type(module))
     for name, tensor in (*model.named_parameters(), *model.named_buffers()):
         flags = (tensor.requires_grad, tensor.grad is None)
-        found[f"{name}"] = (tensor.dtype, tensor.device, flags, tensor.detach().cpu().double().numpy().tobytes())
+        values = tensor.detach().cpu().double().numpy().tobytes()
+        found[f"{name}"] = (id(tensor), tensor.dtype, tensor.device, flags, values)
     return found
 
 

@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable, Mapping
 from functools import lru_cache
+from itertools import groupby
+from operator import itemgetter
 from typing import Any
 
 import numpy as np
@@ -17,6 +20,7 @@ from ablation.checks.observe import received
 from ablation.heads import Layer, find_heads
 
 Array = Any  # a numpy array of float64
+Pair = tuple[int, int]
 
 
 def columns(layer: Layer, head: int) -> torch.Tensor:
@@ -26,11 +30,11 @@ def columns(layer: Layer, head: int) -> torch.Tensor:
     return by_input[layer.channels(head)]
 
 
-def operated(model: PreTrainedModel, case: Case, means: dict[tuple[int, int], float] | None = None) -> None:
+def operated(model: PreTrainedModel, heads: Iterable[Pair], means: Mapping[Pair, float] | None = None) -> None:
     """Ablate by surgery: W_O's block becomes 0; a mean, times the sum of the block's rows, joins the bias."""
     layers = find_heads(model).layers
     with torch.no_grad():
-        for index, head in case.heads:
+        for index, head in heads:
             projection, block = layers[index].projection, columns(layers[index], head)
             if means is not None:
                 constant = means[index, head] * block.sum(dim=0)
@@ -52,16 +56,21 @@ def ablated_logits(make: Factory, case: Case, model: PreTrainedModel | None = No
 
 @lru_cache(maxsize=256)
 def expected(case: Case) -> torch.Tensor:
-    """The logits that the ablation of a case should give, by surgery on the weights. Mean: one head, one row."""
+    """The logits that the ablation of a case should give, by surgery on the weights. Mean: one row.
+
+    Means are taken layer by layer: what a head's z is depends on the heads that are ablated below.
+    """
     model = case.model()
-    means = None
-    if case.imputation == "mean":
-        ((index, head),) = case.heads
-        with received(model) as clean:
-            run(model, case.inputs())
-        z = clean[index][0][..., find_heads(model).layers[index].channels(head)]
-        means = {(index, head): z.double().mean().item()}
-    operated(model, case, means)
+    if case.imputation == "zero":
+        operated(model, case.heads)
+    else:
+        layers = find_heads(model).layers
+        for index, group in groupby(sorted(case.heads), key=itemgetter(0)):
+            with received(model) as calls:
+                run(model, case.inputs())
+            z = calls[index][0].double()
+            means = {(index, head): z[..., layers[index].channels(head)].mean().item() for _, head in group}
+            operated(model, means, means)
     return run(model, case.inputs())
 
 
@@ -116,7 +125,7 @@ def gpt2(model: PreTrainedModel, ids: tuple[int, ...], ablated: dict[tuple[int, 
 def unread_head(make: Factory, case: Case) -> None:
     """A head that W_O does not read has no effect, to the last bit."""
     model = case.model()
-    operated(model, case)
+    operated(model, case.heads)
     implementation = make(model)
     try:
         clean = implementation.run(**case.inputs())
@@ -162,8 +171,15 @@ CHECKS = [
         id="zero.oracle.sets",
         requirement="Zero imputation of several heads equals the model whose W_O has zeros where it reads any of them.",
         function=weight_oracle,
-        cases=Cases(imputations=("zero",), heads=4),
+        cases=Cases(imputations=("zero",), rows=2, heads=4),
         needs=("zero", "sets"),
+    ),
+    Check(
+        id="zero.oracle.deep",
+        requirement="The same where there are more than ten layers, whose names sort in another order.",
+        function=weight_oracle,
+        cases=Cases(imputations=("zero",), dtypes=("float32",), layers=11),
+        needs=("zero",),
     ),
     Check(
         id="mean.oracle",
@@ -171,6 +187,13 @@ CHECKS = [
         function=weight_oracle,
         cases=Cases(imputations=("mean",)),
         needs=("mean",),
+    ),
+    Check(
+        id="mean.oracle.sets",
+        requirement="The same for several heads, each by the mean of its z in that very forward.",
+        function=weight_oracle,
+        cases=Cases(imputations=("mean",), heads=4),
+        needs=("mean", "sets", "once"),
     ),
     Check(
         id="numpy.oracle",

@@ -32,7 +32,7 @@ from transformers import PreTrainedModel
 
 FEATURES = {
     "zero": "zero imputation",
-    "mean": "imputation by the mean of the head's z over its real tokens and channels, row by row",
+    "mean": "imputation by the mean of the head's z in that forward, over its real tokens and channels, row by row",
     "sets": "several heads at once",
     "batch": "several rows at once",
     "padding": "batches with padding, given an attention mask",

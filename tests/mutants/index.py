@@ -1,0 +1,199 @@
+"""Index: another head, another layer, or other channels than those asked for."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from torch import Tensor
+
+from tests.mutants.mutant import Mutant
+
+
+class CountsFromOne(Mutant):
+    """Takes heads to be counted from 1: head 0 is an empty slice, the others are their neighbours."""
+
+    def channels(self, head: int, z: Tensor) -> slice:
+        return super().channels(head - 1, z)
+
+
+class NextHead(Mutant):
+    """Ablates the next head."""
+
+    def targets(self, layer: int) -> list[int]:
+        return [(head + 1) % self.count() for head in super().targets(layer)]
+
+
+class HeadsBackwards(Mutant):
+    """Counts heads from the end."""
+
+    def targets(self, layer: int) -> list[int]:
+        return [self.count() - 1 - head for head in super().targets(layer)]
+
+
+class LayersBackwards(Mutant):
+    """Counts layers from the end."""
+
+    def targets(self, layer: int) -> list[int]:
+        return super().targets(len(self.blocks()) - 1 - layer)
+
+
+class NextLayer(Mutant):
+    """Ablates the head of that number one layer up, as where a list of hidden states starts with the embedding."""
+
+    def targets(self, layer: int) -> list[int]:
+        return super().targets(layer - 1)
+
+
+class SwappedPair(Mutant):
+    """Reads the pair (layer, head) as (head, layer)."""
+
+    def targets(self, layer: int) -> list[int]:
+        return [first for first, second in self.heads if second == layer and first < self.count()]
+
+
+class EveryLayer(Mutant):
+    """Ablates the heads of that number in every layer."""
+
+    def targets(self, layer: int) -> list[int]:
+        return sorted({head for _, head in self.heads})
+
+
+class LayersAbove(Mutant):
+    """Ablates the head of that number in its layer and in all above: `>=` for `==`."""
+
+    killer = "zero.oracle"
+
+    def targets(self, layer: int) -> list[int]:
+        return sorted({head for index, head in self.heads if layer >= index})
+
+
+class LateBinding(Mutant):
+    """Makes its hooks in a loop, and each sees the loop's last layer."""
+
+    def install(self) -> None:
+        for layer, projection in enumerate(self.projections()):
+            self.handles.append(projection.register_forward_pre_hook(lambda *args: self.hook(layer, *args)))  # noqa: B023
+
+
+class TiledGroups(Mutant):
+    """Orders the query heads of grouped attention as if key/value heads were tiled, not repeated."""
+
+    source = "ekzhang/jax-js#180"
+    killer = "locality.sets"
+
+    def targets(self, layer: int) -> list[int]:
+        shared = getattr(self.config, "num_key_value_heads", self.count())
+        group = self.count() // shared
+        return [head % shared * group + head // shared for head in super().targets(layer)]
+
+
+class WrongReshape(Mutant):
+    """Reshapes to [width, heads] for [heads, width]: a head becomes every n-th channel."""
+
+    source = "TransformerLensOrg/TransformerLens#520"
+
+    def channels(self, head: int, z: Tensor) -> slice:
+        return slice(head, None, self.count())
+
+
+class HeadAsChannel(Mutant):
+    """Takes the head's number for a channel."""
+
+    def channels(self, head: int, z: Tensor) -> slice:
+        return slice(head, head + 1)
+
+
+class UpToTheHead(Mutant):
+    """Starts the slice at channel 0."""
+
+    def channels(self, head: int, z: Tensor) -> slice:
+        return slice(0, (head + 1) * self.width(z))
+
+
+class FromTheHead(Mutant):
+    """Does not end the slice."""
+
+    def channels(self, head: int, z: Tensor) -> slice:
+        return slice(head * self.width(z), None)
+
+
+class LastChannelLeft(Mutant):
+    """Ends the slice one channel early."""
+
+    def channels(self, head: int, z: Tensor) -> slice:
+        return slice(head * self.width(z), (head + 1) * self.width(z) - 1)
+
+
+class OneChannelMore(Mutant):
+    """Ends the slice one channel late."""
+
+    def channels(self, head: int, z: Tensor) -> slice:
+        return slice(head * self.width(z), (head + 1) * self.width(z) + 1)
+
+
+class HeadForRow(Mutant):
+    """Indexes a batch by the place in the list of heads: each head is ablated in its own row only."""
+
+    source = "decoderesearch/circuit-tracer#88"
+    killer = "locality.padded"
+
+    def edited(self, z: Tensor, heads: list[int]) -> Tensor:
+        out = z.clone()
+        for i, head in enumerate(heads):
+            channels = self.channels(head, z)
+            out[i : i + 1, :, channels] = super().edited(z, [head])[i : i + 1, :, channels]
+        return out
+
+
+class OtherHeadsInFirstRow(Mutant):
+    """Ablates the first head of a layer in all rows, and the others in the first row only."""
+
+    killer = "locality.sets"
+
+    def edited(self, z: Tensor, heads: list[int]) -> Tensor:
+        out = super().edited(z, heads[:1])
+        out[0] = super().edited(z, heads)[0]
+        return out
+
+
+class HeadZeroLeft(Mutant):
+    """Takes head 0 for no head: `if head:`."""
+
+    def targets(self, layer: int) -> list[int]:
+        return [head for head in super().targets(layer) if head]
+
+
+class LayerZeroLeft(Mutant):
+    """Takes layer 0 for no layer: `if layer:`."""
+
+    def targets(self, layer: int) -> list[int]:
+        return super().targets(layer) if layer else []
+
+
+class NamesSorted(Mutant):
+    """Sorts layers by name: layer 10 comes before layer 2."""
+
+    killer = "zero.oracle.deep"
+
+    def projections(self) -> list[Any]:
+        names = sorted(str(layer) for layer in range(len(self.blocks())))
+        projections = super().projections()
+        return [projections[int(name)] for name in names]
+
+
+class FirstLayerOnly(Mutant):
+    """Leaves out the heads of all layers but the first that is named."""
+
+    killer = "zero.oracle.sets"
+
+    def targets(self, layer: int) -> list[int]:
+        return super().targets(layer) if self.heads and layer == self.heads[0][0] else []
+
+
+class LastLayerLeft(Mutant):
+    """Hooks all layers but the last: `range(layers - 1)`."""
+
+    killer = "smoke"
+
+    def projections(self) -> list[Any]:
+        return super().projections()[:-1]

@@ -1,0 +1,342 @@
+"""Life of the hook: what is left behind, taken away, or not there when it should be."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from functools import partial
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from transformers import PreTrainedModel
+
+from tests.mutants.mutant import Mutant
+
+
+class NeverFires(Mutant):
+    """Registers on modules that no forward calls."""
+
+    source = "TransformerLensOrg/TransformerLens#1688"
+    killer = "smoke"
+
+    def projections(self) -> list[nn.Module]:
+        return [nn.Identity() for _ in self.blocks()]
+
+
+class LeftAfterException(Mutant):
+    """Removes its hooks after the forward, which a forward that raises never reaches."""
+
+    source = "TransformerLensOrg/TransformerLens#156"
+    killer = "hygiene.exception"
+
+    def install(self) -> None:
+        pass
+
+    def forward(self, input_ids: Tensor, **inputs: Any) -> Tensor:
+        handles = [
+            projection.register_forward_pre_hook(partial(self.hook, layer))
+            for layer, projection in enumerate(self.projections())
+        ]
+        logits = super().forward(input_ids, **inputs)
+        for handle in handles:
+            handle.remove()
+        return logits
+
+
+class LeftAfterInterrupt(Mutant):
+    """Removes its hooks on `Exception`, which a KeyboardInterrupt is not."""
+
+    killer = "hygiene.exception"
+
+    def install(self) -> None:
+        pass
+
+    def forward(self, input_ids: Tensor, **inputs: Any) -> Tensor:
+        handles = [
+            projection.register_forward_pre_hook(partial(self.hook, layer))
+            for layer, projection in enumerate(self.projections())
+        ]
+        try:
+            logits = super().forward(input_ids, **inputs)
+        except Exception:
+            for handle in handles:
+                handle.remove()
+            raise
+        for handle in handles:
+            handle.remove()
+        return logits
+
+
+class BlanketRemoval(Mutant):
+    """Removes all hooks of a projection, the user's as well."""
+
+    source = "TransformerLensOrg/TransformerLens#1636"
+    killer = "hygiene.foreign"
+
+    def remove(self) -> None:
+        for projection in self.projections():
+            projection._forward_pre_hooks.clear()
+
+
+class LostHandle(Mutant):
+    """Keeps one handle for all its hooks, that of the last."""
+
+    source = "TransformerLensOrg/TransformerLens#1426"
+    killer = "hygiene.closed"
+
+    def remove(self) -> None:
+        for handle in self.handles[-1:]:
+            handle.remove()
+
+
+class NoHandle(Mutant):
+    """Keeps no handle, and only stops editing."""
+
+    source = "TransformerLensOrg/TransformerLens#1425"
+    killer = "hygiene.closed"
+
+    def remove(self) -> None:
+        pass
+
+
+class WrongKind(Mutant):
+    """Removes its hooks of one kind, and leaves those of another."""
+
+    source = "TransformerLensOrg/TransformerLens#1323"
+    killer = "hygiene.closed"
+
+    def install(self) -> None:
+        super().install()
+        for projection in self.projections():
+            projection.register_full_backward_hook(lambda *_: None)
+
+
+class PartialInstall(Mutant):
+    """Installs head by head, and forgets what it has installed when a later head is refused."""
+
+    source = "TransformerLensOrg/TransformerLens#1638"
+    killer = "refusal.head"
+
+    def install(self) -> None:
+        pass
+
+    def ablate(self, heads: Sequence[tuple[int, int]], imputation: str) -> None:
+        super().ablate([], imputation)
+        self.remove()
+        handles = []
+        for layer, head in heads:
+            self.check(layer, head)
+            hook = partial(self.hook, layer)
+            handles.append(self.projections()[layer].register_forward_pre_hook(hook))
+        self.handles = handles
+        super().ablate(heads, imputation)
+
+
+class InstalledTwice(Mutant):
+    """Installs its hooks again with every set, over the old ones, and knows only the new."""
+
+    source = "TransformerLensOrg/TransformerLens#1098"
+    killer = "hygiene.closed"
+
+    def ablate(self, heads: Sequence[tuple[int, int]], imputation: str) -> None:
+        super().ablate(heads, imputation)
+        self.handles = []
+        self.install()
+
+
+class AppliedTwice(Mutant):
+    """Goes half of the way in each of two hooks, where one was left from before."""
+
+    source = "TransformerLensOrg/TransformerLens#1098"
+
+    def install(self) -> None:
+        super().install()
+        super().install()
+
+    def edited(self, z: Tensor, heads: list[int]) -> Tensor:
+        return (z + super().edited(z, heads)) / 2
+
+
+class PositionalOnly(Mutant):
+    """Reads the first positional argument of a module that is called by keywords."""
+
+    source = "huggingface/transformers#29247"
+    crashes = IndexError
+
+    def install(self) -> None:
+        super().install()
+        for block in self.blocks():
+            attention = next(m for m in block.modules() if type(m).__name__.endswith("Attention"))
+            self.handles.append(attention.register_forward_pre_hook(self.look))
+
+    def look(self, module: nn.Module, args: tuple[Any, ...]) -> None:
+        self.tokens = args[0].shape[1]
+
+
+class DirectForward(Mutant):
+    """Calls the projection's `forward`, past every hook that the user has on it."""
+
+    source = "pytorch/pytorch#78109"
+    killer = "hygiene.foreign"
+
+    def install(self) -> None:
+        super().install()
+        for layer, projection in enumerate(self.projections()):
+            projection._call_impl = partial(self.past, layer, projection)
+
+    def past(self, layer: int, projection: nn.Module, z: Tensor) -> Any:
+        (z,) = self.hook(layer, projection, (z,)) or (z,)
+        return projection.forward(z)
+
+    def remove(self) -> None:
+        super().remove()
+        for projection in self.projections():
+            projection.__dict__.pop("_call_impl", None)
+
+
+class MovesToTheFront(Mutant):
+    """Moves the user's hooks behind its own, and leaves them in another order."""
+
+    killer = "hygiene.foreign"
+
+    def install(self) -> None:
+        for layer, block in enumerate(self.blocks()):
+            for projection in (self.projections()[layer], block):
+                hooks = projection._forward_hooks
+                for key in list(hooks)[:1]:
+                    hooks[-1 - key] = hooks.pop(key)
+        super().install()
+
+
+class SwallowsErrors(Mutant):
+    """Catches what a forward raises, and gives logits of zeros."""
+
+    killer = "hygiene.exception"
+
+    def forward(self, input_ids: Tensor, **inputs: Any) -> Tensor:
+        try:
+            return super().forward(input_ids, **inputs)
+        except Exception:
+            return torch.zeros(*input_ids.shape, self.config.vocab_size)
+
+
+class ForeignEditLost(Mutant):
+    """Edits what it captured before all other hooks, and so undoes what they edit."""
+
+    source = "TransformerLensOrg/TransformerLens#1722"
+    killer = "locality.foreign"
+
+    def install(self) -> None:
+        for projection in self.projections():
+            self.handles.append(projection.register_forward_pre_hook(self.capture, prepend=True))
+        super().install()
+
+    def capture(self, module: nn.Module, args: tuple[Any, ...]) -> None:
+        self.captured = args
+
+    def hook(self, layer: int, module: nn.Module, args: tuple[Any, ...]) -> Any:
+        return super().hook(layer, module, self.captured)
+
+
+class AttributeLeft(Mutant):
+    """Keeps notes on the modules themselves."""
+
+    killer = "hygiene.closed"
+
+    def hook(self, layer: int, module: nn.Module, args: tuple[Any, ...]) -> Any:
+        module.last_input = args[0]
+        return super().hook(layer, module, args)
+
+
+class CopyLeft(Mutant):
+    """Puts an equal copy of each parameter back, which no optimiser knows."""
+
+    killer = "hygiene.closed"
+
+    def remove(self) -> None:
+        super().remove()
+        for projection in self.projections():
+            projection.weight = nn.Parameter(projection.weight.detach().clone())
+
+
+class WeightsLeft(Mutant):
+    """Zeroes the weights that read the head, and never puts them back."""
+
+    killer = "hygiene.closed"
+
+    def hook(self, layer: int, module: nn.Module, args: tuple[Any, ...]) -> Any:
+        for head in self.targets(layer) if self.imputation == "zero" else []:
+            weight: Any = module.weight
+            block = weight if self.config.model_type == "gpt2" else weight.T
+            block[self.channels(head, args[0])] = 0
+        return super().hook(layer, module, args)
+
+
+class ModelCast(Mutant):
+    """Casts the model to float32 to read its activations."""
+
+    source = "TransformerLensOrg/TransformerLens#1345"
+    killer = "hygiene.closed"
+
+    def __init__(self, model: PreTrainedModel) -> None:
+        super().__init__(model.float())
+
+
+class Trains(Mutant):
+    """Puts the model into training mode, where dropout is on."""
+
+    killer = "hygiene.closed"
+
+    def __init__(self, model: PreTrainedModel) -> None:
+        super().__init__(model.train())
+
+
+class Frozen(Mutant):
+    """Freezes the parameters, and leaves them so."""
+
+    killer = "hygiene.closed"
+
+    def __init__(self, model: PreTrainedModel) -> None:
+        super().__init__(model.requires_grad_(False))
+
+
+class EagerLeft(Mutant):
+    """Switches to another attention implementation, and not back."""
+
+    killer = "hygiene.closed"
+
+    def __init__(self, model: PreTrainedModel) -> None:
+        super().__init__(model)
+        model.set_attn_implementation("eager")
+
+
+class ConfigLeft(Mutant):
+    """Switches the cache off in the configuration, and leaves it so."""
+
+    killer = "hygiene.closed"
+
+    def __init__(self, model: PreTrainedModel) -> None:
+        super().__init__(model)
+        model.config.use_cache = False
+
+
+class BufferLeft(Mutant):
+    """Keeps its state in a buffer of the model."""
+
+    killer = "hygiene.closed"
+
+    def ablate(self, heads: Sequence[tuple[int, int]], imputation: str) -> None:
+        super().ablate(heads, imputation)
+        self.model.register_buffer("ablated", torch.tensor(heads))
+
+
+class GradientsLeft(Mutant):
+    """Runs a backward pass for attributions, and leaves its gradients."""
+
+    killer = "hygiene.closed"
+
+    def forward(self, input_ids: Tensor, **inputs: Any) -> Tensor:
+        with torch.enable_grad():
+            logits = super().forward(input_ids, **inputs)
+            logits.sum().backward()
+        return logits.detach()

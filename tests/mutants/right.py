@@ -1,0 +1,122 @@
+"""Head ablation by forward pre-hooks, in steps that can be overridden one at a time: what the mutants are made from."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from functools import partial
+from typing import Any, ClassVar
+
+import torch
+from torch import Tensor, nn
+from torch.utils.hooks import RemovableHandle
+from transformers import PreTrainedModel
+
+PLACES = {  # family -> its list of layers, and the attention output projection in each
+    "gpt2": ("transformer.h", "attn.c_proj"),
+    "gpt_neox": ("gpt_neox.layers", "attention.dense"),
+    "opt": ("model.decoder.layers", "self_attn.out_proj"),
+}
+LLAMA = ("model.layers", "self_attn.o_proj")
+
+
+class Right:
+    """One hook a projection, from `__init__` to `close`; it replaces slices of a copy."""
+
+    cannot: ClassVar[Mapping[str, str]] = {}
+
+    def __init__(self, model: PreTrainedModel) -> None:
+        self.model, self.config = model, model.config
+        self.heads: list[tuple[int, int]] = []
+        self.imputation = "zero"
+        self.real: Tensor | None = None  # [rows, tokens] bool, in a run
+        self.handles: list[RemovableHandle] = []
+        self.install()
+
+    # ---- where
+
+    def blocks(self) -> list[nn.Module]:
+        return list(self.model.get_submodule(PLACES.get(self.config.model_type, LLAMA)[0]))  # type: ignore[arg-type]
+
+    def projections(self) -> list[nn.Module]:
+        name = PLACES.get(self.config.model_type, LLAMA)[1]
+        return [block.get_submodule(name) for block in self.blocks()]
+
+    def count(self) -> int:
+        count: int = self.config.num_attention_heads
+        return count
+
+    def width(self, z: Tensor) -> int:
+        return z.shape[-1] // self.count()
+
+    def channels(self, head: int, z: Tensor) -> slice:
+        return slice(head * self.width(z), (head + 1) * self.width(z))
+
+    def targets(self, layer: int) -> list[int]:
+        return [head for index, head in self.heads if index == layer]
+
+    # ---- by what
+
+    def value(self, z: Tensor) -> Tensor | float:
+        """What replaces z [rows, tokens, width] of one head; broadcasts to it."""
+        return self.zero(z) if self.imputation == "zero" else self.mean(z, self.real)
+
+    def zero(self, z: Tensor) -> Tensor | float:
+        return 0.0
+
+    def mean(self, z: Tensor, real: Tensor) -> Tensor:
+        per_token = z.double().mean(dim=-1).where(real, 0)  # [rows, tokens]
+        return (per_token.sum(dim=-1) / real.sum(dim=-1))[:, None, None].to(z.dtype)
+
+    # ---- how
+
+    def edited(self, z: Tensor, heads: list[int]) -> Tensor:
+        """A copy of z [rows, tokens, heads * width] with these heads replaced."""
+        out = z.clone()
+        for head in heads:
+            channels = self.channels(head, z)
+            out[..., channels] = self.value(z[..., channels])
+        return out
+
+    def hook(self, layer: int, module: nn.Module, args: tuple[Any, ...]) -> Any:
+        if heads := self.targets(layer):
+            return (self.edited(args[0], heads), *args[1:])
+        return None
+
+    def install(self) -> None:
+        for layer, projection in enumerate(self.projections()):
+            self.handles.append(projection.register_forward_pre_hook(partial(self.hook, layer)))
+
+    def remove(self) -> None:
+        for handle in self.handles:
+            handle.remove()
+        self.handles.clear()
+
+    # ---- the protocol
+
+    def check(self, layer: Any, head: Any) -> None:
+        for index, size in ((layer, len(self.blocks())), (head, self.count())):
+            if type(index) is not int or not 0 <= index < size:
+                raise IndexError(f"no layer {layer!r} head {head!r}")
+
+    def ablate(self, heads: Sequence[tuple[int, int]], imputation: str) -> None:
+        if imputation not in ("zero", "mean"):
+            raise ValueError(f"no imputation {imputation!r}")
+        for pair in heads:
+            self.check(*pair)
+        self.heads, self.imputation = list(heads), imputation
+
+    def run(self, input_ids: Tensor, attention_mask: Tensor | None = None, **inputs: Any) -> Tensor:
+        self.real = torch.ones_like(input_ids).bool() if attention_mask is None else attention_mask.bool()
+        with torch.no_grad():
+            return self.forward(input_ids, attention_mask=attention_mask, **inputs)
+
+    def forward(self, input_ids: Tensor, **inputs: Any) -> Tensor:
+        logits: Tensor = self.model(input_ids, **{"use_cache": False} | inputs).logits
+        return logits
+
+    def clear(self) -> None:
+        self.heads = []
+
+    def close(self) -> None:
+        self.clear()
+        self.remove()

@@ -1,0 +1,253 @@
+"""Right implementations in other styles: what the specification must not reject."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from functools import partial
+from typing import Any, ClassVar
+
+import torch
+from torch import Tensor, nn
+from torch.nn.modules.module import register_module_forward_pre_hook
+from transformers import PreTrainedModel
+from transformers.pytorch_utils import Conv1D
+
+from tests.mutants.right import Right
+
+
+class Where(Right):
+    """Chooses between old and new by a mask of channels; writes nothing."""
+
+    def edited(self, z: Tensor, heads: list[int]) -> Tensor:
+        per_head = z.unflatten(-1, (self.count(), -1))  # [rows, tokens, heads, width]
+        chosen = torch.zeros(self.count(), dtype=torch.bool, device=z.device)
+        chosen[heads] = True
+        values = torch.stack([torch.as_tensor(self.value(head)).to(z).expand_as(head) for head in per_head.unbind(-2)])
+        return torch.where(chosen[:, None], values.movedim(0, -2), per_head).flatten(-2)
+
+
+class Concatenated(Right):
+    """Puts the heads together anew."""
+
+    def edited(self, z: Tensor, heads: list[int]) -> Tensor:
+        parts = list(z.split(self.width(z), dim=-1))
+        for head in heads:
+            parts[head] = torch.as_tensor(self.value(parts[head])).to(z).expand_as(parts[head])
+        return torch.cat(parts, dim=-1)
+
+
+class Multiplied(Right):
+    """Zeros by a factor, which leaves -0.0 where z is negative."""
+
+    def edited(self, z: Tensor, heads: list[int]) -> Tensor:
+        if self.imputation == "mean":
+            return super().edited(z, heads)
+        gates = torch.ones(self.count()).index_fill(0, torch.tensor(heads), 0).to(z)
+        return (z.unflatten(-1, (self.count(), -1)) * gates[:, None]).flatten(-2)
+
+
+class RealTokensOnly(Right):
+    """Leaves the padding as it is."""
+
+    def edited(self, z: Tensor, heads: list[int]) -> Tensor:
+        if self.real is None or self.real.shape != z.shape[:2]:  # tokens of a cache, not padded
+            return super().edited(z, heads)
+        return super().edited(z, heads).where(self.real[..., None], z)
+
+
+class OwnPrecision(Right):
+    """Takes the mean in the type of z, row by row."""
+
+    def mean(self, z: Tensor, real: Tensor) -> Tensor:
+        return torch.stack([row[here].mean() for row, here in zip(z, real, strict=True)])[:, None, None]
+
+
+class CleanMeans(Right):
+    """Takes the means of all heads from a clean forward of the same inputs, beforehand."""
+
+    cannot: ClassVar[dict[str, str]] = {"once": "it measures first"}
+
+    def forward(self, input_ids: Tensor, **inputs: Any) -> Tensor:
+        if self.imputation == "mean" and self.heads:
+            heads, self.heads = self.heads, []
+            self.means: list[list[Tensor]] = []
+            handles = [projection.register_forward_pre_hook(self.measure) for projection in self.projections()]
+            try:
+                super().forward(input_ids, **inputs)
+            finally:
+                self.heads = heads
+                for handle in handles:
+                    handle.remove()
+        return super().forward(input_ids, **inputs)
+
+    def measure(self, module: nn.Module, args: tuple[Any, ...]) -> None:
+        z = args[0]
+        self.means.append([super(CleanMeans, self).mean(head, self.real) for head in z.split(self.width(z), dim=-1)])
+
+    def hook(self, layer: int, module: nn.Module, args: tuple[Any, ...]) -> Any:
+        self.layer = layer
+        return super().hook(layer, module, args)
+
+    def edited(self, z: Tensor, heads: list[int]) -> Tensor:
+        if self.imputation != "mean":
+            return super().edited(z, heads)
+        out = z.clone()
+        for head in heads:
+            out[..., self.channels(head, z)] = self.means[self.layer][head]
+        return out
+
+
+class PerRun(Right):
+    """Installs its hooks for each run, before all others, also to be called when a forward raises."""
+
+    def install(self) -> None:
+        pass
+
+    def forward(self, input_ids: Tensor, **inputs: Any) -> Tensor:
+        try:
+            for layer, projection in enumerate(self.projections()):
+                hook = partial(self.hook, layer)
+                self.handles.append(projection.register_forward_pre_hook(hook, prepend=True))
+            self.handles.append(self.model.register_forward_hook(lambda *_: None, always_call=True))
+            return super().forward(input_ids, **inputs)
+        finally:
+            self.remove()
+
+
+class PerSet(Right):
+    """Installs hooks on the layers that it ablates, when they are named."""
+
+    def install(self) -> None:
+        pass
+
+    def ablate(self, heads: Sequence[tuple[int, int]], imputation: str) -> None:
+        super().ablate(heads, imputation)
+        self.remove()
+        for layer in {layer for layer, _ in heads}:
+            hook = partial(self.hook, layer)
+            self.handles.append(self.projections()[layer].register_forward_pre_hook(hook))
+
+    def clear(self) -> None:
+        super().clear()
+        self.remove()
+
+
+class GlobalHook(Right):
+    """One hook on all modules there are; the model itself is not touched."""
+
+    def install(self) -> None:
+        index = {projection: layer for layer, projection in enumerate(self.projections())}
+
+        def hook(module: nn.Module, args: tuple[Any, ...]) -> Any:
+            return self.hook(index[module], module, args) if module in index else None
+
+        self.handles.append(register_module_forward_pre_hook(hook))
+
+
+class WrappedForward(Right):
+    """Puts a function in the place of each projection's `forward`."""
+
+    def install(self) -> None:
+        self.before = [(projection, projection.__dict__.get("forward")) for projection in self.projections()]
+        for layer, projection in enumerate(self.projections()):
+            projection.forward = partial(self.replaced, layer, projection.forward)
+
+    def replaced(self, layer: int, forward: Any, z: Tensor) -> Any:
+        heads = self.targets(layer)
+        return forward(self.edited(z, heads) if heads else z)
+
+    def remove(self) -> None:
+        for projection, forward in self.before:
+            if forward is None:
+                projection.__dict__.pop("forward", None)
+            else:
+                projection.forward = forward
+
+
+class Wrapper(nn.Module):
+    """Takes the place of a projection, and calls it."""
+
+    def __init__(self, projection: nn.Module, edit: Any) -> None:
+        super().__init__()
+        self.projection, self.edit = projection, edit
+
+    def forward(self, z: Tensor) -> Tensor:
+        out: Tensor = self.projection(self.edit(z))
+        return out
+
+
+class WrappedModule(Right):
+    """Puts a module of its own around each projection."""
+
+    def install(self) -> None:
+        self.places: list[tuple[nn.Module, str, nn.Module]] = []
+        names = {module: name for name, module in self.model.named_modules()}
+        for layer, projection in enumerate(self.projections()):
+            parent, _, name = names[projection].rpartition(".")
+            place = self.model.get_submodule(parent)
+            self.places.append((place, name, projection))
+            setattr(place, name, Wrapper(projection, partial(self.edit, layer)))
+
+    def edit(self, layer: int, z: Tensor) -> Tensor:
+        heads = self.targets(layer)
+        return self.edited(z, heads) if heads else z
+
+    def remove(self) -> None:
+        for place, name, projection in self.places:
+            setattr(place, name, projection)
+
+
+class Subtracted(Right):
+    """Leaves z alone, and corrects what the projection makes of it."""
+
+    cannot: ClassVar[dict[str, str]] = {"observe": "it corrects the projection's output"}
+
+    def install(self) -> None:
+        for layer, projection in enumerate(self.projections()):
+            self.handles.append(projection.register_forward_hook(partial(self.correct, layer)))
+
+    def correct(self, layer: int, module: nn.Module, args: tuple[Tensor], out: Tensor) -> Tensor:
+        weight = module.weight if isinstance(module, Conv1D) else module.weight.T  # [in, out]
+        for head in set(self.targets(layer)):
+            channels = self.channels(head, args[0])
+            z = args[0][..., channels]
+            out = out + (self.value(z) - z) @ weight[channels]
+        return out
+
+
+class Masked(Right):
+    """Keeps a mask [layers, heads]."""
+
+    def __init__(self, model: PreTrainedModel) -> None:
+        self.chosen = torch.zeros(model.config.num_hidden_layers, model.config.num_attention_heads, dtype=torch.bool)
+        super().__init__(model)
+
+    def ablate(self, heads: Sequence[tuple[int, int]], imputation: str) -> None:
+        super().ablate(heads, imputation)
+        self.chosen.zero_()
+        for layer, head in heads:
+            self.chosen[layer, head] = True
+
+    def targets(self, layer: int) -> list[int]:
+        return self.chosen[layer].nonzero().flatten().tolist()
+
+    def clear(self) -> None:
+        super().clear()
+        self.chosen.zero_()
+
+
+STYLES = (
+    Where,
+    Concatenated,
+    Multiplied,
+    RealTokensOnly,
+    OwnPrecision,
+    CleanMeans,
+    PerRun,
+    PerSet,
+    GlobalHook,
+    WrappedForward,
+    WrappedModule,
+    Subtracted,
+    Masked,
+)
