@@ -120,13 +120,13 @@ class Ablation(NamedTuple):
     head: int
 
 
-class Row(NamedTuple):
-    """What one ablation gave: its last-token logits [vocabulary], and its receipt."""
+class Rows(NamedTuple):
+    """What some ablations gave: last-token logits [rows, vocabulary], and of each the receipt."""
 
-    cell: Ablation
+    cells: Sequence[Ablation]
     logits: Tensor
-    calls: int
-    fired: Fired
+    calls: Sequence[int]
+    fired: Sequence[Fired]
 
 
 Progress = Callable[[float], None]
@@ -272,17 +272,19 @@ class _Run:
             head_mean[layer.index, : layer.heads] = seen[layer.index][0]
         return _Clean(logits, head_mean)
 
-    def sequential(self, progress: Progress | None) -> Generator[Row]:
+    def sequential(self, progress: Progress | None) -> Generator[Rows]:
         """One forward for each cell."""
         with HeadAblation(self.model) as hook:
             for done, cell in enumerate(self.cells, start=1):
                 hook.edits = {cell.layer: (Edit(cell.head, self.imputations[cell.imputation]),)}
-                (logits,) = self.forward()
-                yield Row(cell, logits, hook.receipt.calls[cell.layer], hook.receipt.fired[cell.layer][0])
+                logits = self.forward()
+                yield Rows([cell], logits, [hook.receipt.calls[cell.layer]], hook.receipt.fired[cell.layer])
                 if progress is not None:
                     progress(done / len(self.cells))
 
-    def growing(self, passes: Sequence[Sequence[Ablation]], clean: _Clean, progress: Progress | None) -> Generator[Row]:
+    def growing(
+        self, passes: Sequence[Sequence[Ablation]], clean: _Clean, progress: Progress | None
+    ) -> Generator[Rows]:
         """One forward for each pass, of a batch that grows from layer to layer."""
         steps, done = len(passes) * len(self.heads.layers), 0
 
@@ -313,8 +315,7 @@ class _Run:
                 receipt = hook.receipt
                 self._agree(hook, clean, cells, logits)
                 fired = [f for layer in sorted(receipt.fired) for f in receipt.fired[layer]]
-                for cell, row, f in zip(cells, logits[1:], fired, strict=True):
-                    yield Row(cell, row, receipt.calls[cell.layer], f)
+                yield Rows(cells, logits[1:], [receipt.calls[cell.layer] for cell in cells], fired)
 
     def _agree(self, hook: HeadAblation, clean: _Clean, cells: Sequence[Ablation], logits: Tensor) -> None:
         """Raise unless rows of a pass are, up to rounding, what they are in a batch that does not grow.
@@ -341,23 +342,26 @@ class _Run:
         per_row = len(self.token_ids) * per_token + 3 * 8 * len(self.embedding)
         return max(2, ROW_BUDGET_BYTES // per_row)
 
-    def result(self, clean: _Clean, rows: Generator[Row], **how: Any) -> Sweep:
+    def result(self, clean: _Clean, rows: Generator[Rows], **how: Any) -> Sweep:
         """The arrays, from rows in any order. Raises InvalidReceipt unless every cell is there and was ablated."""
         watched = torch.tensor(_most_probable(self.watch, clean.logits))
-        before = _measure(clean.logits, watched)
+        before = _measure(clean.logits[None], watched)
         grid = (len(self.imputations), *self.heads.shape)
         probability, log_probability = np.full((2, len(watched), *grid), np.nan)
         argmax, calls, replaced, changed = np.full((4, *grid), -1, dtype=np.int64)
         margin = np.full(grid, np.nan)
         with closing(rows):  # an error in here must not leave the hooks to the garbage collector
-            for cell, logits, called, fired in rows:
-                if not logits.isfinite().all():
-                    raise NonFiniteLogits(f"logits are not finite with {self._name(cell)}")
-                after = _measure(logits, watched)
-                probability[:, *cell] = after.probability - before.probability
-                log_probability[:, *cell] = after.log_probability - before.log_probability
-                argmax[cell], margin[cell] = after.argmax, after.margin
-                calls[cell], (replaced[cell], changed[cell]) = called, fired
+            for batch in rows:
+                after = _measure(batch.logits, watched)
+                if not after.finite.all():
+                    raise NonFiniteLogits(
+                        f"logits are not finite with {self._name(batch.cells[int(after.finite.argmin())])}"
+                    )
+                for row, cell in enumerate(batch.cells):
+                    probability[:, *cell] = (after.probability - before.probability)[row]
+                    log_probability[:, *cell] = (after.log_probability - before.log_probability)[row]
+                    argmax[cell], margin[cell] = after.argmax[row], after.margin[row]
+                    calls[cell], (replaced[cell], changed[cell]) = batch.calls[row], batch.fired[row]
         for cell in self.cells:
             elements = len(self.token_ids) * self.heads.layer(cell.layer).width
             if calls[cell] != 1 or replaced[cell] != elements:
@@ -367,10 +371,10 @@ class _Run:
         return Sweep(
             imputations=tuple(imputation.name for imputation in self.imputations),
             watched=watched.numpy(),
-            clean_probability=before.probability,
-            clean_log_probability=before.log_probability,
-            clean_argmax=before.argmax,
-            clean_margin=before.margin,
+            clean_probability=before.probability[0],
+            clean_log_probability=before.log_probability[0],
+            clean_argmax=int(before.argmax[0]),
+            clean_margin=float(before.margin[0]),
             probability_change=probability,
             log_probability_change=log_probability,
             argmax=argmax,
@@ -423,17 +427,23 @@ def _most_probable(watch: Sequence[int | None], logits: Tensor) -> list[int]:
 
 
 class _Measured(NamedTuple):
-    """Of one row's logits: the watched tokens' values [W], and the prediction."""
+    """Of each row's logits: the watched tokens' values [rows, W], and the prediction [rows]."""
 
     probability: NDArray[np.float64]
     log_probability: NDArray[np.float64]
-    argmax: int
-    margin: float
+    argmax: NDArray[np.int64]
+    margin: NDArray[np.float64]
+    finite: NDArray[np.bool_]
 
 
 def _measure(logits: Tensor, watched: Tensor) -> _Measured:
-    """logits: [vocabulary]. In float64, where the sum over the vocabulary costs no digits."""
-    logits = logits.double().cpu()
-    log_probability = logits.log_softmax(dim=-1)[watched].numpy()
-    first, second = logits.topk(2).values.tolist()
-    return _Measured(np.exp(log_probability), log_probability, int(logits.argmax()), first - second)
+    """logits: [rows, vocabulary]. In float64, where the sum over the vocabulary costs no digits."""
+    parts = []
+    for some in logits.split(16):  # what a processor's cache holds
+        some = some.cpu().double()
+        log_probability = some.log_softmax(dim=-1)[:, watched]
+        first, argmax = some.max(dim=-1, keepdim=True)  # of equal ones the first
+        second = some.scatter(-1, argmax, -torch.inf).amax(dim=-1)
+        finite = some.sum(dim=-1).isfinite()
+        parts.append((log_probability.exp(), log_probability, argmax[:, 0], first[:, 0] - second, finite))
+    return _Measured(*(torch.cat(part).numpy() for part in zip(*parts, strict=True)))
