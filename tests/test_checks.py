@@ -119,7 +119,7 @@ def test_what_a_projection_receives_is_seen_below_a_forward_that_was_put_in_plac
     case = Case(Decoder("llama", layers=2, heads=3, width=2), rows=((3, 1, 4),), heads=((1, 0),), imputation="mean")
     for check in ("locality", "hygiene.foreign"):
         reproduce(check, Wrapping, case)
-    with pytest.raises(AssertionError, match="not as it was found: model.layers.0.self_attn.o_proj.forward"):
+    with pytest.raises(AssertionError, match=r"not as it was found: .*layers.0.self_attn.o_proj.forward"):
         reproduce("hygiene.closed", Wrapping, case)
 
 
@@ -288,7 +288,7 @@ def test_a_foreign_hook_is_tested_by_this_suite_with_a_verdict(foreign: Callable
         "--implementation",
         "my_hook:KnockOut",
     ]
-    done = foreign(*arguments, "-k", "smoke or exception or mean", "--junitxml=report.xml")  # three, to be quick
+    done = foreign(*arguments, "-k", "smoke or exception or mean and not sets", "--junitxml=report.xml")  # three, to be quick
     assert done.ret == pytest.ExitCode.TESTS_FAILED
     verdict = done.stdout.str().partition("= head ablation by my_hook:KnockOut =")[2]
     assert f"1 of {len(CHECKS)} requirements hold" in verdict
