@@ -288,7 +288,9 @@ def test_a_foreign_hook_is_tested_by_this_suite_with_a_verdict(foreign: Callable
         "--implementation",
         "my_hook:KnockOut",
     ]
-    done = foreign(*arguments, "-k", "smoke or exception or mean and not sets", "--junitxml=report.xml")  # three, to be quick
+    done = foreign(
+        *arguments, "-k", "smoke or exception or mean and not sets", "--junitxml=report.xml"
+    )  # three, to be quick
     assert done.ret == pytest.ExitCode.TESTS_FAILED
     verdict = done.stdout.str().partition("= head ablation by my_hook:KnockOut =")[2]
     assert f"1 of {len(CHECKS)} requirements hold" in verdict
