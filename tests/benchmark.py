@@ -241,8 +241,8 @@ def main() -> None:
             f"{resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20:.2f} GiB. "
             f"{datetime.date.today()}, torch {made['torch']}, transformers {made['transformers']}.",
             "",
-            "All ways give the same logits but for rounding. On one thread, where the same kernels run, the growing batch "
-            f"and the double loop differ in no logit by more than {apart[torch.float32]:.1g} in float32 and "
+            "All ways give the same logits but for rounding. On one thread, where the same kernels run, the growing "
+            f"batch and the double loop differ in no logit by more than {apart[torch.float32]:.1g} in float32 and "
             f"{apart[torch.float64]:.1g} in float64.",
             "",
         ]
