@@ -264,7 +264,7 @@ def live(make: Factory, case: Case) -> None:
 CHECKS = [
     LifeCheck(
         id="hygiene.exception",
-        requirement="The same holds after exceptions, in a forward or where hooks are registered, and it goes on.",
+        requirement="An exception, in a forward or where hooks are registered, leaves nothing behind, and it goes on.",
         function=live,
         cases=Cases(),
         failing=True,
