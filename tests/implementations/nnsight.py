@@ -1,7 +1,8 @@
 """nnsight: a trace a run, in which the input of each projection is replaced.
 
 It breaks hygiene.closed: `install_controller` (nnsight/intervention/source.py:688) puts an object in place of the
-`forward` of every module, "left there permanently", and has no counterpart that takes it out. Outside a trace it does nothing but call the original.
+`forward` of every module, "left there permanently", and has no counterpart that takes it out. Outside a trace it
+does nothing but call the original.
 """
 
 from __future__ import annotations
