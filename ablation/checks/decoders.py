@@ -121,14 +121,14 @@ def decoders(
     least_layers: int = 1,
 ) -> Decoder:
     """Small decoders, seldom with as many layers as heads."""
-    family = draw(st.sampled_from(families))
+    # Mixtral's kernel for experts knows no float64.
+    family = draw(st.sampled_from([f for f in families if f != "mixtral" or set(dtypes) - {"float64"}]))
     groups = draw(st.sampled_from([1, 2, 3])) if family in ("llama", "qwen3", "gemma3", "mixtral") else 1
     heads = groups * draw(st.integers(1, 3))
     # Even, for rotary positions; experts are multiplied in blocks of 16 bytes.
     width = 8 if family == "mixtral" else draw(st.sampled_from([2, 4, 6]))
     layers = draw(st.integers(least_layers, least_layers + 2))
-    if family == "mixtral":  # its kernel for experts knows no float64
-        dtypes = tuple(dtype for dtype in dtypes if dtype != "float64")
-    return Decoder(
-        family, layers, heads, width, groups, draw(st.sampled_from(["eager", "sdpa"])), draw(st.sampled_from(dtypes))
-    )
+    dtype = draw(st.sampled_from([d for d in dtypes if (family, d) != ("mixtral", "float64")]))
+    # Eager attention takes its softmax in float32 in most families, also in float64: what is then left of it is noise.
+    attention = draw(st.sampled_from(["eager", "sdpa"])) if dtype != "float64" else "sdpa"
+    return Decoder(family, layers, heads, width, groups, attention, dtype)
