@@ -47,13 +47,17 @@ class Check:
         """Run the check on drawn cases, under the hypothesis profile in force. Raises AssertionError."""
         __tracebackhide__ = True
 
+        cases = self.cases.without(declared(make))
+
         # Decorated here, not at import, so that the profile is that of the caller.
         @hypothesis.settings(deadline=None, suppress_health_check=[HealthCheck.too_slow])
-        @given(self.cases.without(declared(make)).strategy())
+        @given(cases.strategy())
         def check(case: Case) -> None:
             __tracebackhide__ = True
             self.on(make, case)
 
+        for case in reversed(list(cases.plain())):  # the example that is added last is tried first
+            check = hypothesis.example(case)(check)
         with on_one_thread():
             try:
                 check()

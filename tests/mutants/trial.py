@@ -56,7 +56,7 @@ def few_examples(seeded: bool = False, examples: int = 15) -> Iterator[None]:
         "few",
         settings.get_profile("ci"),
         max_examples=examples,
-        phases=[Phase.generate],
+        phases=[Phase.explicit, Phase.generate],
         derandomize=not seeded,
         report_multiple_bugs=False,
     )
