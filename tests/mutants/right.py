@@ -30,7 +30,11 @@ class Right:
         self.imputation = "zero"
         self.real: Tensor | None = None  # [rows, tokens] bool, in a run
         self.handles: list[RemovableHandle] = []
-        self.install()
+        try:
+            self.install()
+        except BaseException:
+            self.remove()
+            raise
 
     # ---- where
 

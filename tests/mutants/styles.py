@@ -9,6 +9,7 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor, nn
 from torch.nn.modules.module import register_module_forward_pre_hook
+from torch.utils.hooks import RemovableHandle
 from transformers import PreTrainedModel
 from transformers.pytorch_utils import Conv1D
 
@@ -71,8 +72,10 @@ class CleanMeans(Right):
         if self.imputation == "mean" and self.heads:
             heads, self.heads = self.heads, []
             self.means: list[list[Tensor]] = []
-            handles = [projection.register_forward_pre_hook(self.measure) for projection in self.projections()]
+            handles: list[RemovableHandle] = []
             try:
+                for projection in self.projections():
+                    handles.append(projection.register_forward_pre_hook(self.measure))
                 super().forward(input_ids, **inputs)
             finally:
                 self.heads = heads
