@@ -56,7 +56,7 @@ def _head(made_with: Mapping[str, Any], date: str) -> Iterator[str]:
     yield (
         f"{len(MUTANTS)} wrong implementations, each with one bug, and the checks that reject them. Made by "
         f"`python -m tests.kill_matrix` on {date}, with {EXAMPLES} examples a check; {versions}. "
-        "`tests/test_mutants.py` asserts that every mutant dies, and that no right implementation is rejected."
+        "`pytest -m mutants` asserts that every mutant dies, and that no right implementation is rejected."
     )
 
 

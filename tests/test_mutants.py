@@ -28,11 +28,13 @@ def examples(request: pytest.FixtureRequest) -> Iterator[None]:
         yield
 
 
+@pytest.mark.mutants
 @pytest.mark.parametrize("mutant", MUTANTS, ids=lambda mutant: mutant.__name__)
 def test_a_mutant_is_rejected_for_a_requirement_that_it_breaks(mutant: type[Mutant]) -> None:
     death(mutant)
 
 
+@pytest.mark.mutants
 @pytest.mark.parametrize("make", [Right, Ours, Surgery, *STYLES], ids=lambda make: make.__name__)
 def test_no_right_implementation_is_rejected(make: Any) -> None:
     for check in CHECKS:
@@ -51,6 +53,7 @@ class Accident(Mutant):
         raise LookupError("no such module")
 
 
+@pytest.mark.mutants
 def test_a_survivor_and_an_accident_are_no_deaths() -> None:
     with few_examples(examples=1):
         with pytest.raises(AssertionError, match="Survivor survives: Is no mutant at all"):

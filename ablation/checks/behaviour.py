@@ -260,19 +260,20 @@ def cache(make: Factory, case: Case) -> None:
 
 # In float64, transformers' eager attention itself gives NaN where a token sees nothing but padding.
 PADDED = ("float32",)
+EXACT = ("float32", "float64", "bfloat16")  # where no tolerance is needed
 
 CHECKS = [
     Check(
         id="identity",
         requirement="Unset, with an empty set, cleared or closed, the logits are the bare model's, bit for bit.",
         function=identity,
-        cases=Cases(dtypes=("float32", "float64", "bfloat16")),
+        cases=Cases(dtypes=EXACT),
     ),
     Check(
         id="locality",
         requirement="At the input of the projections, the target heads' slices and nothing else are replaced.",
         function=locality,
-        cases=Cases(dtypes=("float32", "float64", "bfloat16")),
+        cases=Cases(dtypes=EXACT),
         needs=("observe", "once"),
     ),
     Check(
@@ -286,21 +287,21 @@ CHECKS = [
         id="locality.sets",
         requirement="Several heads are replaced at once, each by what its own output gives.",
         function=locality,
-        cases=Cases(rows=2, heads=4),
+        cases=Cases(rows=2, heads=4, dtypes=EXACT),
         needs=("observe", "once", "sets"),
     ),
     Check(
         id="locality.foreign",
         requirement="The same where a hook of the user's edits z: its edit is kept.",
         function=foreign_edit,
-        cases=Cases(),
+        cases=Cases(dtypes=EXACT),
         needs=("observe", "once"),
     ),
     Check(
         id="input.untouched",
         requirement="The tensor that enters the projection is not written to: others may keep it.",
         function=input_untouched,
-        cases=Cases(),
+        cases=Cases(dtypes=EXACT),
         needs=("observe",),
     ),
     Check(
@@ -321,7 +322,7 @@ CHECKS = [
         id="sets.order",
         requirement="The order of the heads does not matter, nor that one is named twice.",
         function=order_is_irrelevant,
-        cases=Cases(heads=4),
+        cases=Cases(heads=4, dtypes=EXACT),
         needs=("sets",),
     ),
     Check(
@@ -342,7 +343,7 @@ CHECKS = [
         id="history",
         requirement="What was run, ablated, cleared or interrupted before leaves no trace, to the last bit.",
         function=forgets,
-        cases=Cases(heads=2),
+        cases=Cases(heads=2, dtypes=EXACT),
     ),
     Check(
         id="history.padded",
