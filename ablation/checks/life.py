@@ -145,7 +145,9 @@ class Life(RuleBasedStateMachine):
     def fail(self, where: str, layer: int, error: str) -> None:
         """Run, after opening if need be, with an error that strikes in a layer."""
         self._note("fail", where, layer, error)
-        raised = False
+        raised, observed = False, "observe" not in declared(self.make)
+        if self.implementation is None and not observed:  # a copy that is made now would keep what breaks it
+            self.implementation = self.make(self.model)
         with _broken(self.layers[layer], where, ERRORS[error]):
             try:
                 if self.implementation is None:
@@ -154,7 +156,7 @@ class Life(RuleBasedStateMachine):
             except ERRORS[error]:
                 raised = True
         # It may run a copy of the model, and may need no hook.
-        if where != WHERE[-1] and "observe" not in declared(self.make):
+        if where != WHERE[-1] and observed:
             assert raised, f"the {error} raised {where} layer {layer} was swallowed"
 
     @precondition(lambda self: not self.failing)

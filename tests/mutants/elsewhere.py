@@ -52,7 +52,7 @@ ELSEWHERE = (
     Bug(
         "Nested",
         "Lets a second ablation join the first on one model.",
-        "tests/test_hook.py::test_a_second_ablation_on_the_same_model_is_refused",
+        "tests/test_refusals.py::test_a_second_ablation_is_refused_and_the_first_goes_on",
         "TransformerLensOrg/TransformerLens#1098",
     ),
     Bug(
@@ -90,7 +90,7 @@ ELSEWHERE = (
     Bug(
         "NanIsRobust",
         "Takes the argmax of logits that are not finite.",
-        "tests/test_sweep.py::test_logits_that_are_not_finite_are_refused_clean_or_ablated",
+        "tests/test_refusals.py::test_logits_that_are_not_finite_are_refused_by_the_forward_that_gives_them",
     ),
     Bug(
         "TieAtRandom",
@@ -100,7 +100,7 @@ ELSEWHERE = (
     Bug(
         "DropoutOn",
         "Sweeps a model in training mode.",
-        "tests/test_sweep.py::test_bad_arguments_are_refused",
+        "tests/test_refusals.py::test_it_is_refused_before_any_forward_and_leaves_nothing",
     ),
     Bug(
         "FirstOfSeveralTokens",
