@@ -45,7 +45,7 @@ IDS = [3, 17, 4, 29, 5, 11]
 STATE_SPACE = "no attention heads: none of its layers has an attention"
 NO_LINEAR = "has 0 attention output projections that are Linear or Conv1D"
 REFUSED = {
-    "blt": "no text decoder of its own, only parts with attention",
+    "blt": "BltForCausalLM has no text decoder of its own, only parts with attention: local_encoder.layers,",
     "cpmant": "was given (1, 38, 64), not [1, 6 tokens",  # 32 tokens of its own before the prompt
     "deepseek_v4": NO_LINEAR,  # W_O is a product of two, the first in groups of heads
     "diffllama": "subtracts heads from each other before W_O",
@@ -56,7 +56,7 @@ REFUSED = {
     "mamba": STATE_SPACE,
     "mamba2": STATE_SPACE,
     "prophetnet": "was given 4 dimensions, not [rows, tokens, channels]",  # a z for each future token
-    "rwkv": "says neither how many heads it has nor how wide",  # a recurrence that is called an attention
+    "rwkv": "(RwkvSelfAttention) says neither how many heads it has nor how wide",  # a recurrence of that name
     "xlnet": NO_LINEAR,  # W_O is a parameter of an einsum
     "xlstm": STATE_SPACE,
 }

@@ -9,13 +9,17 @@ import torch
 from torch import nn
 from transformers import (
     AutoModelForCausalLM,
+    BertConfig,
     BloomConfig,
     DeepseekV3Config,
     DiffLlamaConfig,
+    GPT2Config,
+    LlamaConfig,
     MambaConfig,
     PreTrainedModel,
     Qwen3NextConfig,
 )
+from transformers.pytorch_utils import Conv1D
 
 from ablation.checks.decoders import Decoder
 from ablation.errors import UnsupportedModel
@@ -56,6 +60,52 @@ def test_the_width_of_a_head_is_what_the_projection_reads() -> None:
     assert (layer.heads, layer.width) == (2, 6) and layer.channels(1) == slice(6, 12)
 
 
+def described(model: PreTrainedModel) -> list[tuple[int, int, int]]:
+    """(query heads, key/value heads, width) of each layer."""
+    found = [(layer.heads, layer.key_value_heads, layer.width) for layer in find_heads(model).layers]
+    assert all(type(number) is int for layer in found for number in layer)
+    return found
+
+
+def test_an_attention_has_the_word_before_the_configuration_also_where_its_projection_is_beside_it() -> None:
+    """In BERT the heads are known to `attention.self`, and the projection is `attention.output.dense`."""
+    small = dict(num_attention_heads=4, intermediate_size=8, is_decoder=True)
+    model = from_config(BertConfig(**SMALL, **small))
+    model.config.num_attention_heads = 2
+    assert described(model) == [(4, 4, 2)] * 2
+
+
+def test_what_an_attention_does_not_say_follows_from_the_rest() -> None:
+    whole = [(3, 3, 2)] * 2
+    model = Decoder("llama", 2, 3, 2).fresh()
+    for layer in model.model.layers:  # its number of heads is in the configuration only
+        del layer.self_attn.head_dim
+    assert described(model) == whole
+    model = Decoder("llama", 2, 3, 2).fresh()
+    vars(model.config)["num_attention_heads"] = None  # not validated: as where it has none
+    assert described(model) == whole
+    for layer in model.model.layers:
+        del layer.self_attn.head_dim
+    with pytest.raises(UnsupportedModel, match=r"layer 0 \(LlamaAttention\) says neither how many heads"):
+        find_heads(model)
+
+
+def test_key_value_heads_are_told_by_their_groups_or_by_their_number() -> None:
+    model = Decoder("llama", 2, 6, 2, groups=3).fresh()
+    assert described(model) == [(6, 2, 2)] * 2
+    for layer in model.model.layers:
+        del layer.self_attn.num_key_value_groups
+        layer.self_attn.num_key_value_heads = 2
+    assert described(model) == [(6, 2, 2)] * 2
+
+
+def test_a_conv1d_is_asked_for_what_it_takes_not_for_what_it_gives() -> None:
+    model = fresh_gpt2()
+    for block in model.transformer.h:
+        block.attn.c_proj, block.attn.head_dim = Conv1D(nf=6, nx=12), 4
+    assert described(model) == [(3, 3, 4)] * 2
+
+
 def shared() -> PreTrainedModel:
     model = fresh_gpt2()
     model.transformer.h[1].attn.c_proj = model.transformer.h[0].attn.c_proj
@@ -82,6 +132,21 @@ def renamed() -> PreTrainedModel:
     return model
 
 
+def unknown_attention() -> PreTrainedModel:
+    """A layer that has an attention by the configuration's word, of a class that does not say so."""
+    model = Decoder("qwen3", 2, 3, 2).fresh()
+    assert model.config.layer_types == ["full_attention"] * 2
+    model.model.layers[1].self_attn = nn.Identity()
+    return model
+
+
+def linear_by_name() -> PreTrainedModel:
+    """Linear attention by the configuration's word, of a class that is called an attention."""
+    model = Decoder("qwen3", 2, 3, 2).fresh()
+    model.config.layer_types = ["linear_attention"] * 2
+    return model
+
+
 def fresh_gpt2() -> PreTrainedModel:
     return from_config(Decoder("gpt2", 2, 3, 2).build().config)
 
@@ -92,18 +157,23 @@ SMALL = dict(vocab_size=9, hidden_size=8, num_hidden_layers=2, bos_token_id=None
 @pytest.mark.parametrize(
     ("make", "reason"),
     [
-        (lambda: from_config(MambaConfig(**SMALL)), "no attention heads"),
-        (lambda: from_config(Qwen3NextConfig(**SMALL, num_experts=2)), "none of its layers has an attention"),
-        (lambda: from_config(BloomConfig(**SMALL, n_head=2, pretraining_tp=2, slow_but_exact=True)), "bypasses"),
+        (lambda: from_config(MambaConfig(**SMALL)), "^MambaForCausalLM has no attention heads"),
+        (lambda: from_config(Qwen3NextConfig(**SMALL, num_experts=2)), "^Qwen3NextForCausalLM has no attention heads"),
+        (
+            lambda: from_config(BloomConfig(**SMALL, n_head=2, pretraining_tp=2, slow_but_exact=True)),
+            "^Bloom.* bypasses",
+        ),
         (mixed, r"layer 1 \(LlamaAttention\): its projection takes 12 channels, which are not 3 heads of 2"),
         (
             lambda: from_config(DiffLlamaConfig(**SMALL, num_attention_heads=4, num_key_value_heads=2)),
-            "subtracts heads from each other",
+            r"layer 0 \(DiffLlamaAttention\) subtracts heads from each other",
         ),
-        (shared, "shares one projection"),
-        (compiled_block, "is compiled"),
+        (shared, "^GPT2LMHeadModel shares one projection"),
+        (compiled_block, "^GPT2Attention is compiled"),
         (lambda: torch.compile(fresh_gpt2(), backend="eager"), "pass the original"),
-        (renamed, "layer 1 .* has 0 attention output projections"),
+        (renamed, r"layer 1 \(GPT2Block\) has 0 attention output projections"),
+        (linear_by_name, "^Qwen3ForCausalLM has no attention heads"),
+        (unknown_attention, "layer 1 .* has 0 attention output projections"),
         (lambda: nn.Linear(2, 2), "Linear is not a transformers model"),
     ],
     ids=[
@@ -116,9 +186,25 @@ SMALL = dict(vocab_size=9, hidden_size=8, num_hidden_layers=2, bos_token_id=None
         "compiled block",
         "compiled model",
         "unknown name",
+        "linear by name",
+        "unknown attention",
         "a module",
     ],
 )
 def test_a_model_whose_heads_cannot_be_ablated_honestly_is_refused(make: Any, reason: str) -> None:
     with pytest.raises(UnsupportedModel, match=reason):
         find_heads(make())
+
+
+@pytest.mark.parametrize(
+    "config",
+    [
+        BloomConfig(**SMALL, n_head=2, pretraining_tp=2, slow_but_exact=False),
+        BloomConfig(**SMALL, n_head=2, pretraining_tp=1, slow_but_exact=True),
+        LlamaConfig(**SMALL, num_attention_heads=2, intermediate_size=8, pretraining_tp=2),
+        GPT2Config(**SMALL, n_head=2, slow_but_exact=True),
+    ],
+    ids=["fast", "one part", "it has no slow way", "it has no parts"],
+)
+def test_a_projection_is_bypassed_only_in_several_parts_the_slow_way(config: Any) -> None:
+    assert find_heads(from_config(config)).shape == (2, 2)

@@ -7,7 +7,7 @@ from typing import Any
 import pytest
 import torch
 from torch import Tensor, nn
-from transformers import PreTrainedModel
+from transformers import DynamicCache, PreTrainedModel
 
 from ablation.checks.decoders import Decoder
 from ablation.checks.observe import received
@@ -134,13 +134,47 @@ def test_a_projection_that_is_not_called_is_an_error_not_a_robust_model(monkeypa
     assert not projection._forward_pre_hooks
 
 
-def test_a_mean_over_a_sequence_that_comes_in_pieces_is_refused() -> None:
+@pytest.mark.parametrize("known", [1, 5])
+def test_a_mean_over_a_sequence_that_comes_in_pieces_is_refused(known: int) -> None:
     model = GPT2.build()
     with HeadAblation(model) as ablation, torch.no_grad():
         ablation.set([(0, 0)], "mean")
-        first = model(IDS, use_cache=True)
-        with pytest.raises(InvalidAblation, match="use_cache=False"):
+        first = model(IDS[:, :known], use_cache=True)
+        with pytest.raises(InvalidAblation, match=r"in one forward: pass use_cache=False$"):
             model(IDS[:, :1], past_key_values=first.past_key_values)
+
+
+def test_a_mean_over_a_whole_sequence_may_fill_a_cache() -> None:
+    model = GPT2.build()
+    with HeadAblation(model) as ablation, torch.no_grad():
+        ablation.set([(0, 0)], "mean")
+        filling = model(IDS, past_key_values=DynamicCache(config=model.config)).logits
+        assert torch.equal(filling, logits(model, IDS))
+
+
+def test_a_mean_is_refused_where_the_mask_does_not_tell_which_tokens_are_padding() -> None:
+    model = Decoder("gemma3", layers=3, heads=2, width=4).build()
+    made = {"full_attention": None, "sliding_attention": None}  # of a mask that the decoder's caller knew
+    with HeadAblation(model) as ablation, torch.no_grad():
+        ablation.set([(0, 0)])
+        model.get_decoder()(IDS, attention_mask=made, use_cache=False)  # zero needs no mask
+        ablation.set([(0, 0)], "mean")
+        for mask in (made, torch.zeros(1, 1, 5, 5)):
+            with pytest.raises(InvalidAblation, match=r"^this imputation needs an attention mask of \[rows, tokens\]"):
+                model.get_decoder()(IDS, attention_mask=mask, use_cache=False)
+
+
+def test_before_anything_is_set_it_ablates_nothing_and_after_leaving_nothing_can_be_set() -> None:
+    model = GPT2.build()
+    clean = logits(model, IDS)
+    ablation = HeadAblation(model)
+    assert (ablation.edits, ablation.receipt.calls, ablation.receipt.fired) == ({}, [0, 0, 0], {})
+    with ablation:
+        assert torch.equal(logits(model, IDS), clean)
+        assert (ablation.receipt.calls, ablation.receipt.fired) == ([1, 1, 1], {})
+    with pytest.raises(InvalidAblation, match="enter it first"):
+        ablation.set([(0, 0)])
+    ablation.__exit__(None, None, None)  # as often as one likes
 
 
 def test_gradients_flow_around_the_ablated_head() -> None:

@@ -16,7 +16,7 @@ from torch import Tensor
 from transformers import BloomConfig
 
 from ablation import hook as hook_module
-from ablation.checks.decoders import VOCABULARY, Decoder, decoders, randomised
+from ablation.checks.decoders import POSITIONS, VOCABULARY, Decoder, decoders, randomised
 from ablation.errors import InvalidReceipt, NonFiniteLogits
 from ablation.heads import find_heads
 from ablation.hook import Fired, HeadAblation
@@ -225,3 +225,16 @@ def test_of_equal_logits_the_lowest_token_is_the_prediction() -> None:
     result = sweep(model, ids)
     assert result.clean_argmax == 2 and result.clean_margin == 0
     assert not {first, 40} & set(result.argmax.flat) and not result.margin[result.argmax == 2].any()
+
+
+def test_the_first_token_and_the_longest_prompt_are_taken() -> None:
+    result = sweep(GPT2.build(), [0] * POSITIONS, [0], ["zero"])
+    assert (result.replaced == POSITIONS * 2).all()  # tokens x width
+
+
+def test_the_provenance_says_in_which_way_and_in_how_many_passes() -> None:
+    model = GPT2.build()  # 2 layers x 3 heads, each ablated with 2 imputations
+    for max_rows, passes in ((None, 1), (13, 1), (12, 2), (4, 4), (2, 12)):
+        how = sweep(model, IDS, max_rows=max_rows).provenance
+        assert (how["method"], how["passes"]) == ("growing batch", passes)
+    assert sweep_sequential(model, IDS).provenance["method"] == "sequential"
