@@ -11,10 +11,12 @@ import importlib.metadata
 import inspect
 import json
 import logging
+import os
 import re
 import subprocess
 import sys
 import time
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -59,7 +61,6 @@ def run(name: str) -> Result:
 def apart(name: str) -> Result:
     """The same in a process of its own; the result is the last line that it prints."""
     started = time.monotonic()
-    print(f"{name} ...", end=" ", flush=True, file=sys.stderr)
     command = [sys.executable, "-m", "tests.implementations", "--only", name]
     done = subprocess.run(command, capture_output=True, text=True, cwd=README.parent)
     if done.returncode:
@@ -67,7 +68,7 @@ def apart(name: str) -> Result:
     result: Result = json.loads(done.stdout.splitlines()[-1])
     outcomes = [outcome for outcome, _ in result["records"].values()]
     counts = ", ".join(f"{outcomes.count(outcome)} {outcome}" for outcome in CELLS)
-    print(f"{counts}, {time.monotonic() - started:.0f} s", file=sys.stderr)
+    print(f"{name}: {counts}, {time.monotonic() - started:.0f} s", file=sys.stderr)
     return result
 
 
@@ -103,7 +104,8 @@ def main() -> None:
     if options.only:
         print(json.dumps(run(options.only)))
         return
-    results = {name: apart(name) for name in NAMES}
+    with ThreadPoolExecutor(os.cpu_count()) as pool:
+        results = dict(zip(NAMES, pool.map(apart, NAMES), strict=True))
     versions = ", ".join(f"{name} {importlib.metadata.version(name)}" for name in sorted(LIBRARIES))
     block = f"{table(results)}\n\nWith {versions}.\n"
     print(f"{block}\n{reasons(results)}")
