@@ -13,7 +13,6 @@ import importlib
 import importlib.util
 import os
 import re
-import resource
 import sys
 import time
 from collections.abc import Callable, Iterator
@@ -237,8 +236,7 @@ def main() -> None:
             f"| the multiplications alone, at the rate measured | {least:.2f} s | {least / own:.2f} |",
             "",
             f"{len(expected)} ablations of GPT-2 {options.shape}'s shape, {options.tokens} tokens, float32, "
-            f"{torch.get_num_threads()} CPU threads, best of {options.rounds}; peak memory of the whole process "
-            f"{resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20:.2f} GiB. "
+            f"{torch.get_num_threads()} CPU threads, best of {options.rounds}. "
             f"{datetime.date.today()}, torch {made['torch']}, transformers {made['transformers']}.",
             "",
             "All ways give the same logits but for rounding. On one thread, where the same kernels run, the growing "

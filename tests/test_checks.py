@@ -70,7 +70,8 @@ def test_a_hook_that_is_off_by_one_head_is_told_which_head_it_ablates() -> None:
         "are replaced.\n"
         "  found: of layer 1, head 0 was to be ablated, but head 1 was changed\n"
         "  in: gpt2, layer 1 head 0, zero imputation\n"
-        f"  again: reproduce('locality', OffByOne, {case!r})"
+        "  again: from ablation.checks import Case, Decoder, reproduce\n"
+        f"  reproduce('locality', OffByOne, {case!r})"
     )
 
 
@@ -172,6 +173,29 @@ def test_a_dtype_that_is_not_claimed_is_not_drawn() -> None:
     assert set(drawn) == {"float32", "bfloat16"}
     check = replace(check, cases=Cases(dtypes=("float64",)))
     assert check.missing(NoDoubles) == "cannot do 'float64': never tried"
+
+
+class AsInTheReadme(Ours):
+    """Says nothing about the cache."""
+
+    def run(self, input_ids: torch.Tensor, attention_mask: torch.Tensor | None = None, **inputs: Any) -> torch.Tensor:
+        with torch.no_grad():
+            return self.model(input_ids, attention_mask=attention_mask, **inputs).logits
+
+
+@pytest.mark.parametrize("check", ["identity", "locality"])
+def test_who_says_nothing_about_the_cache_has_none_as_the_bare_model(check: str) -> None:
+    decoder = Decoder("mixtral", layers=1, heads=2, width=8, attention="eager")
+    reproduce(check, AsInTheReadme, Case(decoder, rows=((0,) * 8, (0,) * 8), heads=((0, 0),)))
+
+
+class Misspelt(Ours):
+    cannot: ClassVar[dict[str, str]] = {"meen": "not written"}
+
+
+def test_what_an_adapter_cannot_do_has_to_be_something_that_is_asked_of_it() -> None:
+    with pytest.raises(ValueError, match="`cannot` names 'meen', which is none of zero, mean, sets"):
+        CHECKS[0].missing(Misspelt)
 
 
 class Unfinished:
@@ -293,7 +317,7 @@ def test_a_foreign_hook_is_tested_by_this_suite_with_a_verdict(foreign: Callable
     )  # three, to be quick
     assert done.ret == pytest.ExitCode.TESTS_FAILED
     verdict = done.stdout.str().partition("= head ablation by my_hook:KnockOut =")[2]
-    assert f"1 of {len(CHECKS)} requirements hold" in verdict
+    assert f"1 of 3 requirements hold; {len(CHECKS) - 3} were not run" in verdict
     assert "broken: hygiene.exception" in verdict and "not tried: mean.oracle (cannot do 'mean': not written" in verdict
     assert 'failures="1" skipped="1" tests="3"' in Path("report.xml").read_text()
     known = foreign(*arguments, "--expected-failures", "known.txt", "-k", "exception or smoke")

@@ -159,10 +159,9 @@ def forgets(make: Factory, case: Case) -> None:
         return logits
 
     alone = [new(*first, 0), new(*first, 1)]  # each closed before the next is made
-    other_head, other_imputation = new(*head, 0), new(*imputation, 0)
+    other_head, other_imputation, clean = new(*head, 0), new(*imputation, 0), new([], case.imputation, 0)
     model = case.model()
     last = find_heads(model).layers[-1].block
-    bare = run(model, inputs)
     implementation = make(model)
 
     def then(prompt: int, want: torch.Tensor, what: str) -> None:
@@ -177,7 +176,7 @@ def forgets(make: Factory, case: Case) -> None:
         implementation.ablate(*head)
         then(0, other_head, "with another head, after a run with the first")
         implementation.clear()
-        then(0, bare, "after clear()")
+        then(0, clean, "after clear()")
         implementation.ablate(*first)
         implementation.ablate(*imputation)
         then(0, other_imputation, "with another imputation, set after the first")

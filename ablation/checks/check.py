@@ -9,12 +9,13 @@ from typing import Literal
 
 import hypothesis
 import torch
-from hypothesis import HealthCheck, given
+from hypothesis import HealthCheck, Phase, given, settings
 from hypothesis.errors import FlakyFailure
 from transformers import PreTrainedModel
 
 from ablation.checks.cases import Case, Cases
-from ablation.checks.protocol import Implementation
+from ablation.checks.decoders import DTYPES, FAMILIES
+from ablation.checks.protocol import FEATURES, Implementation
 
 Factory = Callable[[PreTrainedModel], Implementation]
 
@@ -50,7 +51,13 @@ class Check:
         cases = self.cases.without(declared(make))
 
         # Decorated here, not at import, so that the profile is that of the caller.
-        @hypothesis.settings(deadline=None, suppress_health_check=[HealthCheck.too_slow])
+        @hypothesis.settings(
+            deadline=None,
+            max_examples=examples(),
+            phases=[phase for phase in settings().phases if phase is not Phase.explain],
+            print_blob=False,  # a failure says itself how to see it again
+            suppress_health_check=[HealthCheck.too_slow],
+        )
         @given(cases.strategy())
         def check(case: Case) -> None:
             __tracebackhide__ = True
@@ -82,8 +89,15 @@ class Check:
             f"{name} breaks {self.id} ({self.level}): {self.requirement}\n"
             f"  found: {what}\n"
             f"  in: {case}\n"
-            f"  again: reproduce({self.id!r}, {name}, {case!r})"
+            "  again: from ablation.checks import Case, Decoder, reproduce\n"
+            f"  reproduce({self.id!r}, {name}, {case!r})"
         )
+
+
+def examples() -> int:
+    """Cases a check: as the profile in force has it, or 20 where that is hypothesis's own of 100."""
+    count = settings().max_examples
+    return 20 if count == 100 else count
 
 
 @contextmanager
@@ -98,5 +112,9 @@ def on_one_thread() -> Iterator[None]:
 
 
 def declared(make: Factory) -> Mapping[str, str]:
-    """What an implementation says that it cannot do."""
-    return getattr(make, "cannot", {})
+    """What an implementation says that it cannot do. Raises ValueError for what nobody asks of it."""
+    cannot: Mapping[str, str] = getattr(make, "cannot", {})
+    known = (*FEATURES, *FAMILIES, *DTYPES)
+    if unknown := [name for name in cannot if name not in known]:
+        raise ValueError(f"`cannot` names {unknown[0]!r}, which is none of {', '.join(known)}")
+    return cannot

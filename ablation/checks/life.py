@@ -19,7 +19,7 @@ from hypothesis.stateful import (
 )
 
 from ablation.checks.cases import Case, Cases, close, run, same
-from ablation.checks.check import Check, Factory, declared, on_one_thread
+from ablation.checks.check import Check, Factory, declared, examples, on_one_thread
 from ablation.checks.decoders import Decoder
 from ablation.checks.observe import assert_none, changes, state
 from ablation.checks.oracles import ablated_logits, expected
@@ -235,7 +235,11 @@ class LifeCheck(Check):
 
         phases = [phase for phase in settings().phases if phase is not Phase.shrink]  # takes minutes: see `_shortest`
         how = settings(
-            deadline=None, stateful_step_count=12, phases=phases, suppress_health_check=[HealthCheck.too_slow]
+            deadline=None,
+            max_examples=examples(),
+            stateful_step_count=12,
+            phases=phases,
+            suppress_health_check=[HealthCheck.too_slow],
         )
         with on_one_thread():
             try:
