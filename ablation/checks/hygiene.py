@@ -114,6 +114,7 @@ CHECKS = [
         requirement="After close the model is as it was found, and can be taken again.",
         function=closed,
         cases=Cases(),
+        needs=("restore",),
     ),
     Check(
         id="hygiene.foreign",

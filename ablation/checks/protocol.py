@@ -38,6 +38,7 @@ FEATURES = {
     "padding": "batches with padding, given an attention mask",
     "cache": "decoding with a key/value cache, under zero imputation",
     "observe": "running the very modules of the model it was given, so that what they receive can be seen",
+    "restore": "leaving the model as it was found, once closed",
     "once": "running the model once for one ablation",
     "refusal": "refusing heads and imputations that are not there",
 }

@@ -1,8 +1,8 @@
 """nnsight: a trace a run, in which the input of each projection is replaced.
 
-It breaks hygiene.closed: `install_controller` (nnsight/intervention/source.py:688) puts an object in place of the
-`forward` of every module, "left there permanently", and has no counterpart that takes it out. Outside a trace it
-does nothing but call the original.
+It does not leave the model as it was found: `install_controller` (nnsight/intervention/source.py:688) puts an object in
+place of the `forward` of every module, "left there permanently", and has no counterpart that takes it out. Outside a
+trace it does nothing but call the original.
 """
 
 from __future__ import annotations
@@ -21,6 +21,7 @@ from ablation.imputation import as_imputation
 
 class Nnsight:
     cannot: ClassVar[dict[str, str]] = {
+        "restore": "an object in place of every module's `forward` stays, by design",
         "refusal": "it knows modules, not heads: what an index means is the adapter's",
     }
 
