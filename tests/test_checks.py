@@ -107,7 +107,7 @@ class Wrapping:
 
     def run(self, **inputs: Any) -> torch.Tensor:
         with torch.no_grad():
-            return self.model(**inputs, use_cache=False).logits
+            return self.model(**inputs).logits
 
     def clear(self) -> None:
         self.heads = []
@@ -176,7 +176,7 @@ def test_a_dtype_that_is_not_claimed_is_not_drawn() -> None:
 
 
 class AsInTheReadme(Ours):
-    """Says nothing about the cache."""
+    """Says nothing of its own about the cache."""
 
     def run(self, input_ids: torch.Tensor, attention_mask: torch.Tensor | None = None, **inputs: Any) -> torch.Tensor:
         with torch.no_grad():
@@ -184,7 +184,7 @@ class AsInTheReadme(Ours):
 
 
 @pytest.mark.parametrize("check", ["identity", "locality"])
-def test_who_says_nothing_about_the_cache_has_none_as_the_bare_model(check: str) -> None:
+def test_the_cache_is_off_or_on_for_an_implementation_as_for_the_bare_model(check: str) -> None:
     decoder = Decoder("mixtral", layers=1, heads=2, width=8, attention="eager")
     reproduce(check, AsInTheReadme, Case(decoder, rows=((0,) * 8, (0,) * 8), heads=((0, 0),)))
 

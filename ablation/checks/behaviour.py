@@ -33,7 +33,7 @@ def identity(make: Factory, case: Case) -> None:
         implementation.ablate(list(case.heads), case.imputation)
         implementation.clear()
         same(implementation.run(**inputs), bare, "the logits after clear()")
-        unmasked = {"input_ids": inputs["input_ids"]}
+        unmasked = {"input_ids": inputs["input_ids"], "use_cache": False}
         same(implementation.run(**unmasked), run(model, unmasked), "the logits without an attention mask")
     finally:
         implementation.close()
@@ -139,7 +139,7 @@ def forgets(make: Factory, case: Case) -> None:
     """Whatever was run, ablated, cleared or interrupted before, a run gives what a new implementation gives."""
     inputs = case.inputs()
     ids = (inputs["input_ids"] + 7) % VOCABULARY
-    prompts: list[dict[str, Any]] = [inputs, {"input_ids": ids}]
+    prompts: list[dict[str, Any]] = [inputs, {"input_ids": ids, "use_cache": False}]
     imputations = [case.imputation, *({"zero", "mean"} - {case.imputation} - set(declared(make)))]
     first, head, imputation = (
         ([case.heads[0]], case.imputation),

@@ -41,8 +41,8 @@ class Case:
         """A fresh model: the code under test is assumed to be broken."""
         return self.decoder.fresh()
 
-    def inputs(self) -> dict[str, Tensor]:
-        """The batch: input_ids, attention_mask and position_ids, all [rows, tokens]."""
+    def inputs(self) -> dict[str, Any]:
+        """The batch: input_ids, attention_mask and position_ids, all [rows, tokens]; no cache: it rounds otherwise."""
         longest = max(map(len, self.rows))
         ids, mask = [], []
         for row in self.rows:
@@ -51,7 +51,12 @@ class Case:
             mask.append([0] * len(pad) + [1] * len(row) if self.side == "left" else [1] * len(row) + [0] * len(pad))
         attention_mask = torch.tensor(mask)
         positions = (attention_mask.cumsum(dim=1) - 1).clamp(min=0)
-        return {"input_ids": torch.tensor(ids), "attention_mask": attention_mask, "position_ids": positions}
+        return {
+            "input_ids": torch.tensor(ids),
+            "attention_mask": attention_mask,
+            "position_ids": positions,
+            "use_cache": False,
+        }
 
 
 @dataclass(frozen=True)
@@ -113,7 +118,7 @@ def _cases(draw: st.DrawFn, of: Cases) -> Case:
 def run(model: PreTrainedModel, inputs: dict[str, Any]) -> Tensor:
     """Logits of a bare model, [rows, tokens, vocabulary]."""
     with torch.no_grad():
-        logits: Tensor = model(**inputs, use_cache=False).logits
+        logits: Tensor = model(**{"use_cache": False} | inputs).logits
     return logits
 
 

@@ -101,7 +101,6 @@ def randomised(
     model: PreTrainedModel = AutoModelForCausalLM.from_config(
         config, attn_implementation=attention, dtype=getattr(torch, dtype)
     ).eval()
-    model.config.use_cache = False  # some kernels round otherwise with a cache: whoever asks for none has none
     random = np.random.RandomState(seed)  # its stream is frozen; that of a Generator is not
     with torch.no_grad():
         for parameter in model.parameters():
