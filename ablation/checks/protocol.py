@@ -59,7 +59,10 @@ class Implementation(Protocol):
         """From now on ablate these (layer, head) pairs, by "zero" or "mean", and no others."""
 
     def run(self, input_ids: Tensor, attention_mask: Tensor | None = None, **inputs: Any) -> Tensor:
-        """Logits [rows, tokens, vocabulary]. inputs: for the model: position_ids, use_cache; past_key_values, if it can "cache"."""
+        """Logits [rows, tokens, vocabulary].
+
+        inputs: for the model: position_ids and use_cache; past_key_values, if it can "cache".
+        """
 
     def clear(self) -> None:
         """From now on ablate nothing."""
