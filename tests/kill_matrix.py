@@ -62,8 +62,12 @@ def _head(made_with: Mapping[str, Any], date: str) -> Iterator[str]:
 
 def _findings(matrix: Matrix) -> Iterator[str]:
     alone = {mutant: killers(marks) for mutant, marks in matrix.items() if len(killers(marks)) == 1}
-    yield from ("", "## Thin places", "", "Mutants that a single check rejects.", "")
+    none = [mutant for mutant, marks in matrix.items() if not killers(marks)]
+    yield from ("", "## Thin places", "")
+    yield "Mutants that a single check rejects, some by chance: with more examples, other checks meet them, too."
+    yield ""
     yield from (f"- {mutant.__name__}: `{check}`" for mutant, (check,) in alone.items())
+    yield from (f"- {mutant.__name__}: `{mutant.killer}`, but only with more examples than here" for mutant in none)
     yield from ("", "## The checks", "", "What each rejects, and what no other does.", "")
     yield from ("| # | check | rejects | alone |", "|---|---|---|---|")
     for number, check in enumerate(CHECKS, start=1):
