@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import inspect
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from contextlib import ExitStack
 from functools import partial
 from typing import Any, NamedTuple, Self
 
+import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
@@ -129,8 +130,9 @@ class HeadAblation:
         if all(edit.imputation.pointwise for edits in self.edits.values() for edit in edits):
             return
         given = _arguments(decoder, args, kwargs)
-        past = given.get("past_key_values")
-        if past is not None and past.get_seq_length() > 0:
+        # By what it can, not by its name, which is past_key_values or, since transformers 5.24, cache.
+        caches = [value for value in given.values() if hasattr(value, "get_seq_length")]
+        if any(cache.get_seq_length() > 0 for cache in caches):
             raise InvalidAblation("this imputation needs the whole sequence in one forward: pass use_cache=False")
         mask = given.get("attention_mask")
         if isinstance(mask, dict):  # made of it, one for each kind of layer
@@ -171,7 +173,7 @@ def _arguments(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any])
     return dict(zip(inspect.signature(module.forward).parameters, args, strict=False)) | kwargs
 
 
-def replaced(z: Tensor, layer: Layer, edits: Iterable[Edit], mask: Tensor | None) -> tuple[Tensor, list[Fired]]:
+def replaced(z: Tensor, layer: Layer, edits: Sequence[Edit], mask: Tensor | None) -> tuple[Tensor, list[Fired]]:
     """A copy of z with the heads of `edits` replaced, each computed from z itself, and what each edit did.
 
     z: [rows, tokens, heads * width], not written to. mask: [rows, tokens] or None, see `Imputation`.
@@ -179,11 +181,21 @@ def replaced(z: Tensor, layer: Layer, edits: Iterable[Edit], mask: Tensor | None
     if z.ndim != 3:
         raise UnsupportedModel(f"{layer.name} was given {z.ndim} dimensions, not [rows, tokens, channels]")
     out = z.clone()
-    fired = []
-    for head, imputation, rows in edits:
-        before = z[rows, :, layer.channels(head)]  # [rows, tokens, width]
-        after = out[rows, :, layer.channels(head)]  # the same place in the copy: a view
-        value = imputation(before, None if mask is None else mask[rows])
-        after[...] = value
-        fired.append(Fired(int((after == value).sum()), int((after != before).sum())))
-    return out, fired
+    before, after = (t.unflatten(-1, (layer.heads, layer.width)) for t in (z, out))  # views
+    counts = torch.zeros(len(edits), 2, dtype=torch.long, device=z.device)
+    for imputation in dict.fromkeys(edit.imputation for edit in edits):
+        # All cells of an imputation at once: a sweep has an edit for each row.
+        cells = [
+            (number, row, edit.head)
+            for number, edit in enumerate(edits)
+            if edit.imputation == imputation
+            for row in range(len(z))[edit.rows]
+        ]
+        number, row, head = torch.tensor(cells, device=z.device).reshape(-1, 3).unbind(-1)
+        own = before[row, :, head]  # [cells, tokens, width]
+        value = imputation(own, None if mask is None else mask.to(z.device)[row])
+        after[row, :, head] = value.expand_as(own)
+        held = after[row, :, head]
+        fired = torch.stack([held == value, held != own], dim=-1).sum(dim=(1, 2))  # [cells, 2]
+        counts.index_add_(0, number, fired)
+    return out, [Fired(*count) for count in counts.tolist()]

@@ -11,6 +11,7 @@ from transformers import DynamicCache, PreTrainedModel
 
 from ablation.checks.decoders import Decoder
 from ablation.checks.observe import received
+from ablation.checks.protocol import CACHE
 from ablation.errors import InvalidAblation, InvalidReceipt
 from ablation.heads import find_heads
 from ablation.hook import HeadAblation
@@ -141,14 +142,14 @@ def test_a_mean_over_a_sequence_that_comes_in_pieces_is_refused(known: int) -> N
         ablation.set([(0, 0)], "mean")
         first = model(IDS[:, :known], use_cache=True)
         with pytest.raises(InvalidAblation, match=r"in one forward: pass use_cache=False$"):
-            model(IDS[:, :1], past_key_values=first.past_key_values)
+            model(IDS[:, :1], **{CACHE: first[CACHE]})
 
 
 def test_a_mean_over_a_whole_sequence_may_fill_a_cache() -> None:
     model = GPT2.build()
     with HeadAblation(model) as ablation, torch.no_grad():
         ablation.set([(0, 0)], "mean")
-        filling = model(IDS, past_key_values=DynamicCache(config=model.config)).logits
+        filling = model(IDS, **{CACHE: DynamicCache(config=model.config)}).logits
         assert torch.equal(filling, logits(model, IDS))
 
 

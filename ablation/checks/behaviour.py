@@ -13,7 +13,7 @@ from ablation.checks.cases import Case, Cases, close, run, same
 from ablation.checks.check import Check, Factory, declared
 from ablation.checks.decoders import VOCABULARY
 from ablation.checks.observe import received
-from ablation.checks.protocol import Implementation
+from ablation.checks.protocol import CACHE, Implementation
 from ablation.heads import find_heads
 
 
@@ -249,7 +249,7 @@ def cache(make: Factory, case: Case) -> None:
         while start < len(row):
             piece = slice(start, min(start + size, len(row)))
             mask = torch.ones(1, piece.stop, dtype=torch.long)
-            step = implementation.run(torch.tensor([row[piece]]), mask, past_key_values=past, use_cache=True)
+            step = implementation.run(torch.tensor([row[piece]]), mask, use_cache=True, **{CACHE: past})
             name = f"token {start}" if piece.stop == start + 1 else f"tokens {start} to {piece.stop - 1}"
             close(step, whole[:, piece], f"the logits of {name}, decoded with a cache, against one forward")
             start, size = piece.stop, 3 - size

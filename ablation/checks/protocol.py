@@ -24,11 +24,12 @@ A complete adapter, for a hook of one's own that is a context manager:
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Mapping, Sequence
 from typing import Any, Protocol
 
 from torch import Tensor
-from transformers import PreTrainedModel
+from transformers import GPT2LMHeadModel, PreTrainedModel
 
 FEATURES = {
     "zero": "zero imputation",
@@ -42,6 +43,10 @@ FEATURES = {
     "once": "running the model once for one ablation",
     "refusal": "refusing heads and imputations that are not there",
 }
+
+
+CACHE = "cache" if "cache" in inspect.signature(GPT2LMHeadModel.forward).parameters else "past_key_values"
+"""What this version of transformers calls a key/value cache; `past_key_values` until 5.23."""
 
 
 class Implementation(Protocol):
@@ -61,7 +66,7 @@ class Implementation(Protocol):
     def run(self, input_ids: Tensor, attention_mask: Tensor | None = None, **inputs: Any) -> Tensor:
         """Logits [rows, tokens, vocabulary].
 
-        inputs: for the model: position_ids and use_cache; past_key_values, if it can "cache".
+        inputs: for the model: position_ids and use_cache; if it can "cache", a key/value cache, by the name of CACHE.
         """
 
     def clear(self) -> None:

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
+from ablation.checks.protocol import CACHE
 from tests.mutants.mutant import Mutant
 
 
@@ -283,7 +284,7 @@ class CleanPrefix(Mutant):
     killer = "cache"
 
     def forward(self, input_ids: Tensor, **inputs: Any) -> Tensor:
-        past = inputs.get("past_key_values")
+        past = inputs.get(CACHE)
         self.prefix = past is not None and past.get_seq_length() == 0
         return super().forward(input_ids, **inputs)
 
@@ -297,7 +298,7 @@ class PrefixOnly(Mutant):
     killer = "cache"
 
     def forward(self, input_ids: Tensor, **inputs: Any) -> Tensor:
-        past = inputs.get("past_key_values")
+        past = inputs.get(CACHE)
         self.decoding = past is not None and past.get_seq_length() > 0
         return super().forward(input_ids, **inputs)
 
@@ -311,7 +312,7 @@ class PiecesLeft(Mutant):
     killer = "cache"
 
     def forward(self, input_ids: Tensor, **inputs: Any) -> Tensor:
-        past = inputs.get("past_key_values")
+        past = inputs.get(CACHE)
         self.piece = past is not None and past.get_seq_length() > 0 and input_ids.shape[1] > 1
         return super().forward(input_ids, **inputs)
 
@@ -326,8 +327,8 @@ class RemembersLogits(Mutant):
 
     def forward(self, input_ids: Tensor, **inputs: Any) -> Tensor:
         known: dict[Any, Tensor] = self.__dict__.setdefault("known", {})
-        key = str(input_ids), str(inputs.get("attention_mask")), "past_key_values" in inputs
-        if key not in known or "past_key_values" in inputs:
+        key = str(input_ids), str(inputs.get("attention_mask")), CACHE in inputs
+        if key not in known or CACHE in inputs:
             known[key] = super().forward(input_ids, **inputs)
         return known[key]
 
