@@ -3,14 +3,15 @@
 from __future__ import annotations
 
 import inspect
+import itertools
 import json
 import operator
 import warnings
-from collections.abc import Callable, Generator, Mapping, Sequence
-from contextlib import ExitStack, closing
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import ExitStack
 from dataclasses import dataclass, field, fields
 from functools import partial
-from itertools import groupby
+from itertools import islice
 from pathlib import Path
 from typing import Any, NamedTuple, Self
 
@@ -29,6 +30,7 @@ from ablation.errors import (
     NonFiniteLogits,
     UnsupportedModel,
 )
+from ablation.growing import Disagreement, grown
 from ablation.heads import Heads, Layer, find_heads
 from ablation.hook import Edit, Fired, HeadAblation
 from ablation.imputation import IMPUTATIONS, Imputation, as_imputation
@@ -120,15 +122,6 @@ class Ablation(NamedTuple):
     head: int
 
 
-class Rows(NamedTuple):
-    """What some ablations gave: last-token logits [rows, vocabulary], and of each the receipt."""
-
-    cells: Sequence[Ablation]
-    logits: Tensor
-    calls: Sequence[int]
-    fired: Sequence[Fired]
-
-
 Progress = Callable[[float], None]
 """Told the share of the work that is done, in (0, 1]."""
 
@@ -144,36 +137,46 @@ def sweep(
 ) -> Sweep:
     """Ablate every head in turn, with each imputation, in one growing batch: exact, and fast.
 
-    Before layer l the batch holds the clean row and the rows ablated in earlier layers. A pre-hook on layer l appends
-    a copy of the clean row for each (imputation, head) of that layer, and `HeadAblation` ablates one head in each
-    copy. Whatever an ablation shares with the clean run is thus computed once. At most `max_rows` rows run at once
-    (default: as many as fit in ROW_BUDGET_BYTES); further ablations take further passes.
+    Before layer l the batch holds the clean row and the rows ablated in earlier layers. A copy of the clean row joins
+    for each (imputation, head) of that layer, and `HeadAblation` ablates one head in each copy. Whatever an ablation
+    shares with the clean run is thus computed once; and of the last layer, only what the last token needs. At most
+    `max_rows` rows run at once (default: as many as fit in ROW_BUDGET_BYTES); further ablations take further passes.
 
-    Where a model's layers do not treat rows alike, so that the batch fails or disagrees with a forward of one row,
-    `sweep_sequential` takes over, with a warning; `provenance["method"]` says which it was.
+    Where a model's layers do not treat rows alike, so that the batch fails or disagrees with a forward whose batch
+    does not grow, `sweep_sequential` takes over, with a warning; `provenance["method"]` says which it was.
 
     token_ids: the prompt, one row without padding. watch: token ids whose probability is followed, by convention the
     target and the control; None stands for the most probable token of the clean run that is not watched yet.
     Raises InvalidPrompt, InvalidAblation, UnknownImputation, UnsupportedModel, InvalidReceipt, NonFiniteLogits.
     """
-    run = _Run(model, token_ids, watch, imputations)
-    size = max_rows if max_rows is not None else run.affordable_rows()
-    if size < 2:
-        raise InvalidAblation(f"max_rows is {size}: a pass needs 2 rows at least, the clean one and an ablated one")
-    passes = [run.cells[i : i + size - 1] for i in range(0, len(run.cells), size - 1)]
+    (result,) = sweep_prompts(model, [token_ids], [watch], imputations, max_rows=max_rows, progress=progress)
+    return result
+
+
+def sweep_prompts(
+    model: PreTrainedModel,
+    prompts: Sequence[Sequence[int]],
+    watch: Sequence[Sequence[int | None]] | None = None,
+    imputations: Sequence[str | Imputation] = tuple(IMPUTATIONS),
+    *,
+    max_rows: int | None = None,
+    progress: Progress | None = None,
+) -> list[Sweep]:
+    """`sweep` for several prompts, each as it is alone but for rounding: those of one length share forward passes.
+
+    prompts: token ids, each without padding. watch: for each prompt what `sweep` takes. See there for the rest.
+    """
+    watch = [(None, None)] * len(prompts) if watch is None else watch
+    if not prompts or len(watch) != len(prompts):
+        raise InvalidPrompt(f"there are {len(prompts)} prompts, and tokens to watch for {len(watch)}")
+    run = _Run(model, imputations)
+    asked = [run.prompt(*pair) for pair in zip(prompts, watch, strict=True)]
+    found: dict[int, Sweep] = {}
     with torch.no_grad():
-        clean = run.clean()
-        try:
-            rows = run.growing(passes, clean, progress)
-            return run.result(clean, rows, method="growing batch", passes=len(passes))
-        except AblationError:
-            raise
-        except Exception as error:  # whatever a foreign model's layer raises when given rows that it did not expect
-            reason = f"{type(error).__name__}: {error}".splitlines()[0]
-            warnings.warn(
-                f"the growing batch does not suit {type(model).__name__} ({reason}): sequential", stacklevel=2
-            )
-            return run.result(clean, run.sequential(progress), method="sequential", reason=reason)
+        for group in run.groups(asked, max_rows):
+            part = _part(progress, len(found) / len(asked), len(group) / len(asked))
+            found |= zip(group, run.sweep([asked[index] for index in group], max_rows, part), strict=True)
+    return [found[index] for index in range(len(asked))]
 
 
 def sweep_sequential(
@@ -185,32 +188,27 @@ def sweep_sequential(
     progress: Progress | None = None,
 ) -> Sweep:
     """The same as `sweep` by one forward an ablation: the plain double loop, slow and beyond doubt."""
-    run = _Run(model, token_ids, watch, imputations)
+    run = _Run(model, imputations)
     with torch.no_grad():
-        return run.result(run.clean(), run.sequential(progress), method="sequential")
+        return run.sequential(run.prompt(token_ids, watch), _part(progress, 0, 1))
 
 
-class _Clean(NamedTuple):
-    """The clean run: last-token logits [vocabulary], head means [layer, head], NaN where there is no head."""
-
-    logits: Tensor
-    head_mean: NDArray[np.float64]
+def _part(progress: Progress | None, start: float, share: float) -> Progress:
+    """The progress of a part of the work."""
+    return lambda done: None if progress is None else progress(start + share * done)
 
 
-class _Disagreement(Exception):
-    """A row of a growing batch is not what the same forward gives alone."""
+class _Prompt(NamedTuple):
+    """A prompt and the tokens that are watched, checked."""
+
+    token_ids: list[int]
+    watch: list[int | None]
 
 
 class _Run:
-    """One prompt on one model, checked; the two ways through it; and the measuring of what they give."""
+    """A model and the imputations, checked; and the two ways through a prompt."""
 
-    def __init__(
-        self,
-        model: PreTrainedModel,
-        token_ids: Sequence[int],
-        watch: Sequence[int | None],
-        imputations: Sequence[str | Imputation],
-    ) -> None:
+    def __init__(self, model: PreTrainedModel, imputations: Sequence[str | Imputation]) -> None:
         self.model = model
         self.heads: Heads = find_heads(model)
         self.imputations = [as_imputation(imputation) for imputation in imputations]
@@ -219,16 +217,9 @@ class _Run:
         if any(module.training for module in model.modules()):
             raise InvalidAblation("the model is in training mode, where dropout hides effects: call model.eval()")
         self.embedding: Tensor = model.get_input_embeddings().weight  # type: ignore[assignment]  # [vocabulary, channels]
-        vocabulary = len(self.embedding)
-        self.token_ids = [_token_id(token) for token in token_ids]
-        self.watch = [None if token is None else _token_id(token) for token in watch]
-        if not self.token_ids or not self.watch:
-            raise InvalidPrompt("a sweep needs at least one prompt token and one watched token")
-        if strange := [t for t in (*self.token_ids, *self.watch) if t is not None and not 0 <= t < vocabulary]:
-            raise InvalidPrompt(f"no token {strange[0]}: the model has {vocabulary} tokens")
-        longest = getattr(model.config.get_text_config(), "max_position_embeddings", None)
-        if longest is not None and len(self.token_ids) > longest:
-            raise InvalidPrompt(f"the prompt has {len(self.token_ids)} tokens, the model takes at most {longest}")
+        # Unembed no more than is looked at, where the model can be told so.
+        takes = inspect.signature(model.forward).parameters
+        self.last_only: dict[str, Any] = {"logits_to_keep": 1} if "logits_to_keep" in takes else {}
         # Layer by layer, the order in which a growing batch takes its rows.
         self.cells = [
             Ablation(imputation, layer.index, head)
@@ -237,21 +228,60 @@ class _Run:
             for head in range(layer.heads)
         ]
 
-    def forward(self, rows: int = 1, **how: Any) -> Tensor:
+    def prompt(self, token_ids: Sequence[int], watch: Sequence[int | None]) -> _Prompt:
+        """A prompt, checked. Raises InvalidPrompt."""
+        ids = [_token_id(token) for token in token_ids]
+        watched = [None if token is None else _token_id(token) for token in watch]
+        vocabulary = len(self.embedding)
+        if not ids or not watched:
+            raise InvalidPrompt("a sweep needs at least one prompt token and one watched token")
+        if strange := [token for token in (*ids, *watched) if token is not None and not 0 <= token < vocabulary]:
+            raise InvalidPrompt(f"no token {strange[0]}: the model has {vocabulary} tokens")
+        longest = getattr(self.model.config.get_text_config(), "max_position_embeddings", None)
+        if longest is not None and len(ids) > longest:
+            raise InvalidPrompt(f"the prompt has {len(ids)} tokens, the model takes at most {longest}")
+        return _Prompt(ids, watched)
+
+    def groups(self, prompts: Sequence[_Prompt], max_rows: int | None) -> list[list[int]]:
+        """Indices of the prompts that share their passes: they are of one length, and all their rows fit into one."""
+        lengths = [len(prompt.token_ids) for prompt in prompts]
+        groups = []
+        for length in dict.fromkeys(lengths):
+            alike = [index for index, other in enumerate(lengths) if other == length]
+            size = max(1, self.rows(length, max_rows) // (1 + len(self.cells)))
+            groups += [alike[i : i + size] for i in range(0, len(alike), size)]
+        return groups
+
+    def rows(self, tokens: int, max_rows: int | None) -> int:
+        """Rows of a pass: those asked for, or those whose widest tensors and logits fit in ROW_BUDGET_BYTES."""
+        if max_rows is None:
+            shapes = [p.shape for layer in self.heads.layers for p in layer.block.parameters() if p.ndim == 2]
+            widest = 4 * max((max(shape) for shape in shapes), default=1)
+            scores = self.heads.shape[1] * tokens
+            logits = len(self.embedding) * (1 if self.last_only else tokens)
+            per_row = (tokens * (widest + scores) + logits) * self.model.dtype.itemsize
+            return max(2, ROW_BUDGET_BYTES // per_row)
+        if max_rows < 2:
+            raise InvalidAblation(f"max_rows is {max_rows}: a pass needs 2 rows, a clean one and an ablated one")
+        return max_rows
+
+    def forward(self, rows: Sequence[Sequence[int]], **how: Any) -> Tensor:
         """Logits of the last token, [rows, vocabulary]."""
-        ids = torch.tensor([self.token_ids] * rows, device=self.embedding.device)
+        # An embedding on the meta device waits elsewhere, and brings its inputs to where it will be.
+        ids = torch.tensor(rows, device="cpu" if self.embedding.is_meta else self.embedding.device)
         logits: Tensor = self.model(ids, use_cache=False, **how).logits
         return logits[:, -1]
 
-    def clean(self) -> _Clean:
+    def clean(self, prompt: _Prompt) -> _Cells:
         """The clean run, with no hook but one that looks on. Raises InvalidReceipt, NonFiniteLogits."""
+        tokens = len(prompt.token_ids)
         seen: dict[int, list[NDArray[np.float64]]] = {layer.index: [] for layer in self.heads.layers}
 
         def look(layer: Layer, projection: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
             (z, *_) = args or kwargs.values()
-            if z.shape != (1, len(self.token_ids), layer.heads * layer.width):
+            if z.shape != (1, tokens, layer.heads * layer.width):
                 raise UnsupportedModel(
-                    f"{layer.name} was given {tuple(z.shape)}, not [1, {len(self.token_ids)} tokens, "
+                    f"{layer.name} was given {tuple(z.shape)}, not [1, {tokens} tokens, "
                     f"{layer.heads * layer.width} channels]"
                 )
             per_head = z.double().unflatten(-1, (layer.heads, layer.width))
@@ -261,138 +291,155 @@ class _Run:
             for layer in self.heads.layers:
                 handle = layer.projection.register_forward_pre_hook(partial(look, layer), with_kwargs=True)
                 hooks.callback(handle.remove)
-            (logits,) = self.forward()
+            (logits,) = self.forward([prompt.token_ids])
+        head_mean = np.full(self.heads.shape, np.nan)
         for layer in self.heads.layers:
             if len(seen[layer.index]) != 1:
                 raise InvalidReceipt(f"{layer.name} was called {len(seen[layer.index])} times in a forward, not once")
+            head_mean[layer.index, : layer.heads] = seen[layer.index][0]
         if not logits.isfinite().all():
             raise NonFiniteLogits("the model's clean logits are not finite")
-        head_mean = np.full(self.heads.shape, np.nan)
-        for layer in self.heads.layers:
-            head_mean[layer.index, : layer.heads] = seen[layer.index][0]
-        return _Clean(logits, head_mean)
+        return _Cells(self, prompt, logits, head_mean)
 
-    def sequential(self, progress: Progress | None) -> Generator[Rows]:
+    def sequential(self, prompt: _Prompt, progress: Progress, **how: Any) -> Sweep:
         """One forward for each cell."""
+        found = self.clean(prompt)
         with HeadAblation(self.model) as hook:
             for done, cell in enumerate(self.cells, start=1):
-                hook.edits = {cell.layer: (Edit(cell.head, self.imputations[cell.imputation]),)}
-                logits = self.forward()
-                yield Rows([cell], logits, [hook.receipt.calls[cell.layer]], hook.receipt.fired[cell.layer])
-                if progress is not None:
-                    progress(done / len(self.cells))
+                hook.edits = self.edits([cell])
+                logits = self.forward([prompt.token_ids])
+                found.add([cell], logits, [hook.receipt.calls[cell.layer]], hook.receipt.fired[cell.layer])
+                progress(done / len(self.cells))
+        return found.result(method="sequential", **how)
+
+    def edits(self, cells: Sequence[Ablation], first: int = 0, prompts: int = 1) -> dict[int, tuple[Edit, ...]]:
+        """An edit for each row: from row `first` on, a cell after the other, each for all prompts."""
+        rows = itertools.count(first)
+        edits: dict[int, tuple[Edit, ...]] = {}
+        for cell in cells:
+            here = [Edit(cell.head, self.imputations[cell.imputation], slice(r, r + 1)) for r in islice(rows, prompts)]
+            edits[cell.layer] = (*edits.get(cell.layer, ()), *here)
+        return edits
+
+    def sweep(self, prompts: Sequence[_Prompt], max_rows: int | None, progress: Progress) -> list[Sweep]:
+        """The prompts in one growing batch; each alone, if that does not suit the model; and at last sequentially."""
+        for narrow in (True, False):
+            try:
+                return self.growing(prompts, max_rows, progress, narrow)
+            except AblationError:
+                raise
+            except Exception as error:  # whatever a foreign model's layer raises when given what it did not expect
+                reason = f"{type(error).__name__}: {error}".splitlines()[0]
+        if len(prompts) > 1:
+            parts = [_part(progress, i / len(prompts), 1 / len(prompts)) for i in range(len(prompts))]
+            return [self.sweep([prompt], max_rows, part)[0] for prompt, part in zip(prompts, parts, strict=True)]
+        warnings.warn(
+            f"the growing batch does not suit {type(self.model).__name__} ({reason}): sequential", stacklevel=4
+        )
+        return [self.sequential(prompts[0], progress, reason=reason)]
 
     def growing(
-        self, passes: Sequence[Sequence[Ablation]], clean: _Clean, progress: Progress | None
-    ) -> Generator[Rows]:
-        """One forward for each pass, of a batch that grows from layer to layer."""
-        steps, done = len(passes) * len(self.heads.layers), 0
-
-        def step() -> None:
-            nonlocal done
-            done += 1
-            if progress is not None:
-                progress(done / steps)
-
-        # Unembed no more than is looked at, where the model can be told so.
-        last_only = (
-            {"logits_to_keep": 1} if "logits_to_keep" in inspect.signature(self.model.forward).parameters else {}
-        )
+        self, prompts: Sequence[_Prompt], max_rows: int | None, progress: Progress, narrow: bool
+    ) -> list[Sweep]:
+        """One forward for each pass: clean rows, one for each prompt, and, as the batch grows, one for each edit."""
+        found = [self.clean(prompt) for prompt in prompts]
+        ids, several = [prompt.token_ids for prompt in prompts], len(prompts)
+        size = max(1, self.rows(len(ids[0]), max_rows) // several - 1)
+        passes = [self.cells[i : i + size] for i in range(0, len(self.cells), size)]
+        steps = len(passes) * len(self.heads.layers)
+        done = itertools.count(1)
+        probes = self.probes()
+        probed: dict[Ablation, Tensor] = {}
         with HeadAblation(self.model) as hook:
             for cells in passes:
-                edits: dict[int, tuple[Edit, ...]] = {}
-                rows = 1  # the clean one
-                for layer, group in groupby(cells, key=lambda cell: cell.layer):
-                    here = [Edit(cell.head, self.imputations[cell.imputation]) for cell in group]
-                    edits[layer] = tuple(e._replace(rows=slice(rows + i, rows + i + 1)) for i, e in enumerate(here))
-                    rows += len(here)
-                hook.edits = edits
-                with ExitStack() as growth:
-                    for layer in self.heads.layers:
-                        grow = partial(_grow, edits.get(layer.index, ()), step)
-                        growth.callback(layer.block.register_forward_pre_hook(grow, with_kwargs=True).remove)
-                    logits = self.forward(**last_only)  # [rows, vocabulary]
-                receipt = hook.receipt
-                self._agree(hook, clean, cells, logits)
-                fired = [f for layer in sorted(receipt.fired) for f in receipt.fired[layer]]
-                yield Rows(cells, logits[1:], [receipt.calls[cell.layer] for cell in cells], fired)
+                hook.edits = self.edits(cells, several, several)
+                added = {layer: len(edits) // several for layer, edits in hook.edits.items()}
+                with grown(self.heads, several, added, narrow, lambda: progress(next(done) / steps)):
+                    logits = self.forward(ids, **self.last_only)
+                logits = logits.unflatten(0, (-1, several))  # [1 + cells, prompts, vocabulary]
+                _agree(logits[0], torch.stack([cells.clean for cells in found]))
+                probed |= {cell: logits[1 + i] for i, cell in enumerate(cells) if cell in probes}
+                fired = [f for layer in sorted(hook.receipt.fired) for f in hook.receipt.fired[layer]]
+                calls = [hook.receipt.calls[cell.layer] for cell in cells]
+                for i, of_prompt in enumerate(found):
+                    of_prompt.add(cells, logits[1:, i], calls, fired[i::several])
+            hook.edits = self.edits(probes, 0, several)
+            plain = self.forward(ids * len(probes), **self.last_only)
+            _agree(torch.cat([probed[cell] for cell in probes]), plain)
+        how = {"method": "growing batch", "passes": len(passes), "prompts": several}
+        return [of_prompt.result(**how) for of_prompt in found]
 
-    def _agree(self, hook: HeadAblation, clean: _Clean, cells: Sequence[Ablation], logits: Tensor) -> None:
-        """Raise unless rows of a pass are, up to rounding, what they are in a batch that does not grow.
+    def probes(self) -> list[Ablation]:
+        """The cells that are compared with a forward whose batch does not grow: of each layer the last one."""
+        return list({cell.layer: cell for cell in self.cells}.values())
 
-        These are the clean row, which was computed alone, and of each layer the row that was added last.
-        """
-        last = {cell.layer: row for row, cell in enumerate(cells, start=1)}
-        hook.edits = {
-            layer: (Edit(cells[row - 1].head, self.imputations[cells[row - 1].imputation], slice(i, i + 1)),)
-            for i, (layer, row) in enumerate(last.items())
-        }
-        expected = torch.cat([clean.logits[None], self.forward(len(last))])
-        apart = (logits[[0, *last.values()]] - expected).abs().max()
-        # Half of the digits: far above rounding, far below what a row that has seen other rows looks like.
-        if not apart <= torch.finfo(logits.dtype).eps ** 0.5 * clean.logits.abs().max():
-            raise _Disagreement(f"a row differs from the same forward without growth by {apart:.2g}")
+    def name(self, cell: Ablation) -> str:
+        """A cell in words."""
+        return f"layer {cell.layer}, head {cell.head}, {self.imputations[cell.imputation].name} imputation"
 
-    def affordable_rows(self) -> int:
-        """Rows whose activations fit in ROW_BUDGET_BYTES: a layer's widest tensors, and float64 logits."""
-        widths = [p.shape for layer in self.heads.layers for p in layer.block.parameters() if p.ndim == 2]
-        widest = 4 * max((max(shape) for shape in widths), default=1)
-        scores = self.heads.shape[1] * len(self.token_ids)
-        per_token = (widest + scores) * self.model.dtype.itemsize
-        per_row = len(self.token_ids) * per_token + 3 * 8 * len(self.embedding)
-        return max(2, ROW_BUDGET_BYTES // per_row)
 
-    def result(self, clean: _Clean, rows: Generator[Rows], **how: Any) -> Sweep:
-        """The arrays, from rows in any order. Raises InvalidReceipt unless every cell is there and was ablated."""
-        watched = torch.tensor(_most_probable(self.watch, clean.logits))
-        before = _measure(clean.logits[None], watched)
-        grid = (len(self.imputations), *self.heads.shape)
-        probability, log_probability = np.full((2, len(watched), *grid), np.nan)
-        argmax, calls, replaced, changed = np.full((4, *grid), -1, dtype=np.int64)
-        margin = np.full(grid, np.nan)
-        with closing(rows):  # an error in here must not leave the hooks to the garbage collector
-            for batch in rows:
-                after = _measure(batch.logits, watched)
-                if not after.finite.all():
-                    raise NonFiniteLogits(
-                        f"logits are not finite with {self._name(batch.cells[int(after.finite.argmin())])}"
-                    )
-                for row, cell in enumerate(batch.cells):
-                    probability[:, *cell] = (after.probability - before.probability)[row]
-                    log_probability[:, *cell] = (after.log_probability - before.log_probability)[row]
-                    argmax[cell], margin[cell] = after.argmax[row], after.margin[row]
-                    calls[cell], (replaced[cell], changed[cell]) = batch.calls[row], batch.fired[row]
-        for cell in self.cells:
-            elements = len(self.token_ids) * self.heads.layer(cell.layer).width
-            if calls[cell] != 1 or replaced[cell] != elements:
+def _agree(grown: Tensor, plain: Tensor) -> None:
+    """Raise Disagreement unless logits [rows, vocabulary] are alike, up to rounding."""
+    apart = (grown - plain).abs().max()
+    # Half of the digits: far above rounding, far below what a row that has seen other rows looks like.
+    if not apart <= torch.finfo(plain.dtype).eps ** 0.5 * plain.abs().max():
+        raise Disagreement(f"a row differs from the same forward without growth by {apart:.2g}")
+
+
+class _Cells:
+    """The arrays of one prompt's sweep, filled cell by cell in any order."""
+
+    def __init__(self, run: _Run, prompt: _Prompt, clean: Tensor, head_mean: NDArray[np.float64]) -> None:
+        self.run, self.prompt, self.clean, self.head_mean = run, prompt, clean, head_mean
+        self.watched = torch.tensor(_most_probable(prompt.watch, clean))
+        self.before = _measure(clean[None], self.watched)
+        grid = (len(run.imputations), *run.heads.shape)
+        self.probability, self.log_probability = np.full((2, len(self.watched), *grid), np.nan)
+        self.argmax, self.calls, self.replaced, self.changed = np.full((4, *grid), -1, dtype=np.int64)
+        self.margin = np.full(grid, np.nan)
+
+    def add(self, cells: Sequence[Ablation], logits: Tensor, calls: Sequence[int], fired: Sequence[Fired]) -> None:
+        """What some ablations gave: last-token logits [cells, vocabulary], and the receipt of each."""
+        after = _measure(logits, self.watched)
+        if not after.finite.all():
+            raise NonFiniteLogits(f"logits are not finite with {self.run.name(cells[int(after.finite.argmin())])}")
+        for row, cell in enumerate(cells):
+            self.probability[:, *cell] = (after.probability - self.before.probability)[row]
+            self.log_probability[:, *cell] = (after.log_probability - self.before.log_probability)[row]
+            self.argmax[cell], self.margin[cell] = after.argmax[row], after.margin[row]
+            self.calls[cell], (self.replaced[cell], self.changed[cell]) = calls[row], fired[row]
+
+    def result(self, **how: Any) -> Sweep:
+        """The sweep. Raises InvalidReceipt unless every cell is there and was ablated."""
+        run, before = self.run, self.before
+        for cell in run.cells:
+            elements = len(self.prompt.token_ids) * run.heads.layer(cell.layer).width
+            if self.calls[cell] != 1 or self.replaced[cell] != elements:
                 raise InvalidReceipt(
-                    f"{self._name(cell)}: {calls[cell]} calls, {replaced[cell]} of {elements} elements replaced"
+                    f"{run.name(cell)}: {self.calls[cell]} calls, {self.replaced[cell]} of {elements} elements replaced"
                 )
         return Sweep(
-            imputations=tuple(imputation.name for imputation in self.imputations),
-            watched=watched.numpy(),
+            imputations=tuple(imputation.name for imputation in run.imputations),
+            watched=self.watched.numpy(),
             clean_probability=before.probability[0],
             clean_log_probability=before.log_probability[0],
             clean_argmax=int(before.argmax[0]),
             clean_margin=float(before.margin[0]),
-            probability_change=probability,
-            log_probability_change=log_probability,
-            argmax=argmax,
-            margin=margin,
-            head_mean=clean.head_mean,
-            calls=calls,
-            replaced=replaced,
-            changed=changed,
+            probability_change=self.probability,
+            log_probability_change=self.log_probability,
+            argmax=self.argmax,
+            margin=self.margin,
+            head_mean=self.head_mean,
+            calls=self.calls,
+            replaced=self.replaced,
+            changed=self.changed,
             provenance={
-                "token_ids": self.token_ids,
+                "token_ids": self.prompt.token_ids,
                 **how,
-                **provenance.of_model(self.model),
+                **provenance.of_model(run.model),
                 **provenance.environment(),
             },
         )
-
-    def _name(self, cell: Ablation) -> str:
-        return f"layer {cell.layer}, head {cell.head}, {self.imputations[cell.imputation].name} imputation"
 
 
 def _token_id(token: Any) -> int:
@@ -400,24 +447,6 @@ def _token_id(token: Any) -> int:
         return operator.index(token)
     except TypeError:
         raise InvalidPrompt(f"{token!r} is no token id: a prompt is a list of integers, without rows") from None
-
-
-def _grow(
-    edits: Sequence[Edit], step: Callable[[], None], block: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]
-) -> tuple[tuple[Any, ...], dict[str, Any]]:
-    """Before a decoder layer runs: append a copy of the batch's first row, the clean one, for each of its edits."""
-    step()
-    if args:
-        hidden, *rest = args
-        return (_with_copies(hidden, edits), *rest), kwargs
-    return (), kwargs | {"hidden_states": _with_copies(kwargs["hidden_states"], edits)}
-
-
-def _with_copies(hidden: Tensor, edits: Sequence[Edit]) -> Tensor:
-    """[rows, tokens, ...] -> [rows + edits, tokens, ...]"""
-    if edits and len(hidden) != edits[0].rows.start:  # the rows are not its first dimension
-        raise _Disagreement(f"a layer was given {len(hidden)} rows, not {edits[0].rows.start}")
-    return torch.cat([hidden, hidden[:1].expand(len(edits), *hidden.shape[1:])])
 
 
 def _most_probable(watch: Sequence[int | None], logits: Tensor) -> list[int]:
@@ -438,12 +467,12 @@ class _Measured(NamedTuple):
 
 def _measure(logits: Tensor, watched: Tensor) -> _Measured:
     """logits: [rows, vocabulary]. In float64, where the sum over the vocabulary costs no digits."""
-    parts = []
-    for some in logits.split(16):  # what a processor's cache holds
-        some = some.cpu().double()
-        log_probability = some.log_softmax(dim=-1)[:, watched]
-        first, argmax = some.max(dim=-1, keepdim=True)  # of equal ones the first
-        second = some.scatter(-1, argmax, -torch.inf).amax(dim=-1)
-        finite = some.sum(dim=-1).isfinite()
-        parts.append((log_probability.exp(), log_probability, argmax[:, 0], first[:, 0] - second, finite))
-    return _Measured(*(torch.cat(part).numpy() for part in zip(*parts, strict=True)))
+    rows = []
+    for logit in logits.cpu():  # one row by one: what a processor's cache holds
+        row = logit.to(torch.float64, copy=True)
+        log_probability = row[watched] - row.logsumexp(dim=-1)
+        first, argmax = row.max(dim=-1)  # of equal ones the first
+        finite = row.sum().isfinite()
+        row[argmax] = -torch.inf
+        rows.append((log_probability.exp(), log_probability, argmax, first - row.amax(), finite))
+    return _Measured(*(torch.stack(column).numpy() for column in zip(*rows, strict=True)))
