@@ -232,7 +232,7 @@ def swept() -> Callable[[models.Loaded], Sweep]:
 
 @cache
 def _loaded(source: str, download: bool) -> models.Loaded:
-    return models.load(source, download=download)
+    return models.load(source, download=download, device="cpu")  # what is pinned, is pinned there
 
 
 @cache

@@ -63,6 +63,11 @@ def _parser() -> argparse.ArgumentParser:
     add("--impute", choices=["zero", "mean", "both"], default="both", help="what replaces a head (default: both)")
     add("--out", type=Path, metavar="FOLDER", help="where arrays and figures go (default: ./ablation-MODEL)")
     add("--max-rows", type=int, metavar="N", help="rows of the batch at once (default: what 512 MB hold)")
+    add(
+        "--device",
+        help="cpu, cuda, cuda:1, mps, ..., or auto: over all that there are (default: a GPU, if there is one)",
+    )
+    add("--dtype", choices=["float32", "float64", "bfloat16", "float16"], default="float32", help="(default: float32)")
     add("--json", action="store_true", help="print the findings as JSON")
     sweep.set_defaults(run=_sweep)
     heads = commands.add_parser(
@@ -80,11 +85,13 @@ def _sweep(arguments: argparse.Namespace) -> None:
     out: Path = arguments.out or Path(f"ablation-{Path(arguments.model).name.removesuffix('.gguf') or 'model'}")
     with _staging(out) as staging:  # first, so that a folder that cannot be written is found before the work
         _say(f"loading {arguments.model} ...")
+        import torch
+
         from ablation import figures, models, report
 
         _quiet()
         question = _question(arguments)
-        loaded = models.load(arguments.model)
+        loaded = models.load(arguments.model, device=arguments.device, dtype=getattr(torch, arguments.dtype))
         result = _with_progress(loaded, question, arguments)
         found = report.findings(result, loaded.decode)
         text = f"{loaded.name}: {question.prompt!r}\n\n{report.render(found)}\n"

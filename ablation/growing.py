@@ -58,14 +58,12 @@ def _grow(
         return torch.cat([hidden, *[hidden[:clean]] * copies])
 
     args, kwargs = _with_hidden(longer, args, kwargs)
-    if clean == 1:  # what the model has made for its one row, positions or a mask, broadcasts
-        return args, kwargs
-    groups = rows // clean + copies
+    groups = rows // clean + copies  # for all of which it takes what the model has made for its own rows
     return _tiled(args, clean, groups), _tiled(kwargs, clean, groups)
 
 
 def _tiled(value: Any, clean: int, groups: int) -> Any:
-    """The same, with tensors of a row for each prompt repeated for each group of rows."""
+    """The same, with tensors of a row for each prompt, such as masks and positions, repeated for groups of rows."""
     if isinstance(value, Tensor) and value.ndim > 1 and len(value) == clean:
         return value.repeat(groups, *[1] * (value.ndim - 1))
     if isinstance(value, tuple):

@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, ClassVar
+from typing import ClassVar
+
+import torch
+from torch import Tensor
 
 from ablation.errors import UnknownImputation
-
-if TYPE_CHECKING:
-    from torch import Tensor
 
 
 @dataclass(frozen=True)
@@ -55,8 +55,8 @@ class Mean(Imputation):
     pointwise: ClassVar[bool] = False
 
     def __call__(self, z: Tensor, mask: Tensor | None = None) -> Tensor:
-        """The means, [rows, 1, 1]; computed in float64, rounded once."""
-        per_token = z.double().mean(dim=-1)  # [rows, tokens]
+        """The means, [rows, 1, 1]; computed in float64, where the device has it, and rounded once."""
+        per_token = z.to(torch.float32 if z.device.type == "mps" else torch.float64).mean(dim=-1)  # [rows, tokens]
         if mask is None:
             mean = per_token.mean(dim=-1)  # [rows]
         else:

@@ -11,6 +11,7 @@ import tempfile
 import unicodedata
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -37,7 +38,7 @@ class Question:
 
 @dataclass(frozen=True, eq=False)
 class Loaded:
-    """A model in evaluation mode, float32, with its tokenizer. revision: the hub's commit, where there is one."""
+    """A model in evaluation mode with its tokenizer. revision: the hub's commit, where there is one."""
 
     name: str
     model: PreTrainedModel
@@ -49,6 +50,10 @@ class Loaded:
         return str(self.tokenizer.decode([token]))
 
 
+Read = Callable[..., Any]
+"""Takes a name, a source and arguments of from_pretrained; gives a model with its tokenizer, or one without weights."""
+
+
 @dataclass(frozen=True)
 class Known:
     """A model that goes by a name. locate: cheap, raises ModelUnavailable where `load` would, without a download.
@@ -58,20 +63,34 @@ class Known:
 
     question: Question
     locate: Callable[[], Any]
-    load: Callable[[bool], Loaded]
+    load: Callable[[bool, Read], Loaded]
     source: Callable[[], str]
 
 
-def load(name: str, *, download: bool = True) -> Loaded:
+def load(name: str, *, download: bool = True, device: str | None = None, dtype: torch.dtype = torch.float32) -> Loaded:
     """Load a model: a name in KNOWN, `NAME=FOLDER` (a known one, weights from a folder), a folder, a .gguf, a hub id.
 
     Whatever is on this machine is used as it is; the hub is asked only for what is not, and only with `download`.
-    Raises ModelUnavailable: unknown, not to be had here, damaged, or weights that do not fit the model.
+    device: "cpu", "cuda", "cuda:1", "mps", ...; "auto" spreads a model that is larger than one device, which takes the
+    package accelerate; by default the GPU, where there is one. Raises ModelUnavailable: unknown, not to be had here,
+    damaged, weights that do not fit the model, or no such device.
     """
-    if name in KNOWN:
-        return KNOWN[name].load(download)
-    loaded: Loaded = _find(name, download)
+    read = partial(_pretrained, device=_device(device), dtype=dtype)
+    loaded: Loaded = KNOWN[name].load(download, read) if name in KNOWN else _find(name, download, read)
     return loaded
+
+
+def _device(name: str | None) -> str:
+    """The device of that name, by default the GPU, where there is one. Raises ModelUnavailable."""
+    if name is None:
+        gpu = torch.accelerator.current_accelerator(check_available=True)
+        return gpu.type if gpu else "cpu"
+    if name != "auto":
+        try:
+            torch.empty(0, device=name)
+        except Exception as error:  # each kind of device has its own
+            raise ModelUnavailable(f"no device {name!r} here: {_first_line(error)}") from error
+    return name
 
 
 def architecture(name: str) -> PreTrainedModel:
@@ -133,16 +152,17 @@ def _says(tokenizer: PreTrainedTokenizerBase, ids: list[int], text: str) -> bool
     return one == other
 
 
-# ---- where models come from; `read` is _pretrained or _configured
+# ---- where models come from; `read` is _pretrained, for some device and dtype, or _configured
 
 
-def _pretrained(name: str, source: str, **kwargs: Any) -> Loaded:
+def _pretrained(name: str, source: str, *, device: str, dtype: torch.dtype, **kwargs: Any) -> Loaded:
     """What transformers loads from there, or ModelUnavailable."""
+    spread = {"device_map": "auto"} if device == "auto" else {}
     gguf = {"gguf_file": kwargs["gguf_file"]} if "gguf_file" in kwargs else {}
     local = {"local_files_only": kwargs.get("local_files_only", False)}
     try:
         loaded: Any = AutoModelForCausalLM.from_pretrained(
-            source, dtype=torch.float32, use_safetensors=True, output_loading_info=True, **kwargs
+            source, dtype=dtype, use_safetensors=True, output_loading_info=True, **spread, **kwargs
         )
         model, info = loaded
         tokenizer = AutoTokenizer.from_pretrained(source, **gguf, **local)
@@ -155,7 +175,7 @@ def _pretrained(name: str, source: str, **kwargs: Any) -> Loaded:
         raise ModelUnavailable(f"cannot load {name}: it has no tokenizer")
     config = try_to_load_from_cache(source, "config.json") if not Path(source).exists() else None
     revision = Path(config).parent.name if isinstance(config, str) else None  # .../snapshots/COMMIT/config.json
-    return Loaded(name, model.eval(), tokenizer, revision)
+    return Loaded(name, model.eval() if spread else model.eval().to(device), tokenizer, revision)
 
 
 def _configured(name: str, source: str, **kwargs: Any) -> PreTrainedModel:
@@ -170,7 +190,7 @@ def _configured(name: str, source: str, **kwargs: Any) -> PreTrainedModel:
     return model
 
 
-def _find(name: str, download: bool, read: Callable[..., Any] = _pretrained) -> Any:
+def _find(name: str, download: bool, read: Read) -> Any:
     known, _, folder = name.partition("=")
     if folder and known in KNOWN:
         return _from_path(Path(folder), known, read)
@@ -180,7 +200,7 @@ def _find(name: str, download: bool, read: Callable[..., Any] = _pretrained) -> 
     return _from_hub(name, download, read)
 
 
-def _from_path(path: Path, name: str, read: Callable[..., Any] = _pretrained) -> Any:
+def _from_path(path: Path, name: str, read: Read) -> Any:
     if path.suffix == ".gguf" and path.is_file():
         return read(name, str(path.parent), **_gguf(path), local_files_only=True)
     if (path / "config.json").is_file():
@@ -189,7 +209,7 @@ def _from_path(path: Path, name: str, read: Callable[..., Any] = _pretrained) ->
     raise ModelUnavailable(f"cannot load a model from {path}: it {problem}")
 
 
-def _from_hub(name: str, download: bool, read: Callable[..., Any] = _pretrained, given: str | None = None) -> Any:
+def _from_hub(name: str, download: bool, read: Read, given: str | None = None) -> Any:
     try:
         return read(name, given or name, local_files_only=True)
     except ModelUnavailable as error:
@@ -221,8 +241,8 @@ def _first_line(error: Exception) -> str:
 CAPITALS = Path(__file__).parent / "capitals"
 
 
-def _load_capitals(download: bool) -> Loaded:
-    loaded: Loaded = _from_path(CAPITALS, "capitals")
+def _load_capitals(download: bool, read: Read) -> Loaded:
+    loaded: Loaded = _from_path(CAPITALS, "capitals", read)
     return loaded
 
 
@@ -250,14 +270,14 @@ def _locate_smollm2() -> Path:
     return found[0]
 
 
-def _load_smollm2(download: bool) -> Loaded:
+def _load_smollm2(download: bool, read: Read) -> Loaded:
     """From a cache folder of safetensors: dequantising takes 20 s, every time."""
     gguf = _locate_smollm2()
     versions = "-".join(f"{name}-{importlib.metadata.version(name)}" for name in ("transformers", "gguf"))
     cache = user_cache_path("head-ablation")
     folder = cache / f"smollm2-{_sha256(gguf)[:16]}-{versions}"
     if not _is_intact(folder):
-        loaded: Loaded = _from_path(gguf, "smollm2")
+        loaded: Loaded = _from_path(gguf, "smollm2", partial(_pretrained, device="cpu", dtype=torch.float32))
         if hasattr(loaded.model.config, "quantization_config"):
             del loaded.model.config.quantization_config
         cache.mkdir(parents=True, exist_ok=True)
@@ -270,7 +290,7 @@ def _load_smollm2(download: bool) -> Loaded:
             sums = {file.name: _sha256(file) for file in sorted(draft.iterdir())}
             (draft / SUMS).write_text(json.dumps(sums, indent=2))
             draft.rename(folder)
-    cached: Loaded = _from_path(folder, "smollm2")
+    cached: Loaded = _from_path(folder, "smollm2", read)
     return cached
 
 
@@ -291,8 +311,8 @@ def _sha256(path: Path) -> str:
         return hashlib.file_digest(file, "sha256").hexdigest()
 
 
-def _load_gpt2(download: bool) -> Loaded:
-    loaded: Loaded = _from_hub("gpt2", download, given=GPT2)
+def _load_gpt2(download: bool, read: Read) -> Loaded:
+    loaded: Loaded = _from_hub("gpt2", download, read, given=GPT2)
     return loaded
 
 

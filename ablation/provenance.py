@@ -26,19 +26,25 @@ def environment() -> dict[str, Any]:
 
 
 def of_model(model: PreTrainedModel) -> dict[str, Any]:
-    """Class, dtype, attention implementation and device of a model."""
+    """Class, dtype, attention implementation and device of a model; of one that is spread, all its devices."""
+    spread: dict[str, Any] = getattr(model, "hf_device_map", {})
     return {
         "architecture": type(model).__name__,
         "dtype": str(model.dtype).removeprefix("torch."),
         "attention": model.config._attn_implementation,
-        "device": str(model.device),
+        "device": ", ".join(sorted({str(device) for device in spread.values()})) or str(model.device),
     }
 
 
 def weights_sha256(model: torch.nn.Module) -> str:
     """SHA-256 over names, dtypes, shapes and bytes of all parameters and buffers; independent of file formats."""
     digest = hashlib.sha256()
-    for name, tensor in sorted(model.state_dict().items()):
+    weights = model.state_dict()
+    if any(tensor.is_meta for tensor in weights.values()):  # accelerate keeps some elsewhere until they are needed
+        from accelerate.utils.modeling import get_state_dict_offloaded_model
+
+        weights = get_state_dict_offloaded_model(model)
+    for name, tensor in sorted(weights.items()):
         digest.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}".encode())
         digest.update(tensor.detach().cpu().contiguous().flatten().view(torch.uint8).numpy())
     return digest.hexdigest()

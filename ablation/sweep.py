@@ -284,8 +284,8 @@ class _Run:
                     f"{layer.name} was given {tuple(z.shape)}, not [1, {tokens} tokens, "
                     f"{layer.heads * layer.width} channels]"
                 )
-            per_head = z.double().unflatten(-1, (layer.heads, layer.width))
-            seen[layer.index].append(per_head.mean(dim=(0, 1, 3)).cpu().numpy())
+            per_head = z.cpu().double().unflatten(-1, (layer.heads, layer.width))
+            seen[layer.index].append(per_head.mean(dim=(0, 1, 3)).numpy())
 
         with ExitStack() as hooks:
             for layer in self.heads.layers:
@@ -467,12 +467,12 @@ class _Measured(NamedTuple):
 
 def _measure(logits: Tensor, watched: Tensor) -> _Measured:
     """logits: [rows, vocabulary]. In float64, where the sum over the vocabulary costs no digits."""
-    rows = []
-    for logit in logits.cpu():  # one row by one: what a processor's cache holds
-        row = logit.to(torch.float64, copy=True)
-        log_probability = row[watched] - row.logsumexp(dim=-1)
-        first, argmax = row.max(dim=-1)  # of equal ones the first
-        finite = row.sum().isfinite()
-        row[argmax] = -torch.inf
-        rows.append((log_probability.exp(), log_probability, argmax, first - row.amax(), finite))
-    return _Measured(*(torch.stack(column).numpy() for column in zip(*rows, strict=True)))
+    parts = []
+    for some in logits.cpu().split(4):  # what a processor's cache holds
+        some = some.to(torch.float64, copy=True)
+        log_probability = some[:, watched] - some.logsumexp(dim=-1, keepdim=True)
+        first, argmax = some.max(dim=-1, keepdim=True)  # of equal ones the first
+        finite = some.sum(dim=-1).isfinite()
+        margin = first[:, 0] - some.scatter_(-1, argmax, -torch.inf).amax(dim=-1)
+        parts.append((log_probability.exp(), log_probability, argmax[:, 0], margin, finite))
+    return _Measured(*(torch.cat(part).numpy() for part in zip(*parts, strict=True)))

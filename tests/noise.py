@@ -56,7 +56,7 @@ def run(
 ) -> None:
     """One sweep, in this process."""
     torch.set_num_threads(threads)
-    loaded = models.load(name, download=False)
+    loaded = models.load(name, download=False, device="cpu")
     loaded.model.set_attn_implementation(attention)
     loaded.model.to(getattr(torch, dtype))
     ask(loaded, models.KNOWN[name].question, max_rows=max_rows or None).save(out)

@@ -59,6 +59,12 @@ def test_findings_can_be_had_as_json(run: Run) -> None:
     assert {path.name for path in Path("elsewhere/deep").iterdir()} == FILES - {"difference.png"}
 
 
+def test_it_runs_on_the_device_and_in_the_dtype_that_are_asked_for(run: Run) -> None:
+    status, out, _ = run("--device", "cpu", "--dtype", "bfloat16", "--impute", "zero", "--json")
+    made = json.loads(out)["provenance"]
+    assert (status, made["device"], made["dtype"], made["method"]) == (0, "cpu", "bfloat16", "growing batch")
+
+
 def test_a_prompt_of_ones_own_is_about_what_the_model_itself_predicts(run: Run) -> None:
     status, out, _ = run("--prompt", "Paris is the capital of", "--json")
     found = json.loads(out)
@@ -104,6 +110,7 @@ def test_gpt2_by_name_asks_the_published_question(run: Run, folder: Path) -> Non
         (["--prompt", ""], "the prompt is empty"),
         (["--prompt", "Gondor is the capital of"], "does not know all words of the prompt ('Gondor')"),
         (["--prompt", "Berlin" + " is" * 40], "the prompt has 41 tokens, the model takes at most 32"),
+        (["--device", "nonsense"], "no device 'nonsense' here"),
         (["--model", "nowhere/"], "no model 'nowhere/'"),
         (["--model", "./nowhere", "--prompt", "x"], "cannot load a model from nowhere: it does not exist"),
         (["--model", "gtp2", "--prompt", "x"], "no model 'gtp2'"),

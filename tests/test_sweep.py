@@ -17,10 +17,10 @@ from transformers import BloomConfig
 
 from ablation import hook as hook_module
 from ablation.checks.decoders import POSITIONS, VOCABULARY, Decoder, decoders, randomised
-from ablation.errors import InvalidReceipt, NonFiniteLogits
+from ablation.errors import InvalidPrompt, InvalidReceipt, NonFiniteLogits
 from ablation.heads import find_heads
 from ablation.hook import Fired, HeadAblation
-from ablation.sweep import Sweep, sweep, sweep_sequential
+from ablation.sweep import Sweep, sweep, sweep_prompts, sweep_sequential
 from tests.test_hook import hooks_of, logits
 
 FAMILIES = ("gpt2", "llama", "gemma3", "gpt_neox", "opt")
@@ -57,6 +57,57 @@ def test_the_growing_batch_equals_the_double_loop(decoder: Decoder, ids: list[in
     grown = sweep(decoder.build(), ids, max_rows=max_rows)
     assert grown.provenance["method"] == "growing batch"
     assert_equal(grown, sweep_sequential(decoder.build(), ids), ATOL[decoder.dtype])
+
+
+PROMPT = st.lists(st.integers(0, VOCABULARY - 1), min_size=1, max_size=6)
+
+
+@given(
+    decoders(FAMILIES),
+    st.lists(st.one_of(PROMPT, PROMPT.filter(lambda ids: len(ids) == 3)), min_size=1, max_size=5),
+    st.one_of(st.none(), st.integers(2, 40)),
+)
+def test_several_prompts_give_what_each_gives_alone(
+    decoder: Decoder, prompts: list[list[int]], max_rows: int | None
+) -> None:
+    model = decoder.build()
+    watch = [[len(ids), None] for ids in prompts]
+    together = sweep_prompts(model, prompts, watch, max_rows=max_rows)
+    assert len(together) == len(prompts)
+    for ids, watched, result in zip(prompts, watch, together, strict=True):
+        assert (result.provenance["token_ids"], result.provenance["method"]) == (ids, "growing batch")
+        assert_equal(result, sweep(model, ids, watched), ATOL[decoder.dtype])
+
+
+def test_prompts_of_one_length_share_their_passes_as_far_as_rows_go() -> None:
+    model = GPT2.build()  # 2 layers x 3 heads x 2 imputations: 13 rows a prompt
+    prompts = [[1, 2], [3, 4, 5], [6, 7], [8, 9], [10, 11]]
+    for max_rows, together in ((None, [4, 1, 4, 4, 4]), (39, [3, 1, 3, 3, 1]), (25, [1] * 5)):
+        results = sweep_prompts(model, prompts, max_rows=max_rows)
+        assert [result.provenance["prompts"] for result in results] == together
+
+
+def test_prompts_whose_rows_see_each_other_are_swept_alone() -> None:
+    """Each prompt's sweep is right by itself here, but not beside another prompt."""
+    model = GPT2.build()
+
+    def first_prompt_for_all(module: Any, args: Any, out: Tensor) -> Tensor:
+        return out + out[:1] * 0.1  # the first row is the clean one of the first prompt
+
+    embedding = model.transformer.drop.register_forward_hook(first_prompt_for_all)
+    try:
+        together = sweep_prompts(model, [[1, 2], [3, 4]])
+        for ids, result in zip([[1, 2], [3, 4]], together, strict=True):
+            assert result.provenance["prompts"] == 1
+            assert_equal(result, sweep_sequential(model, ids), ATOL["float32"])
+    finally:
+        embedding.remove()
+
+
+@pytest.mark.parametrize(("prompts", "watch"), [([], None), ([[1]], []), ([[1], [2]], [[None]])])
+def test_prompts_and_watched_tokens_come_in_pairs(prompts: Any, watch: Any) -> None:
+    with pytest.raises(InvalidPrompt, match=f"there are {len(prompts)} prompts"):
+        sweep_prompts(GPT2.build(), prompts, watch)
 
 
 @pytest.mark.parametrize("family", FAMILIES)
