@@ -62,7 +62,7 @@ def _parser() -> argparse.ArgumentParser:
     add("--control", help="a token that should not react (default: the most probable other one)")
     add("--impute", choices=["zero", "mean", "both"], default="both", help="what replaces a head (default: both)")
     add("--out", type=Path, metavar="FOLDER", help="where arrays and figures go (default: ./ablation-MODEL)")
-    add("--max-rows", type=int, metavar="N", help="rows of the batch at once (default: what 512 MB hold)")
+    add("--max-rows", type=int, metavar="N", help="rows of the batch at once (default: what 128 MB hold)")
     add(
         "--device",
         help="cpu, cuda, cuda:1, mps, ..., or auto: over all that there are (default: a GPU, if there is one)",

@@ -5,6 +5,7 @@ from __future__ import annotations
 import inspect
 import itertools
 import json
+import math
 import operator
 import warnings
 from collections.abc import Callable, Mapping, Sequence
@@ -35,8 +36,9 @@ from ablation.heads import Heads, Layer, find_heads
 from ablation.hook import Edit, Fired, HeadAblation
 from ablation.imputation import IMPUTATIONS, Imputation, as_imputation
 
-# The rows of one pass may take this much memory for their activations, unless `max_rows` says otherwise.
-ROW_BUDGET_BYTES = 2**29
+# The rows of one pass may take this much memory for their activations, unless `max_rows` says otherwise. Larger passes
+# are no faster: a heap that grows beyond some 100 MB is handed back and mapped anew at every operation.
+ROW_BUDGET_BYTES = 2**27
 
 
 @dataclass(frozen=True, eq=False)
@@ -344,7 +346,8 @@ class _Run:
         """One forward for each pass: clean rows, one for each prompt, and, as the batch grows, one for each edit."""
         found = [self.clean(prompt) for prompt in prompts]
         ids, several = [prompt.token_ids for prompt in prompts], len(prompts)
-        size = max(1, self.rows(len(ids[0]), max_rows) // several - 1)
+        least = math.ceil(len(self.cells) / max(1, self.rows(len(ids[0]), max_rows) // several - 1))
+        size = math.ceil(len(self.cells) / least)  # of passes that are alike
         passes = [self.cells[i : i + size] for i in range(0, len(self.cells), size)]
         steps = len(passes) * len(self.heads.layers)
         done = itertools.count(1)
