@@ -165,7 +165,7 @@ class HeadAblation:
         for index in self.edits:
             if self.receipt.calls[index] != 1:
                 name, calls = self.heads.layer(index).name, self.receipt.calls[index]
-                raise InvalidReceipt(f"{name} was called {calls} times in one forward, not once: no head was ablated")
+                raise InvalidReceipt(f"{name} was called {calls} times in one forward, not once: no ablation of a head")
 
 
 def _arguments(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> dict[str, Any]:

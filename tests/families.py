@@ -30,7 +30,7 @@ from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_N
 from ablation.checks.cases import close
 from ablation.checks.decoders import randomised
 from ablation.checks.oracles import columns
-from ablation.errors import UnsupportedModel
+from ablation.errors import InvalidReceipt, UnsupportedModel
 from ablation.heads import Heads, Layer, find_heads
 from ablation.hook import HeadAblation
 from ablation.sweep import sweep, sweep_sequential
@@ -49,6 +49,7 @@ REFUSED = {
     "cpmant": "was given (1, 38, 64), not [1, 6 tokens",  # 32 tokens of its own before the prompt
     "deepseek_v4": NO_LINEAR,  # W_O is a product of two, the first in groups of heads
     "diffllama": "subtracts heads from each other before W_O",
+    "dory": "model.layers.1.self_attn.o_proj was called 2 times in one forward",  # it runs layers in a loop
     "falcon_mamba": STATE_SPACE,
     "hrm_text": "2 lists of layers with attention (L_module.layers, H_module.layers)",  # each run several times
     "jetmoe": NO_LINEAR,  # W_O is a mixture of experts
@@ -130,6 +131,11 @@ SPECIAL: dict[str, dict[str, Any]] = {
     "blt": {f"{part}_config": {"head_dim": 8} for part in ("patcher", "encoder", "decoder", "global")},
     "cohere_compass_text": {"rope_parameters": {FULL: {"rope_type": "default", "rope_theta": 1e4}}},
     "dbrx": {"attn_config": {"kv_n_heads": 2, "clip_qkv": 8.0, "rope_theta": 1e4}},
+    "dory": {  # an attention and an MLP count as two layers
+        "num_hidden_layers": 6,
+        "layer_types": ["sliding_attention", "mlp", FULL, "mlp", "sliding_attention", "mlp"],
+        **dict.fromkeys(("n_input_layers", "n_recurrent_layers", "n_output_layers"), 2),
+    },
     "dots3_note": {
         "text_config": DOTS3,
         "vision_config": {"adapter_in_dim": 32, "adapter_out_dim": 32},
@@ -323,7 +329,7 @@ def outcome(family: str) -> Outcome:
     try:
         check_zero_oracle(model, heads)
         how = check_sweeps(model, heads)
-    except UnsupportedModel as error:
+    except (UnsupportedModel, InvalidReceipt) as error:
         return Outcome(family, name, "refused", one_line(error))
     own = check_heads(model, heads)
     return Outcome(family, name, "supported", described(heads), how, "its own" if own else "mixed")
