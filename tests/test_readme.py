@@ -46,11 +46,14 @@ def test_the_map_of_heads_it_shows_is_the_one_it_prints(
 
 
 def test_the_python_it_shows_prints_what_it_says() -> None:
-    (code, output) = re.findall(r"```python\n(.*?)```\s*```\n(.*?)```", README, re.DOTALL)[0]
-    printed = io.StringIO()
-    with contextlib.redirect_stdout(printed):
-        exec(code, {})  # noqa: S102 (our own README)
-    assert printed.getvalue() == output
+    shown = re.findall(r"```python\n([^`]*?)```\s*```\n(.*?)```", README, re.DOTALL)
+    assert len(shown) == 2
+    names: dict[str, object] = {}
+    for code, output in shown:
+        printed = io.StringIO()
+        with contextlib.redirect_stdout(printed):
+            exec(code, names)  # noqa: S102 (our own README)
+        assert printed.getvalue() == output
 
 
 def test_the_table_of_checks_is_the_specification() -> None:
