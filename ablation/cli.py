@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import os
 import signal
 import sys
 import tempfile
@@ -30,10 +31,14 @@ examples:
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Run a command. Returns the exit status: 0, 2 for bad input, 130 when interrupted."""
+    """Run a command. Returns the exit status: 0, 2 for bad input, 130 when interrupted, 141 when nobody reads on."""
     arguments = _parser().parse_args(argv)
     try:
         arguments.run(arguments)
+        sys.stdout.flush()
+    except BrokenPipeError:  # as in `| head`
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # Python flushes again on its way out
+        return 128 + signal.SIGPIPE
     except (AblationError, OSError) as error:
         _say("")
         print(f"ablation: {error}", file=sys.stderr)
@@ -182,6 +187,8 @@ def _say(text: str) -> None:
 def _staging(out: Path) -> Iterator[Path]:
     """A folder whose files move to `out` at the end; on any other way out nothing is left of it. Raises OSError."""
     existing = next(path for path in (out, *out.absolute().parents) if path.exists())
+    if not existing.is_dir():
+        raise OSError(f"cannot write to {out}: {existing} is not a folder")
     with tempfile.TemporaryDirectory(dir=existing, prefix=".ablation-") as staging:
         yield Path(staging)
         out.mkdir(parents=True, exist_ok=True)

@@ -160,6 +160,23 @@ def test_interrupted_it_writes_nothing(run: Run, monkeypatch: pytest.MonkeyPatch
     assert not list(Path().iterdir())
 
 
+@pytest.mark.parametrize("out", ["file", "file/deep"])
+def test_a_file_where_the_folder_should_be_is_said_before_the_work(run: Run, out: str) -> None:
+    Path("file").touch()
+    status, printed, err = run("--out", out)
+    assert (status, printed) == (2, "")
+    assert re.fullmatch(f"ablation: cannot write to {out}: .*file is not a folder\n", err)
+
+
+def test_it_ends_quietly_when_nobody_reads_on() -> None:
+    command = [sys.executable, "-m", "ablation", "heads", "capitals", "--json"]
+    with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE) as process:
+        assert process.stdout and process.stderr
+        process.stdout.close()
+        assert process.stderr.read() == b""
+    assert process.returncode == 141
+
+
 def test_what_stood_in_the_folder_before_is_kept_when_the_next_sweep_fails(run: Run) -> None:
     run("--out", "out")
     before = {path: path.read_bytes() for path in Path("out").iterdir()}

@@ -166,7 +166,7 @@ SMALL = dict(vocab_size=9, hidden_size=8, num_hidden_layers=2, bos_token_id=None
         (mixed, r"layer 1 \(LlamaAttention\): its projection takes 12 channels, which are not 3 heads of 2"),
         (
             lambda: from_config(DiffLlamaConfig(**SMALL, num_attention_heads=4, num_key_value_heads=2)),
-            r"layer 0 \(DiffLlamaAttention\) subtracts heads from each other",
+            r"layer 0 \(DiffLlama\w*Attention\) subtracts heads from each other",
         ),
         (shared, "^GPT2LMHeadModel shares one projection"),
         (compiled_block, "^GPT2Attention is compiled"),
