@@ -360,8 +360,8 @@ class _Run:
                 with grown(self.heads, several, added, narrow, lambda: progress(next(done) / steps)):
                     logits = self.forward(ids, **self.last_only)
                 logits = logits.unflatten(0, (-1, several))  # [1 + cells, prompts, vocabulary]
-                _agree(logits[0], torch.stack([cells.clean for cells in found]))
-                probed |= {cell: logits[1 + i] for i, cell in enumerate(cells) if cell in probes}
+                _agree(logits[0], torch.stack([of_prompt.clean for of_prompt in found]))
+                probed |= {cell: logits[1 + i].clone() for i, cell in enumerate(cells) if cell in probes}
                 fired = [f for layer in sorted(hook.receipt.fired) for f in hook.receipt.fired[layer]]
                 calls = [hook.receipt.calls[cell.layer] for cell in cells]
                 for i, of_prompt in enumerate(found):

@@ -28,6 +28,7 @@ from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
+from torch.profiler import ProfilerActivity, profile
 from transformers import AutoModelForCausalLM, GPT2Config, LlamaConfig, PretrainedConfig, PreTrainedModel
 from transformers.pytorch_utils import Conv1D
 
@@ -361,6 +362,7 @@ def page() -> str:
             f"Made by `python -m tests.benchmark --more --write`; {made_with()}.",
             "",
             *shapes(),
+            *where(),
             *growth(),
             *memory(),
             *start_up(),
@@ -378,6 +380,23 @@ def shapes() -> Iterator[str]:
         measured = timed(model, prompt(model, tokens), 1, parts[name])
         yield from ("", f"### {name}, {tokens} tokens, {len(measured.cells)} ablations, 1 layer in {parts[name]}", "")
         yield from comparison(measured)
+    yield ""
+
+
+def where() -> Iterator[str]:
+    """What a sweep does with its time."""
+    yield from ("## Where the time goes", "")
+    yield "Shares of PyTorch's operations in a sweep of GPT-2 small's shape, by its profiler."
+    yield from ("", "| tokens | operation | calls | share |", "|---|---|---|---|")
+    model = build(SHAPES["GPT-2 small"])
+    for tokens in (6, 128):
+        sweep(model, prompt(model, tokens))
+        with profile(activities=[ProfilerActivity.CPU]) as profiled:
+            sweep(model, prompt(model, tokens))
+        events = sorted(profiled.key_averages(), key=lambda event: -event.self_cpu_time_total)
+        total = sum(event.self_cpu_time_total for event in events)
+        for event in events[:9]:
+            yield f"| {tokens} | `{event.key}` | {event.count} | {event.self_cpu_time_total / total:.1%} |"
     yield ""
 
 
