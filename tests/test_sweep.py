@@ -18,6 +18,7 @@ from transformers import BloomConfig
 from ablation import hook as hook_module
 from ablation.checks.decoders import POSITIONS, VOCABULARY, Decoder, decoders, randomised
 from ablation.errors import InvalidPrompt, InvalidReceipt, NonFiniteLogits
+from ablation.growing import Disagreement, grown
 from ablation.heads import find_heads
 from ablation.hook import Fired, HeadAblation
 from ablation.sweep import Sweep, sweep, sweep_prompts, sweep_sequential
@@ -110,6 +111,88 @@ def test_prompts_and_watched_tokens_come_in_pairs(prompts: Any, watch: Any) -> N
         sweep_prompts(GPT2.build(), prompts, watch)
 
 
+def test_what_a_layer_is_given_for_each_prompt_is_repeated_for_the_copies_of_all(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """Two prompts, of as many tokens, so that not all that has two of something has a row for each prompt."""
+    heads = find_heads(GPT2.build())
+    block = heads.layers[1].block
+    monkeypatch.setattr(block, "forward", lambda *args, **kwargs: (args, kwargs))
+    hidden, mask, shared, tokens = torch.rand(6, 2, 6), torch.rand(2, 2), torch.rand(1, 2, 2), torch.arange(2)
+    with grown(heads, 2, {0: 2, 1: 1}, False, lambda: None):
+        args, kwargs = block(hidden, mask, None, made=({"mask": mask}, shared, tokens), how="fast")
+        none, named = block(hidden_states=hidden, mask=mask)
+    for states, masks in (args[:2], (named["hidden_states"], named["mask"])):
+        assert torch.equal(states, torch.cat([hidden, hidden[:2]])) and torch.equal(masks, torch.cat([mask] * 4))
+    assert (args[2:], none, len(named)) == ((None,), (), 2)
+    made, one, same = kwargs["made"]
+    assert kwargs.keys() == {"made", "how"} and kwargs["how"] == "fast" and one is shared and same is tokens
+    assert made.keys() == {"mask"} and torch.equal(made["mask"], torch.cat([mask] * 4))
+
+
+def test_behind_the_last_attention_a_part_that_is_called_by_keyword_is_narrowed_too(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    heads = find_heads(GPT2.build())
+    part, hidden = heads.layers[1].block.mlp, torch.rand(2, 5, 6)
+    monkeypatch.setattr(part, "forward", lambda *args, **kwargs: (args, kwargs))
+    with grown(heads, 2, {}, True, lambda: None):
+        args, kwargs = part(hidden)
+        assert args[0] is hidden and not kwargs
+        heads.layers[1].projection(hidden)
+        args, kwargs = part(hidden, hidden)
+        assert torch.equal(args[0], hidden[:, -1:]) and args[1] is hidden and not kwargs
+        args, kwargs = part(hidden_states=hidden, other=hidden)
+        assert torch.equal(kwargs["hidden_states"], hidden[:, -1:]) and kwargs["other"] is hidden
+        assert not args and len(kwargs) == 2
+        assert part(other=hidden) == ((), {"other": hidden})
+        flat = hidden[0]  # of a row's tokens, as a router of experts is given
+        assert part(flat)[0][0] is flat
+
+
+def test_a_layer_that_is_given_other_rows_than_it_should_be_disagrees() -> None:
+    heads = find_heads(GPT2.build())
+    with grown(heads, 2, {0: 2}, False, lambda: None), pytest.raises(Disagreement, match=r"given 6 rows, not 2$"):
+        heads.layers[0].block(torch.rand(6, 2, 6))
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_no_row_and_no_token_is_computed_that_nothing_is_read_from(family: str) -> None:
+    model = Decoder(family, layers=2, heads=3, width=4).build()
+    shapes: list[list[tuple[int, ...]]] = [[], []]
+    handles = [
+        layer.projection.register_forward_hook(lambda _, args, out, layer=layer: shapes[layer.index].append(out.shape))
+        for layer in find_heads(model).layers
+    ]
+    try:
+        assert sweep(model, IDS, max_rows=4).provenance["method"] == "growing batch"
+    finally:
+        for handle in handles:
+            handle.remove()
+    # The clean run; four passes of three ablations and a clean row; two probes.
+    assert [shape[:2] for shape in shapes[0]] == [(1, 5), (4, 5), (4, 5), (1, 5), (1, 5), (2, 5)]
+    assert [shape[:2] for shape in shapes[1]] == [(1, 5), (4, 1), (4, 1), (4, 1), (4, 1), (2, 5)]
+
+
+def test_behind_the_last_attention_each_part_is_given_the_last_token_alone() -> None:
+    model = GPT2.build()
+    block, tokens = model.transformer.h[1], dict[str, list[int]]()
+    handles = [
+        part.register_forward_hook(lambda _, args, out, name=name: tokens.setdefault(name, []).append(args[0].shape[1]))
+        for name, part in block.named_modules()
+        if name in ("ln_1", "attn.c_attn", "attn.c_proj", "ln_2", "mlp", "mlp.c_fc")
+    ]
+    try:
+        sweep(model, IDS)
+    finally:
+        for handle in handles:
+            handle.remove()
+    before, behind = [5, 5, 5], [5, 1, 5]  # the clean run, the growing batch, the probes
+    assert tokens == {"ln_1": before, "attn.c_attn": before} | dict.fromkeys(
+        ("attn.c_proj", "ln_2", "mlp", "mlp.c_fc"), behind
+    )
+
+
 @pytest.mark.parametrize("family", FAMILIES)
 def test_a_cell_of_the_sweep_is_the_single_ablation_of_that_head(family: str) -> None:
     decoder = Decoder(family, layers=2, heads=3, width=4)
@@ -187,6 +270,14 @@ def test_saved_and_loaded_it_is_equal(tmp_path: Path) -> None:
         again = getattr(loaded, name)
         assert type(again) is type(value) and np.array_equal(again, value), name
         assert not isinstance(value, np.ndarray) or again.dtype == value.dtype, name
+
+
+def test_a_pickled_array_is_refused(tmp_path: Path) -> None:
+    sweep(GPT2.build(), IDS).save(tmp_path)
+    with np.load(tmp_path / "sweep.npz") as arrays:
+        np.savez(tmp_path / "sweep.npz", **dict(arrays) | {"margin": np.array([{}])})
+    with pytest.raises(ValueError, match="allow_pickle=False"):
+        Sweep.load(tmp_path)
 
 
 def test_a_hook_that_changes_nothing_is_not_taken_for_a_robust_model(monkeypatch: pytest.MonkeyPatch) -> None:
