@@ -97,7 +97,9 @@ def test_prompts_whose_rows_see_each_other_are_swept_alone() -> None:
 
     embedding = model.transformer.drop.register_forward_hook(first_prompt_for_all)
     try:
-        together = sweep_prompts(model, [[1, 2], [3, 4]])
+        shares: list[float] = []
+        together = sweep_prompts(model, [[1, 2], [3, 4]], progress=shares.append)
+        assert shares[-4:] == [0.25, 0.5, 0.75, 1]
         for ids, result in zip([[1, 2], [3, 4]], together, strict=True):
             assert result.provenance["prompts"] == 1
             assert_equal(result, sweep_sequential(model, ids), ATOL["float32"])
@@ -159,19 +161,59 @@ def test_a_layer_that_is_given_other_rows_than_it_should_be_disagrees() -> None:
 @pytest.mark.parametrize("family", FAMILIES)
 def test_no_row_and_no_token_is_computed_that_nothing_is_read_from(family: str) -> None:
     model = Decoder(family, layers=2, heads=3, width=4).build()
-    shapes: list[list[tuple[int, ...]]] = [[], []]
+    parts = [*(layer.projection for layer in find_heads(model).layers), model.get_output_embeddings()]
+    shapes: list[list[tuple[int, ...]]] = [[] for _ in parts]
     handles = [
-        layer.projection.register_forward_hook(lambda _, args, out, layer=layer: shapes[layer.index].append(out.shape))
-        for layer in find_heads(model).layers
+        part.register_forward_hook(lambda _, args, out, seen=seen: seen.append(tuple(out.shape[:2])))
+        for part, seen in zip(parts, shapes, strict=True)
     ]
     try:
         assert sweep(model, IDS, max_rows=4).provenance["method"] == "growing batch"
     finally:
         for handle in handles:
             handle.remove()
-    # The clean run; four passes of three ablations and a clean row; two probes.
-    assert [shape[:2] for shape in shapes[0]] == [(1, 5), (4, 5), (4, 5), (1, 5), (1, 5), (2, 5)]
-    assert [shape[:2] for shape in shapes[1]] == [(1, 5), (4, 1), (4, 1), (4, 1), (4, 1), (2, 5)]
+    assert shapes == [  # the clean run; four passes of a clean row and three ablations; two probes
+        [(1, 5), (4, 5), (4, 5), (1, 5), (1, 5), (2, 5)],
+        [(1, 5), (4, 1), (4, 1), (4, 1), (4, 1), (2, 5)],
+        [(1, 5), (4, 1), (4, 1), (4, 1), (4, 1), (2, 1)],
+    ]
+
+
+def without_logits_to_keep(decoder: Decoder) -> Any:
+    """A model that cannot be told which logits are wanted."""
+    model = decoder.fresh()
+    every = model.forward
+
+    def forward(ids: Tensor, use_cache: bool) -> Any:
+        assert use_cache is False, "nobody reads what is kept"
+        return every(ids, use_cache=use_cache)
+
+    model.forward = forward
+    return model
+
+
+def test_a_pass_has_as_many_rows_as_fit_into_memory(monkeypatch: pytest.MonkeyPatch) -> None:
+    llama = Decoder("llama", layers=2, heads=3, width=2)  # its widest weight is of 12 channels
+    for model, kept in ((llama.build(), 1), (without_logits_to_keep(llama), 5)):
+        row = 4 * (5 * (4 * 12 + 3 * 5) + kept * VOCABULARY)  # bytes, for 5 tokens that 3 heads attend to
+        for budget, passes in ((13 * row, 1), (13 * row - 1, 2), (4 * row, 4), (4 * row - 1, 6), (1, 12)):
+            monkeypatch.setattr("ablation.sweep.ROW_BUDGET_BYTES", budget)
+            assert sweep(model, IDS).provenance["passes"] == passes
+
+
+def test_weights_that_are_no_parameters_are_no_obstacle() -> None:
+    model = GPT2.fresh()
+    for module in model.transformer.h.modules():
+        for name, weight in list(module.named_parameters(recurse=False)):
+            delattr(module, name)
+            module.register_buffer(name, weight.detach())
+    assert_equal(sweep(model, IDS), sweep(GPT2.build(), IDS), atol=0)
+
+
+def test_a_model_that_cannot_be_told_which_logits_are_wanted_gives_them_all() -> None:
+    result = sweep(without_logits_to_keep(GPT2), IDS)
+    assert result.provenance["method"] == "growing batch"
+    assert_equal(result, sweep(GPT2.build(), IDS), ATOL["float32"])
 
 
 def test_behind_the_last_attention_each_part_is_given_the_last_token_alone() -> None:
@@ -272,6 +314,12 @@ def test_saved_and_loaded_it_is_equal(tmp_path: Path) -> None:
         assert not isinstance(value, np.ndarray) or again.dtype == value.dtype, name
 
 
+def test_what_is_saved_can_be_read_by_people_too(tmp_path: Path) -> None:
+    replace(sweep(GPT2.build(), IDS, imputations=["zero"]), provenance={"prompt": "Zürich"}).save(tmp_path)
+    text = (tmp_path / "sweep.json").read_text(encoding="utf-8")
+    assert text == '{\n  "imputations": [\n    "zero"\n  ],\n  "provenance": {\n    "prompt": "Zürich"\n  }\n}\n'
+
+
 def test_a_pickled_array_is_refused(tmp_path: Path) -> None:
     sweep(GPT2.build(), IDS).save(tmp_path)
     with np.load(tmp_path / "sweep.npz") as arrays:
@@ -309,6 +357,12 @@ def test_progress_rises_to_one() -> None:
         shares: list[float] = []
         way(GPT2.build(), IDS, progress=shares.append)
         assert shares == [(i + 1) / steps for i in range(steps)]
+
+
+def test_progress_over_several_prompts_rises_to_one() -> None:
+    shares: list[float] = []
+    sweep_prompts(GPT2.build(), [[1, 2], [3, 4, 5], [6, 7]], progress=shares.append)
+    assert shares == pytest.approx([1 / 3, 2 / 3, 5 / 6, 1])  # the two of one length at once
 
 
 def test_a_model_that_the_growing_batch_does_not_suit_is_swept_sequentially_and_says_so() -> None:
