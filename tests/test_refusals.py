@@ -155,7 +155,7 @@ def test_it_is_refused_before_any_forward_and_leaves_nothing(
 def test_logits_that_are_not_finite_are_refused_by_the_forward_that_gives_them() -> None:
     model = infinite()
     before = state(model)
-    with pytest.raises(NonFiniteLogits, match="clean logits are not finite"):
+    with pytest.raises(NonFiniteLogits, match="^the model's clean logits are not finite$"):
         sweep(model, IDS)
     assert_as_it_was(model, before)
 

@@ -17,12 +17,12 @@ from transformers import BloomConfig
 
 from ablation import hook as hook_module
 from ablation.checks.decoders import POSITIONS, VOCABULARY, Decoder, decoders, randomised
-from ablation.errors import InvalidPrompt, InvalidReceipt, NonFiniteLogits
+from ablation.errors import InvalidPrompt, InvalidReceipt, NonFiniteLogits, UnsupportedModel
 from ablation.growing import Disagreement, grown
 from ablation.heads import find_heads
 from ablation.hook import Fired, HeadAblation
 from ablation.sweep import Sweep, sweep, sweep_prompts, sweep_sequential
-from tests.test_hook import hooks_of, logits
+from tests.test_hook import Twice, hooks_of, logits
 
 FAMILIES = ("gpt2", "llama", "gemma3", "gpt_neox", "opt")
 GPT2 = Decoder("gpt2", layers=2, heads=3, width=2)
@@ -381,9 +381,32 @@ def test_a_model_whose_rows_see_each_other_is_swept_sequentially() -> None:
     try:
         with pytest.warns(UserWarning, match="differs from the same forward without growth"):
             result = sweep(model, IDS)
+        reason = "Disagreement: a row differs from the same forward without growth by "
+        assert result.provenance["reason"].startswith(reason)
         assert_equal(result, sweep_sequential(model, IDS), atol=0)
     finally:
         mix.remove()
+
+
+def test_a_projection_that_is_given_other_than_every_token_is_refused() -> None:
+    model = GPT2.build()
+    part = model.transformer.h[1].attn.c_proj.register_forward_pre_hook(lambda _, args: (args[0][:, :3],))
+    reason = r"^transformer.h.1.attn.c_proj was given \(1, 3, 6\), not \[1, 5 tokens, 6 channels\]$"
+    try:
+        for way in (sweep, sweep_sequential):
+            with pytest.raises(UnsupportedModel, match=reason):
+                way(model, IDS)
+    finally:
+        part.remove()
+
+
+def test_a_projection_that_is_called_twice_is_refused_by_the_clean_run() -> None:
+    model = GPT2.fresh()
+    attention = model.transformer.h[1].attn
+    attention.c_proj = Twice(attention.c_proj).eval()
+    for way in (sweep, sweep_sequential):
+        with pytest.raises(InvalidReceipt, match=r"^transformer.h.1.attn.c_proj.dense was called 2 times in a forward"):
+            way(model, IDS)
 
 
 def test_ablated_logits_that_are_not_finite_are_refused_by_name() -> None:
