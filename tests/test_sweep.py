@@ -21,7 +21,7 @@ from ablation.errors import InvalidPrompt, InvalidReceipt, NonFiniteLogits, Unsu
 from ablation.growing import Disagreement, grown
 from ablation.heads import find_heads
 from ablation.hook import Fired, HeadAblation
-from ablation.sweep import Sweep, sweep, sweep_prompts, sweep_sequential
+from ablation.sweep import Sweep, _agree, sweep, sweep_prompts, sweep_sequential
 from tests.test_hook import Twice, hooks_of, logits
 
 FAMILIES = ("gpt2", "llama", "gemma3", "gpt_neox", "opt")
@@ -294,6 +294,11 @@ def test_unnamed_tokens_are_the_most_probable_ones() -> None:
     assert sweep(model, IDS, [second, None, 40, None]).watched.tolist() == [second, first, 40, third]
 
 
+@pytest.mark.xfail(reason="twice as many are asked for as are watched", strict=True, raises=RuntimeError)
+def test_every_token_can_be_watched() -> None:
+    assert sweep_sequential(GPT2.build(), IDS, range(VOCABULARY)).watched.tolist() == list(range(VOCABULARY))
+
+
 def test_a_second_sweep_is_the_same_to_the_last_bit_and_leaves_no_hook() -> None:
     model = GPT2.build()
     before = hooks_of(model)
@@ -444,6 +449,24 @@ def test_of_equal_logits_the_lowest_token_is_the_prediction() -> None:
     result = sweep(model, ids)
     assert result.clean_argmax == 2 and result.clean_margin == 0
     assert not {first, 40} & set(result.argmax.flat) and not result.margin[result.argmax == 2].any()
+
+
+@pytest.mark.parametrize("size", [1e-3, 1.0, 1e3])
+def test_logits_agree_that_are_apart_by_less_than_half_of_their_digits(size: float) -> None:
+    plain = torch.tensor([[0.0, -size, size / 2]])
+    noise = torch.finfo(torch.float32).eps ** 0.5
+    _agree(plain * (1 - noise / 2), plain)
+    for apart in (plain * (1 - noise * 2), plain * torch.nan):
+        with pytest.raises(Disagreement, match=r"^a row differs from the same forward without growth by [^ ]+$"):
+            _agree(apart, plain)
+
+
+def test_logits_that_are_all_zero_are_no_disagreement() -> None:
+    model = Decoder("llama", layers=2, heads=3, width=2).fresh()
+    torch.nn.init.zeros_(model.lm_head.weight)
+    result = sweep(model, IDS)
+    assert result.provenance["method"] == "growing batch"
+    assert result.clean_argmax == 0 and result.present.all() and result.kept.all() and not result.flipped.any()
 
 
 def test_the_first_token_and_the_longest_prompt_are_taken() -> None:
