@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from typing import Any
 
 import pytest
@@ -90,12 +91,13 @@ def test_what_an_attention_does_not_say_follows_from_the_rest() -> None:
         find_heads(model)
 
 
-def test_key_value_heads_are_told_by_their_groups_or_by_their_number() -> None:
+@pytest.mark.parametrize("number", ["num_key_value_heads", "num_kv_heads"])
+def test_key_value_heads_are_told_by_their_groups_or_by_their_number(number: str) -> None:
     model = Decoder("llama", 2, 6, 2, groups=3).fresh()
     assert described(model) == [(6, 2, 2)] * 2
     for layer in model.model.layers:
         del layer.self_attn.num_key_value_groups
-        layer.self_attn.num_key_value_heads = 2
+        setattr(layer.self_attn, number, 2)
     assert described(model) == [(6, 2, 2)] * 2
 
 
@@ -147,6 +149,49 @@ def linear_by_name() -> PreTrainedModel:
     return model
 
 
+def with_vision() -> PreTrainedModel:
+    """A part with attention whose configuration is of another kind than the text's, as in models that see."""
+    model = fresh_gpt2()
+    model.transformer.vision = Decoder("llama", 3, 4, 2).fresh().model
+    return model
+
+
+def two_texts() -> PreTrainedModel:
+    model = with_vision()
+    model.transformer.inner = nn.ModuleDict({"more": copy.deepcopy(model.transformer.h)})
+    return model
+
+
+def no_text() -> PreTrainedModel:
+    model = fresh_gpt2()
+    model.transformer.config = LlamaConfig()
+    return model
+
+
+def test_the_decoder_is_that_of_the_text_whatever_other_parts_have_and_however_it_is_called() -> None:
+    model = with_vision()
+    heads = find_heads(model)
+    assert heads.shape == (2, 3) and heads.decoder is model.transformer
+    model.get_decoder = lambda: model.lm_head  # as where the name `decoder` is that of the unembedding
+    assert find_heads(model).decoder is model.transformer
+
+
+@pytest.mark.parametrize("name", ["dense", "linear"])
+def test_a_projection_may_stand_in_a_module_around_it_and_beside_a_cross_attention(name: str) -> None:
+    class CrossAttention(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.c_proj = Conv1D(nf=6, nx=6)
+
+    model = fresh_gpt2()
+    for block in model.transformer.h:
+        block.attn.c_proj = nn.ModuleDict({name: block.attn.c_proj})
+        block.other = CrossAttention()
+    assert [layer.name for layer in find_heads(model).layers] == [
+        f"transformer.h.{i}.attn.c_proj.{name}" for i in (0, 1)
+    ]
+
+
 def fresh_gpt2() -> PreTrainedModel:
     return from_config(Decoder("gpt2", 2, 3, 2).build().config)
 
@@ -168,10 +213,12 @@ SMALL = dict(vocab_size=9, hidden_size=8, num_hidden_layers=2, bos_token_id=None
             lambda: from_config(DiffLlamaConfig(**SMALL, num_attention_heads=4, num_key_value_heads=2)),
             r"layer 0 \(DiffLlama\w*Attention\) subtracts heads from each other",
         ),
+        (two_texts, r"^GPT2LMHeadModel has 2 lists of layers with attention \(h, inner.more\), not one decoder$"),
+        (no_text, "^GPT2LMHeadModel has no text decoder of its own, only parts with attention: h$"),
         (shared, "^GPT2LMHeadModel shares one projection"),
         (compiled_block, "^GPT2Attention is compiled"),
         (lambda: torch.compile(fresh_gpt2(), backend="eager"), "pass the original"),
-        (renamed, r"layer 1 \(GPT2Block\) has 0 attention output projections"),
+        (renamed, r"^layer 1 \(GPT2Block\) has 0 attention output projections .*; exactly one can be ablated$"),
         (linear_by_name, "^Qwen3ForCausalLM has no attention heads"),
         (unknown_attention, "layer 1 .* has 0 attention output projections"),
         (lambda: nn.Linear(2, 2), "Linear is not a transformers model"),
@@ -182,6 +229,8 @@ SMALL = dict(vocab_size=9, hidden_size=8, num_hidden_layers=2, bos_token_id=None
         "bypassed",
         "mixed",
         "differential",
+        "two texts",
+        "no text",
         "shared",
         "compiled block",
         "compiled model",

@@ -12,9 +12,10 @@ from transformers import DynamicCache, PreTrainedModel
 from ablation.checks.decoders import Decoder
 from ablation.checks.observe import received
 from ablation.checks.protocol import CACHE
-from ablation.errors import InvalidAblation, InvalidReceipt
+from ablation.errors import InvalidAblation, InvalidReceipt, UnsupportedModel
 from ablation.heads import find_heads
-from ablation.hook import HeadAblation
+from ablation.hook import HeadAblation, replaced
+from ablation.imputation import IMPUTATIONS
 
 GPT2 = Decoder("gpt2", layers=3, heads=4, width=2)
 IDS = torch.tensor([[3, 1, 4, 1, 5]])
@@ -65,15 +66,17 @@ def test_it_works_where_the_projection_is_called_by_keyword() -> None:
         def forward(self, x: Tensor) -> Tensor:
             return projection(x=x)
 
-    with HeadAblation(model) as ablation:
-        ablation.set([(1, 2)])
-        usual = logits(model, IDS)
-        attention.c_proj = ByKeyword()
-        try:
-            by_keyword = logits(model, IDS)
-        finally:
-            attention.c_proj = projection
-    assert torch.equal(by_keyword, usual)
+    ids, mask = torch.tensor([[3, 1, 4, 1, 5], [3, 1, 4, 0, 0]]), torch.tensor([[1] * 5, [1, 1, 1, 0, 0]])
+    for imputation in ("zero", "mean"):
+        with HeadAblation(model) as ablation:
+            ablation.set([(1, 2)], imputation)
+            usual, fired = logits(model, ids, attention_mask=mask), ablation.receipt.fired
+            attention.c_proj = ByKeyword()
+            try:
+                by_keyword = logits(model, ids, attention_mask=mask)
+            finally:
+                attention.c_proj = projection
+            assert torch.equal(by_keyword, usual) and ablation.receipt.fired == fired
 
 
 def hooks_of(model: nn.Module) -> dict[str, list[Any]]:
@@ -135,6 +138,48 @@ def test_a_projection_that_is_not_called_is_an_error_not_a_robust_model(monkeypa
     assert not projection._forward_pre_hooks
 
 
+class Twice(nn.Module):
+    """Around a projection, as BERT's is within another module."""
+
+    def __init__(self, dense: nn.Module) -> None:
+        super().__init__()
+        self.dense = dense
+
+    def forward(self, x: Tensor) -> Tensor:
+        return (self.dense(x) + self.dense(x)) / 2
+
+
+def test_a_projection_that_is_called_twice_is_an_error_too() -> None:
+    model = GPT2.fresh()
+    attention = model.get_submodule("transformer.h.1.attn")
+    attention.c_proj = Twice(attention.c_proj).eval()
+    with HeadAblation(model) as ablation:
+        logits(model, IDS)
+        assert ablation.receipt.calls == [1, 2, 1]
+        ablation.set([(1, 0)])
+        with pytest.raises(InvalidReceipt, match=r"c_proj.dense was called 2 times in one forward, not once"):
+            logits(model, IDS)
+
+
+def test_a_projection_that_is_given_no_rows_of_tokens_is_refused_by_name() -> None:
+    model = GPT2.build()
+    with HeadAblation(model) as ablation:
+        ablation.set([(1, 0)])
+        reason = r"^transformer.h.1.attn.c_proj was given 2 dimensions, not \[rows, tokens, channels\]$"
+        with pytest.raises(UnsupportedModel, match=reason):
+            model.get_submodule("transformer.h.1.attn.c_proj")(torch.rand(5, 8))
+
+
+def test_an_ablation_is_made_where_the_model_is_not_where_tensors_are_by_default() -> None:
+    with HeadAblation(GPT2.build()) as ablation:
+        for imputation in ("zero", "mean"):
+            ablation.set([(1, 0), (1, 2)], imputation)
+            with torch.device("meta"):
+                z = torch.ones(1, 5, 8, device="cpu")
+                out, fired = replaced(z, ablation.heads.layers[1], ablation.edits[1], z[..., 0])
+            assert out.device == z.device and [edit.replaced for edit in fired] == [10, 10]
+
+
 @pytest.mark.parametrize("known", [1, 5])
 def test_a_mean_over_a_sequence_that_comes_in_pieces_is_refused(known: int) -> None:
     model = GPT2.build()
@@ -157,12 +202,12 @@ def test_a_mean_is_refused_where_the_mask_does_not_tell_which_tokens_are_padding
     model = Decoder("gemma3", layers=3, heads=2, width=4).build()
     made = {"full_attention": None, "sliding_attention": None}  # of a mask that the decoder's caller knew
     with HeadAblation(model) as ablation, torch.no_grad():
-        ablation.set([(0, 0)])
-        model.get_decoder()(IDS, attention_mask=made, use_cache=False)  # zero needs no mask
         ablation.set([(0, 0)], "mean")
-        for mask in (made, torch.zeros(1, 1, 5, 5)):
+        for mask in (made, torch.zeros(1, 1, 5, 5), made):
             with pytest.raises(InvalidAblation, match=r"^this imputation needs an attention mask of \[rows, tokens\]"):
                 model.get_decoder()(IDS, attention_mask=mask, use_cache=False)
+        ablation.set([(0, 0)])
+        model.get_decoder()(IDS, attention_mask=made, use_cache=False)  # zero needs no mask
 
 
 def test_before_anything_is_set_it_ablates_nothing_and_after_leaving_nothing_can_be_set() -> None:
@@ -173,9 +218,17 @@ def test_before_anything_is_set_it_ablates_nothing_and_after_leaving_nothing_can
     with ablation:
         assert torch.equal(logits(model, IDS), clean)
         assert (ablation.receipt.calls, ablation.receipt.fired) == ([1, 1, 1], {})
-    with pytest.raises(InvalidAblation, match="enter it first"):
+    with pytest.raises(InvalidAblation, match="^the ablation is not installed.* enter it first, with `with`$"):
         ablation.set([(0, 0)])
     ablation.__exit__(None, None, None)  # as often as one likes
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_a_mean_is_rounded_once(dtype: torch.dtype) -> None:
+    z = torch.rand(50, 40, 8, generator=torch.manual_seed(1)).to(dtype)
+    exact = z.double().mean(dim=(1, 2), keepdim=True)
+    for mask in (None, torch.ones(50, 40)):
+        assert torch.equal(IMPUTATIONS["mean"](z, mask), exact.to(dtype))
 
 
 def test_gradients_flow_around_the_ablated_head() -> None:

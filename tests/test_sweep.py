@@ -17,11 +17,12 @@ from transformers import BloomConfig
 
 from ablation import hook as hook_module
 from ablation.checks.decoders import POSITIONS, VOCABULARY, Decoder, decoders, randomised
-from ablation.errors import InvalidPrompt, InvalidReceipt, NonFiniteLogits
+from ablation.errors import InvalidPrompt, InvalidReceipt, NonFiniteLogits, UnsupportedModel
+from ablation.growing import Disagreement, grown
 from ablation.heads import find_heads
 from ablation.hook import Fired, HeadAblation
-from ablation.sweep import Sweep, sweep, sweep_prompts, sweep_sequential
-from tests.test_hook import hooks_of, logits
+from ablation.sweep import Sweep, _agree, sweep, sweep_prompts, sweep_sequential
+from tests.test_hook import Twice, hooks_of, logits
 
 FAMILIES = ("gpt2", "llama", "gemma3", "gpt_neox", "opt")
 GPT2 = Decoder("gpt2", layers=2, heads=3, width=2)
@@ -96,7 +97,9 @@ def test_prompts_whose_rows_see_each_other_are_swept_alone() -> None:
 
     embedding = model.transformer.drop.register_forward_hook(first_prompt_for_all)
     try:
-        together = sweep_prompts(model, [[1, 2], [3, 4]])
+        shares: list[float] = []
+        together = sweep_prompts(model, [[1, 2], [3, 4]], progress=shares.append)
+        assert shares[-4:] == [0.25, 0.5, 0.75, 1]
         for ids, result in zip([[1, 2], [3, 4]], together, strict=True):
             assert result.provenance["prompts"] == 1
             assert_equal(result, sweep_sequential(model, ids), ATOL["float32"])
@@ -108,6 +111,128 @@ def test_prompts_whose_rows_see_each_other_are_swept_alone() -> None:
 def test_prompts_and_watched_tokens_come_in_pairs(prompts: Any, watch: Any) -> None:
     with pytest.raises(InvalidPrompt, match=f"there are {len(prompts)} prompts"):
         sweep_prompts(GPT2.build(), prompts, watch)
+
+
+def test_what_a_layer_is_given_for_each_prompt_is_repeated_for_the_copies_of_all(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """Two prompts, of as many tokens, so that not all that has two of something has a row for each prompt."""
+    heads = find_heads(GPT2.build())
+    block = heads.layers[1].block
+    monkeypatch.setattr(block, "forward", lambda *args, **kwargs: (args, kwargs))
+    hidden, mask, shared, tokens = torch.rand(6, 2, 6), torch.rand(2, 2), torch.rand(1, 2, 2), torch.arange(2)
+    with grown(heads, 2, {0: 2, 1: 1}, False, lambda: None):
+        args, kwargs = block(hidden, mask, None, made=({"mask": mask}, shared, tokens), how="fast")
+        none, named = block(hidden_states=hidden, mask=mask)
+    for states, masks in (args[:2], (named["hidden_states"], named["mask"])):
+        assert torch.equal(states, torch.cat([hidden, hidden[:2]])) and torch.equal(masks, torch.cat([mask] * 4))
+    assert (args[2:], none, len(named)) == ((None,), (), 2)
+    made, one, same = kwargs["made"]
+    assert kwargs.keys() == {"made", "how"} and kwargs["how"] == "fast" and one is shared and same is tokens
+    assert made.keys() == {"mask"} and torch.equal(made["mask"], torch.cat([mask] * 4))
+
+
+def test_behind_the_last_attention_a_part_that_is_called_by_keyword_is_narrowed_too(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    heads = find_heads(GPT2.build())
+    part, hidden = heads.layers[1].block.mlp, torch.rand(2, 5, 6)
+    monkeypatch.setattr(part, "forward", lambda *args, **kwargs: (args, kwargs))
+    with grown(heads, 2, {}, True, lambda: None):
+        args, kwargs = part(hidden)
+        assert args[0] is hidden and not kwargs
+        heads.layers[1].projection(hidden)
+        args, kwargs = part(hidden, hidden)
+        assert torch.equal(args[0], hidden[:, -1:]) and args[1] is hidden and not kwargs
+        args, kwargs = part(hidden_states=hidden, other=hidden)
+        assert torch.equal(kwargs["hidden_states"], hidden[:, -1:]) and kwargs["other"] is hidden
+        assert not args and len(kwargs) == 2
+        assert part(other=hidden) == ((), {"other": hidden})
+        flat = hidden[0]  # of a row's tokens, as a router of experts is given
+        assert part(flat)[0][0] is flat
+
+
+def test_a_layer_that_is_given_other_rows_than_it_should_be_disagrees() -> None:
+    heads = find_heads(GPT2.build())
+    with grown(heads, 2, {0: 2}, False, lambda: None), pytest.raises(Disagreement, match=r"given 6 rows, not 2$"):
+        heads.layers[0].block(torch.rand(6, 2, 6))
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_no_row_and_no_token_is_computed_that_nothing_is_read_from(family: str) -> None:
+    model = Decoder(family, layers=2, heads=3, width=4).build()
+    parts = [*(layer.projection for layer in find_heads(model).layers), model.get_output_embeddings()]
+    shapes: list[list[tuple[int, ...]]] = [[] for _ in parts]
+    handles = [
+        part.register_forward_hook(lambda _, args, out, seen=seen: seen.append(tuple(out.shape[:2])))
+        for part, seen in zip(parts, shapes, strict=True)
+    ]
+    try:
+        assert sweep(model, IDS, max_rows=4).provenance["method"] == "growing batch"
+    finally:
+        for handle in handles:
+            handle.remove()
+    assert shapes == [  # the clean run; four passes of a clean row and three ablations; two probes
+        [(1, 5), (4, 5), (4, 5), (1, 5), (1, 5), (2, 5)],
+        [(1, 5), (4, 1), (4, 1), (4, 1), (4, 1), (2, 5)],
+        [(1, 5), (4, 1), (4, 1), (4, 1), (4, 1), (2, 1)],
+    ]
+
+
+def without_logits_to_keep(decoder: Decoder) -> Any:
+    """A model that cannot be told which logits are wanted."""
+    model = decoder.fresh()
+    every = model.forward
+
+    def forward(ids: Tensor, use_cache: bool) -> Any:
+        assert use_cache is False, "nobody reads what is kept"
+        return every(ids, use_cache=use_cache)
+
+    model.forward = forward
+    return model
+
+
+def test_a_pass_has_as_many_rows_as_fit_into_memory(monkeypatch: pytest.MonkeyPatch) -> None:
+    llama = Decoder("llama", layers=2, heads=3, width=2)  # its widest weight is of 12 channels
+    for model, kept in ((llama.build(), 1), (without_logits_to_keep(llama), 5)):
+        row = 4 * (5 * (4 * 12 + 3 * 5) + kept * VOCABULARY)  # bytes, for 5 tokens that 3 heads attend to
+        for budget, passes in ((13 * row, 1), (13 * row - 1, 2), (4 * row, 4), (4 * row - 1, 6), (1, 12)):
+            monkeypatch.setattr("ablation.sweep.ROW_BUDGET_BYTES", budget)
+            assert sweep(model, IDS).provenance["passes"] == passes
+
+
+def test_weights_that_are_no_parameters_are_no_obstacle() -> None:
+    model = GPT2.fresh()
+    for module in model.transformer.h.modules():
+        for name, weight in list(module.named_parameters(recurse=False)):
+            delattr(module, name)
+            module.register_buffer(name, weight.detach())
+    assert_equal(sweep(model, IDS), sweep(GPT2.build(), IDS), atol=0)
+
+
+def test_a_model_that_cannot_be_told_which_logits_are_wanted_gives_them_all() -> None:
+    result = sweep(without_logits_to_keep(GPT2), IDS)
+    assert result.provenance["method"] == "growing batch"
+    assert_equal(result, sweep(GPT2.build(), IDS), ATOL["float32"])
+
+
+def test_behind_the_last_attention_each_part_is_given_the_last_token_alone() -> None:
+    model = GPT2.build()
+    block, tokens = model.transformer.h[1], dict[str, list[int]]()
+    handles = [
+        part.register_forward_hook(lambda _, args, out, name=name: tokens.setdefault(name, []).append(args[0].shape[1]))
+        for name, part in block.named_modules()
+        if name in ("ln_1", "attn.c_attn", "attn.c_proj", "ln_2", "mlp", "mlp.c_fc")
+    ]
+    try:
+        sweep(model, IDS)
+    finally:
+        for handle in handles:
+            handle.remove()
+    before, behind = [5, 5, 5], [5, 1, 5]  # the clean run, the growing batch, the probes
+    assert tokens == {"ln_1": before, "attn.c_attn": before} | dict.fromkeys(
+        ("attn.c_proj", "ln_2", "mlp", "mlp.c_fc"), behind
+    )
 
 
 @pytest.mark.parametrize("family", FAMILIES)
@@ -169,6 +294,11 @@ def test_unnamed_tokens_are_the_most_probable_ones() -> None:
     assert sweep(model, IDS, [second, None, 40, None]).watched.tolist() == [second, first, 40, third]
 
 
+@pytest.mark.xfail(reason="twice as many are asked for as are watched", strict=True, raises=RuntimeError)
+def test_every_token_can_be_watched() -> None:
+    assert sweep_sequential(GPT2.build(), IDS, range(VOCABULARY)).watched.tolist() == list(range(VOCABULARY))
+
+
 def test_a_second_sweep_is_the_same_to_the_last_bit_and_leaves_no_hook() -> None:
     model = GPT2.build()
     before = hooks_of(model)
@@ -187,6 +317,20 @@ def test_saved_and_loaded_it_is_equal(tmp_path: Path) -> None:
         again = getattr(loaded, name)
         assert type(again) is type(value) and np.array_equal(again, value), name
         assert not isinstance(value, np.ndarray) or again.dtype == value.dtype, name
+
+
+def test_what_is_saved_can_be_read_by_people_too(tmp_path: Path) -> None:
+    replace(sweep(GPT2.build(), IDS, imputations=["zero"]), provenance={"prompt": "Zürich"}).save(tmp_path)
+    text = (tmp_path / "sweep.json").read_text(encoding="utf-8")
+    assert text == '{\n  "imputations": [\n    "zero"\n  ],\n  "provenance": {\n    "prompt": "Zürich"\n  }\n}\n'
+
+
+def test_a_pickled_array_is_refused(tmp_path: Path) -> None:
+    sweep(GPT2.build(), IDS).save(tmp_path)
+    with np.load(tmp_path / "sweep.npz") as arrays:
+        np.savez(tmp_path / "sweep.npz", **dict(arrays) | {"margin": np.array([{}])})
+    with pytest.raises(ValueError, match="allow_pickle=False"):
+        Sweep.load(tmp_path)
 
 
 def test_a_hook_that_changes_nothing_is_not_taken_for_a_robust_model(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -220,6 +364,12 @@ def test_progress_rises_to_one() -> None:
         assert shares == [(i + 1) / steps for i in range(steps)]
 
 
+def test_progress_over_several_prompts_rises_to_one() -> None:
+    shares: list[float] = []
+    sweep_prompts(GPT2.build(), [[1, 2], [3, 4, 5], [6, 7]], progress=shares.append)
+    assert shares == pytest.approx([1 / 3, 2 / 3, 5 / 6, 1])  # the two of one length at once
+
+
 def test_a_model_that_the_growing_batch_does_not_suit_is_swept_sequentially_and_says_so() -> None:
     small = dict(vocab_size=41, hidden_size=6, n_layer=2, n_head=3, bos_token_id=None, eos_token_id=None)
     bloom = randomised(BloomConfig(**small, pad_token_id=None), seed=1, attention="eager")
@@ -236,9 +386,32 @@ def test_a_model_whose_rows_see_each_other_is_swept_sequentially() -> None:
     try:
         with pytest.warns(UserWarning, match="differs from the same forward without growth"):
             result = sweep(model, IDS)
+        reason = "Disagreement: a row differs from the same forward without growth by "
+        assert result.provenance["reason"].startswith(reason)
         assert_equal(result, sweep_sequential(model, IDS), atol=0)
     finally:
         mix.remove()
+
+
+def test_a_projection_that_is_given_other_than_every_token_is_refused() -> None:
+    model = GPT2.build()
+    part = model.transformer.h[1].attn.c_proj.register_forward_pre_hook(lambda _, args: (args[0][:, :3],))
+    reason = r"^transformer.h.1.attn.c_proj was given \(1, 3, 6\), not \[1, 5 tokens, 6 channels\]$"
+    try:
+        for way in (sweep, sweep_sequential):
+            with pytest.raises(UnsupportedModel, match=reason):
+                way(model, IDS)
+    finally:
+        part.remove()
+
+
+def test_a_projection_that_is_called_twice_is_refused_by_the_clean_run() -> None:
+    model = GPT2.fresh()
+    attention = model.transformer.h[1].attn
+    attention.c_proj = Twice(attention.c_proj).eval()
+    for way in (sweep, sweep_sequential):
+        with pytest.raises(InvalidReceipt, match=r"^transformer.h.1.attn.c_proj.dense was called 2 times in a forward"):
+            way(model, IDS)
 
 
 def test_ablated_logits_that_are_not_finite_are_refused_by_name() -> None:
@@ -276,6 +449,24 @@ def test_of_equal_logits_the_lowest_token_is_the_prediction() -> None:
     result = sweep(model, ids)
     assert result.clean_argmax == 2 and result.clean_margin == 0
     assert not {first, 40} & set(result.argmax.flat) and not result.margin[result.argmax == 2].any()
+
+
+@pytest.mark.parametrize("size", [1e-3, 1.0, 1e3])
+def test_logits_agree_that_are_apart_by_less_than_half_of_their_digits(size: float) -> None:
+    plain = torch.tensor([[0.0, -size, size / 2]])
+    noise = torch.finfo(torch.float32).eps ** 0.5
+    _agree(plain * (1 - noise / 2), plain)
+    for apart in (plain * (1 - noise * 2), plain * torch.nan):
+        with pytest.raises(Disagreement, match=r"^a row differs from the same forward without growth by [^ ]+$"):
+            _agree(apart, plain)
+
+
+def test_logits_that_are_all_zero_are_no_disagreement() -> None:
+    model = Decoder("llama", layers=2, heads=3, width=2).fresh()
+    torch.nn.init.zeros_(model.lm_head.weight)
+    result = sweep(model, IDS)
+    assert result.provenance["method"] == "growing batch"
+    assert result.clean_argmax == 0 and result.present.all() and result.kept.all() and not result.flipped.any()
 
 
 def test_the_first_token_and_the_longest_prompt_are_taken() -> None:
