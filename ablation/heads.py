@@ -246,7 +246,7 @@ def _refuse_dishonest(model: PreTrainedModel, heads: Heads) -> None:
     if len(set(projections)) < len(projections):
         raise UnsupportedModel(f"{_kind(model)} shares one projection among its layers: no layer's head stands alone")
     for module in (model, heads.decoder, *(m for layer in heads.layers for m in layer.block.modules())):
-        if getattr(module, "_compiled_call_impl", None) is not None:
+        if module._compiled_call_impl is not None:
             raise UnsupportedModel(f"{_kind(module)} is compiled, and may never call a hook: compile after ablating")
     if getattr(model.config, "pretraining_tp", 1) > 1 and getattr(model.config, "slow_but_exact", False):
         raise UnsupportedModel(f"{_kind(model)} bypasses its projections: set config.slow_but_exact = False")

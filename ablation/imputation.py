@@ -26,7 +26,8 @@ class Imputation:
     def __call__(self, z: Tensor, mask: Tensor | None = None) -> Tensor:
         """The replacement for z.
 
-        z: [rows, tokens, width], any floating dtype. mask: [rows, tokens], nonzero at real tokens; None if all are.
+        z: [rows, tokens, width], any floating dtype. mask: [rows, tokens], nonzero at real tokens, on z's device; None
+        if all are real.
         Returns a new tensor of z's dtype and device that broadcasts to z's shape.
         """
         raise NotImplementedError
@@ -60,7 +61,7 @@ class Mean(Imputation):
         if mask is None:
             mean = per_token.mean(dim=-1)  # [rows]
         else:
-            real = mask.to(per_token.device) != 0
+            real = mask != 0
             # where, not a product: a pad may hold NaN. A row with no real token has no mean: 0 / 0 is NaN, and shows.
             mean = per_token.where(real, 0.0).sum(dim=-1) / real.sum(dim=-1)
         return mean.to(z.dtype)[:, None, None]

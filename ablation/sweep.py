@@ -239,6 +239,8 @@ class _Run:
             raise InvalidPrompt("a sweep needs at least one prompt token and one watched token")
         if strange := [token for token in (*ids, *watched) if token is not None and not 0 <= token < vocabulary]:
             raise InvalidPrompt(f"no token {strange[0]}: the model has {vocabulary} tokens")
+        if len(watched) > vocabulary:
+            raise InvalidPrompt(f"{len(watched)} tokens cannot be watched: the model has {vocabulary}")
         longest = getattr(self.model.config.get_text_config(), "max_position_embeddings", None)
         if longest is not None and len(ids) > longest:
             raise InvalidPrompt(f"the prompt has {len(ids)} tokens, the model takes at most {longest}")
@@ -257,7 +259,7 @@ class _Run:
     def rows(self, tokens: int, max_rows: int | None) -> int:
         """Rows of a pass: those asked for, or those whose widest tensors and logits fit in ROW_BUDGET_BYTES."""
         if max_rows is None:
-            shapes = [p.shape for layer in self.heads.layers for p in layer.block.parameters() if p.ndim == 2]
+            shapes = [p.shape for layer in self.heads.layers for p in layer.block.parameters() if p.ndim > 1]
             widest = 4 * max((max(shape) for shape in shapes), default=1)
             scores = self.heads.shape[1] * tokens
             logits = len(self.embedding) * (1 if self.last_only else tokens)
@@ -308,13 +310,13 @@ class _Run:
         found = self.clean(prompt)
         with HeadAblation(self.model) as hook:
             for done, cell in enumerate(self.cells, start=1):
-                hook.edits = self.edits([cell])
+                hook.edits = self.edits([cell], 0, 1)
                 logits = self.forward([prompt.token_ids])
                 found.add([cell], logits, [hook.receipt.calls[cell.layer]], hook.receipt.fired[cell.layer])
                 progress(done / len(self.cells))
         return found.result(method="sequential", **how)
 
-    def edits(self, cells: Sequence[Ablation], first: int = 0, prompts: int = 1) -> dict[int, tuple[Edit, ...]]:
+    def edits(self, cells: Sequence[Ablation], first: int, prompts: int) -> dict[int, tuple[Edit, ...]]:
         """An edit for each row: from row `first` on, a cell after the other, each for all prompts."""
         rows = itertools.count(first)
         edits: dict[int, tuple[Edit, ...]] = {}
@@ -346,7 +348,7 @@ class _Run:
         """One forward for each pass: clean rows, one for each prompt, and, as the batch grows, one for each edit."""
         found = [self.clean(prompt) for prompt in prompts]
         ids, several = [prompt.token_ids for prompt in prompts], len(prompts)
-        least = math.ceil(len(self.cells) / max(1, self.rows(len(ids[0]), max_rows) // several - 1))
+        least = math.ceil(len(self.cells) / (self.rows(len(ids[0]), max_rows) // several - 1))
         size = math.ceil(len(self.cells) / least)  # of passes that are alike
         passes = [self.cells[i : i + size] for i in range(0, len(self.cells), size)]
         steps = len(passes) * len(self.heads.layers)
@@ -394,7 +396,7 @@ class _Cells:
 
     def __init__(self, run: _Run, prompt: _Prompt, clean: Tensor, head_mean: NDArray[np.float64]) -> None:
         self.run, self.prompt, self.clean, self.head_mean = run, prompt, clean, head_mean
-        self.watched = torch.tensor(_most_probable(prompt.watch, clean))
+        self.watched = torch.tensor(_most_probable(prompt.watch, clean), device="cpu")
         self.before = _measure(clean[None], self.watched)
         grid = (len(run.imputations), *run.heads.shape)
         self.probability, self.log_probability = np.full((2, len(self.watched), *grid), np.nan)
@@ -406,11 +408,11 @@ class _Cells:
         after = _measure(logits, self.watched)
         if not after.finite.all():
             raise NonFiniteLogits(f"logits are not finite with {self.run.name(cells[int(after.finite.argmin())])}")
-        for row, cell in enumerate(cells):
+        for row, (cell, called, receipt) in enumerate(zip(cells, calls, fired, strict=True)):
             self.probability[:, *cell] = (after.probability - self.before.probability)[row]
             self.log_probability[:, *cell] = (after.log_probability - self.before.log_probability)[row]
             self.argmax[cell], self.margin[cell] = after.argmax[row], after.margin[row]
-            self.calls[cell], (self.replaced[cell], self.changed[cell]) = calls[row], fired[row]
+            self.calls[cell], (self.replaced[cell], self.changed[cell]) = called, receipt
 
     def result(self, **how: Any) -> Sweep:
         """The sweep. Raises InvalidReceipt unless every cell is there and was ablated."""
@@ -454,7 +456,8 @@ def _token_id(token: Any) -> int:
 
 def _most_probable(watch: Sequence[int | None], logits: Tensor) -> list[int]:
     """The watched tokens, each None replaced by the most probable token that is not among them."""
-    free = iter([t for t in logits.topk(2 * len(watch)).indices.tolist() if t not in watch])
+    order = logits.sort(descending=True, stable=True).indices.tolist()
+    free = (token for token in order if token not in watch)
     return [next(free) if token is None else int(token) for token in watch]
 
 

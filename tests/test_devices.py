@@ -49,7 +49,6 @@ def test_a_model_whose_weights_wait_on_disk_gives_the_same_with_every_receipt(fa
     assert weights_sha256(spread) == weights_sha256(plain)
 
 
-@pytest.mark.xfail(reason="the watched tokens are a tensor of the default device", strict=True)
 def test_a_sweep_is_made_where_the_model_is_not_where_tensors_are_by_default() -> None:
     model = Decoder("llama", layers=2, heads=3, width=2).build()
     expected = sweep(model, IDS)

@@ -294,9 +294,12 @@ def test_unnamed_tokens_are_the_most_probable_ones() -> None:
     assert sweep(model, IDS, [second, None, 40, None]).watched.tolist() == [second, first, 40, third]
 
 
-@pytest.mark.xfail(reason="twice as many are asked for as are watched", strict=True, raises=RuntimeError)
-def test_every_token_can_be_watched() -> None:
+def test_every_token_can_be_watched_and_no_more() -> None:
     assert sweep_sequential(GPT2.build(), IDS, range(VOCABULARY)).watched.tolist() == list(range(VOCABULARY))
+    order = logits(GPT2.build(), torch.tensor([IDS]))[0, -1].argsort(descending=True).tolist()
+    assert sweep_sequential(GPT2.build(), IDS, [None] * VOCABULARY).watched.tolist() == order
+    with pytest.raises(InvalidPrompt, match="42 tokens cannot be watched: the model has 41"):
+        sweep_sequential(GPT2.build(), IDS, [None] * (VOCABULARY + 1))
 
 
 def test_a_second_sweep_is_the_same_to_the_last_bit_and_leaves_no_hook() -> None:
