@@ -37,8 +37,9 @@ FEATURES = {
     "sets": "several heads at once",
     "batch": "several rows at once",
     "padding": "batches with padding, given an attention mask",
-    "cache": "decoding with a key/value cache, under zero imputation",
-    "observe": "running the very modules of the model it was given, so that what they receive can be seen",
+    "cache": "decoding with a key/value cache, unset and under zero imputation",
+    "observe": "running the very modules of the model it was given, with z changed before their `forward`, so that "
+    "what they receive can be seen; a `forward` that is put on their class comes too late for that",
     "restore": "leaving the model as it was found, once closed",
     "once": "running the model once for one ablation",
     "refusal": "refusing heads and imputations that are not there",
