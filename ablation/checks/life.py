@@ -155,7 +155,7 @@ class Life(RuleBasedStateMachine):
         """Run, after opening if need be, with an error that strikes in a layer."""
         self._note("fail", where, layer, error)
         raised, observed = False, "observe" not in declared(self.make)
-        before = hooks(self.model) if self.implementation else None
+        before = hooks(self.model) if self.implementation is not None else None
         if self.implementation is None and not observed:  # a copy that is made now would keep what breaks it
             self.implementation = self.make(self.model)
         with _broken(self.layers[layer], where, ERRORS[error]):
@@ -190,7 +190,7 @@ class Life(RuleBasedStateMachine):
     def nest(self, pair: Pair) -> None:
         """A second implementation comes and goes."""
         self._note("nest", pair)
-        if other := self._second():
+        if (other := self._second()) is not None:
             other.ablate([pair], self.cases.imputations[0])
             other.run(**self.inputs)
             other.close()
@@ -200,7 +200,7 @@ class Life(RuleBasedStateMachine):
     def succeed(self, pair: Pair) -> None:
         """A second implementation comes, and the first goes."""
         self._note("succeed", pair)
-        if other := self._second():
+        if (other := self._second()) is not None:
             imputation = self.cases.imputations[0]
             other.ablate([pair], imputation)
             self.implementation.close()
