@@ -133,13 +133,19 @@ def _cases(draw: st.DrawFn, of: Cases) -> Case:
     else:
         length = draw(st.integers(of.tokens, MOST_TOKENS))
         prompts = [draw(st.lists(token, min_size=length, max_size=length)) for _ in range(count)]
-    pair = st.tuples(st.integers(0, decoder.layers - 1), st.integers(0, decoder.heads - 1))
-    some = st.lists(pair, min_size=1, max_size=of.heads, unique=True)
-    one_a_layer = st.tuples(*(st.tuples(st.just(layer), pair.map(lambda p: p[1])) for layer in range(decoder.layers)))
-    chosen = draw(some | one_a_layer if of.heads >= decoder.layers > 1 else some)
+    chosen = draw(st.permutations(draw(_sets(decoder, of.heads))))
     side = draw(st.sampled_from(["left", "right"])) if of.ragged else "right"
     pad = draw(st.sampled_from([None, *prompts[0]]))
     return Case(decoder, tuple(map(tuple, prompts)), tuple(chosen), draw(st.sampled_from(of.imputations)), side, pad)
+
+
+def _sets(decoder: Decoder, most: int) -> SearchStrategy[Any]:
+    """Heads anywhere; or, since bugs live there, several of one layer, or one of each."""
+    layer, head = st.integers(0, decoder.layers - 1), st.integers(0, decoder.heads - 1)
+    anywhere = st.lists(st.tuples(layer, head), min_size=1, max_size=most, unique=True)
+    of_one = layer.map(lambda index: [(index, head) for head in range(decoder.heads)][:most])
+    of_each = st.tuples(*(st.tuples(st.just(index), head) for index in range(decoder.layers)[:most]))
+    return anywhere if most == 1 else anywhere | of_one | of_each
 
 
 def run(model: PreTrainedModel, inputs: dict[str, Any]) -> Tensor:
