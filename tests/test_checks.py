@@ -14,7 +14,7 @@ import torch
 from hypothesis import settings
 
 from ablation.checks import CHECKS, Case, Decoder, Record, check_all, reproduce
-from ablation.checks.cases import Cases
+from ablation.checks.cases import Cases, same
 from ablation.checks.protocol import FEATURES
 from ablation.heads import Layer, find_heads
 from ablation.imputation import as_imputation
@@ -155,6 +155,23 @@ def test_an_effect_is_measured_against_the_implementations_own_clean_run() -> No
         AssertionError, match="the logits before anything is ablated should be the same to the last bit"
     ):
         reproduce("identity", Rounding, case)
+
+
+def test_a_case_says_how_its_rows_are_padded_where_there_are_several() -> None:
+    decoder = Decoder("gpt2", layers=1, heads=1, width=2)
+    case = Case(decoder, rows=((3, 1), (4, 1), (5,)), heads=((0, 0),), side="left", pad=9)
+    assert str(case) == "gpt2, layer 0 head 0, zero imputation, rows of 2, 2 and 1 tokens, padded on the left"
+    assert case.inputs()["input_ids"].tolist() == [[3, 1], [4, 1], [9, 5]]
+    assert str(replace(case, rows=((3, 1), (4, 1)))).endswith(", rows of 2 and 2 tokens")
+
+
+def test_numbers_that_differ_in_their_last_bit_are_shown_to_differ() -> None:
+    for dtype in (torch.float32, torch.float64):
+        one = torch.ones(1, dtype=dtype) / 3
+        with pytest.raises(AssertionError) as error:
+            same(one, one * (1 + torch.finfo(dtype).eps), "a number")
+        shown = re.search(r"is (\S+), should be (\S+)$", str(error.value))
+        assert shown and shown[1] != shown[2]
 
 
 class NoDoubles(Ours):
