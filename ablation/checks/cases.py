@@ -136,13 +136,15 @@ def _cases(draw: st.DrawFn, of: Cases) -> Case:
     chosen = draw(st.permutations(draw(_sets(decoder, of.heads))))
     side = draw(st.sampled_from(["left", "right"])) if of.ragged else "right"
     pad = draw(st.sampled_from([None, *prompts[0]]))
-    return Case(decoder, tuple(map(tuple, prompts)), tuple(chosen), draw(st.sampled_from(of.imputations)), side, pad)
+    imputation = draw(st.sampled_from([*of.imputations, of.imputations[-1]]))  # the mean, which goes wrong in more ways
+    return Case(decoder, tuple(map(tuple, prompts)), tuple(chosen), imputation, side, pad)
 
 
 def _sets(decoder: Decoder, most: int) -> SearchStrategy[Any]:
-    """Heads anywhere; or, since bugs live there, several of one layer, or one of each."""
+    """Heads anywhere; or, since bugs live there, several of one layer, or one of each. Seldom a single one."""
     layer, head = st.integers(0, decoder.layers - 1), st.integers(0, decoder.heads - 1)
-    anywhere = st.lists(st.tuples(layer, head), min_size=1, max_size=most, unique=True)
+    least = min(2, most, decoder.layers * decoder.heads)
+    anywhere = st.lists(st.tuples(layer, head), min_size=least, max_size=most, unique=True)
     of_one = layer.map(lambda index: [(index, head) for head in range(decoder.heads)][:most])
     of_each = st.tuples(*(st.tuples(st.just(index), head) for index in range(decoder.layers)[:most]))
     return anywhere if most == 1 else anywhere | of_one | of_each
