@@ -14,7 +14,7 @@ import torch
 from hypothesis import settings
 
 from ablation.checks import CHECKS, Case, Decoder, Record, check_all, reproduce
-from ablation.checks.cases import Cases
+from ablation.checks.cases import Cases, same
 from ablation.checks.protocol import FEATURES
 from ablation.heads import Layer, find_heads
 from ablation.imputation import as_imputation
@@ -43,12 +43,12 @@ def test_ids_are_unique_and_every_requirement_is_one_sentence() -> None:
 
 @pytest.mark.mutants
 def test_the_notebooks_hook_fails_where_it_is_wrong_and_nowhere_else() -> None:
-    """It writes in place, takes the mean over the whole batch and its padding, keeps its state in globals (`life`).
+    """It writes in place, takes the mean over the whole batch and its padding, keeps its state in globals.
 
     And it refuses nothing, and leaves hooks behind where it could not install all.
     """
     assert broken(Notebook) == {
-        *("input.untouched", "batch", "padding", "locality.padded", "life", "hygiene.exception"),
+        *("input.untouched", "batch", "padding", "locality.padded", "isolation", "life", "hygiene.exception"),
         *("refusal.head", "refusal.type", "refusal.imputation"),
     }
 
@@ -84,7 +84,8 @@ class Silent(Ours):
 
 def test_a_hook_that_never_fires_fails_the_smoke_check() -> None:
     case = Case(Decoder("gpt2", layers=2, heads=3, width=2), rows=((3, 1, 4),), heads=((1, 0),))
-    with pytest.raises(AssertionError, match="ablating layer 1 head 0 changed no logit: nothing seems to be ablated"):
+    what = "ablating layer 1 head 0 changed no logit: nothing is ablated, or the wrong place"
+    with pytest.raises(AssertionError, match=what):
         reproduce("smoke", Silent, case)
 
 
@@ -135,7 +136,7 @@ class Tidy(Ours):
 
 def test_a_hook_that_removes_the_users_own_is_told_where() -> None:
     case = Case(Decoder("gpt2", layers=1, heads=1, width=2), rows=((3, 1),), heads=((0, 0),))
-    with pytest.raises(AssertionError, match="not as it was found: transformer.h.0._forward_hooks"):
+    with pytest.raises(AssertionError, match="not as it was found: the model._forward_hooks, "):
         reproduce("hygiene.foreign", Tidy, case)
 
 
@@ -154,6 +155,23 @@ def test_an_effect_is_measured_against_the_implementations_own_clean_run() -> No
         AssertionError, match="the logits before anything is ablated should be the same to the last bit"
     ):
         reproduce("identity", Rounding, case)
+
+
+def test_a_case_says_how_its_rows_are_padded_where_there_are_several() -> None:
+    decoder = Decoder("gpt2", layers=1, heads=1, width=2)
+    case = Case(decoder, rows=((3, 1), (4, 1), (5,)), heads=((0, 0),), side="left", pad=9)
+    assert str(case) == "gpt2, layer 0 head 0, zero imputation, rows of 2, 2 and 1 tokens, padded on the left"
+    assert case.inputs()["input_ids"].tolist() == [[3, 1], [4, 1], [9, 5]]
+    assert str(replace(case, rows=((3, 1), (4, 1)))).endswith(", rows of 2 and 2 tokens")
+
+
+def test_numbers_that_differ_in_their_last_bit_are_shown_to_differ() -> None:
+    for dtype in (torch.float32, torch.float64):
+        one = torch.ones(1, dtype=dtype) / 3
+        with pytest.raises(AssertionError) as error:
+            same(one, one * (1 + torch.finfo(dtype).eps), "a number")
+        shown = re.search(r"is (\S+), should be (\S+)$", str(error.value))
+        assert shown and shown[1] != shown[2]
 
 
 class NoDoubles(Ours):

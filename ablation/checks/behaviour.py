@@ -2,42 +2,53 @@
 
 from __future__ import annotations
 
-from contextlib import suppress
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack, suppress
+from dataclasses import replace
 from typing import Any
 
 import torch
-from torch import nn
 from transformers import PreTrainedModel
 
 from ablation.checks.cases import Case, Cases, close, run, same
 from ablation.checks.check import Check, Factory, declared
 from ablation.checks.decoders import VOCABULARY
 from ablation.checks.observe import received
+from ablation.checks.oracles import ablated_logits
 from ablation.checks.protocol import CACHE, Implementation
 from ablation.heads import find_heads
 
 
 def identity(make: Factory, case: Case) -> None:
-    """Unset, with an empty set, cleared and closed: the bare model's logits, bit for bit."""
+    """Unset, with an empty set, cleared and closed: the bare model's logits, bit for bit; with a cache, too."""
     model, inputs = case.model(), case.inputs()
+    unmasked = {"input_ids": inputs["input_ids"], "use_cache": False}
+    real = inputs["attention_mask"].bool()  # what padding gives is nobody's concern
     bare = run(model, inputs)
     implementation = make(model)
+
+    def unchanged(what: str) -> None:
+        same(implementation.run(**inputs)[real], bare[real], f"the logits {what}")
+
     try:
-        same(implementation.run(**inputs), bare, "the logits before anything is ablated")
+        unchanged("before anything is ablated")
+        if "cache" not in declared(make):
+            both = decoded(lambda **piece: run(model, piece), case), decoded(implementation.run, case)
+            for (name, here, want), (_, _, got) in zip(*both, strict=True):
+                same(got[real[:, here]], want[real[:, here]], f"the logits of {name}, decoded with a cache,")
         implementation.ablate([], case.imputation)
-        same(implementation.run(**inputs), bare, "the logits with an empty set of heads")
+        unchanged("with an empty set of heads")
         implementation.ablate(list(case.heads), case.imputation)
         implementation.run(**inputs)
         implementation.ablate([], case.imputation)
-        same(implementation.run(**inputs), bare, "the logits with an empty set of heads after another set")
+        unchanged("with an empty set of heads after another set")
         implementation.ablate(list(case.heads), case.imputation)
         implementation.clear()
-        same(implementation.run(**inputs), bare, "the logits after clear()")
-        unmasked = {"input_ids": inputs["input_ids"], "use_cache": False}
+        unchanged("after clear()")
         same(implementation.run(**unmasked), run(model, unmasked), "the logits without an attention mask")
     finally:
         implementation.close()
-    same(run(model, inputs), bare, "the logits of the model after close()")
+    same(run(model, inputs)[real], bare[real], "the logits of the model after close()")
 
 
 def foreign_edit(make: Factory, case: Case) -> None:
@@ -103,86 +114,113 @@ def _assert_imputed(held: torch.Tensor, own: torch.Tensor | None, imputation: st
 
 
 def input_untouched(make: Factory, case: Case) -> None:
-    """A tensor that somebody else keeps, such as a captured activation, is not written to."""
+    """A tensor that somebody else keeps, such as a captured activation, is not written to, then or in the next run."""
     model, inputs = case.model(), case.inputs()
-    kept: list[tuple[int, torch.Tensor, torch.Tensor]] = []
+    kept: list[tuple[str, torch.Tensor, torch.Tensor]] = []
+
+    def keep(place: str) -> Callable[..., None]:
+        return lambda _, args, *output: kept.append((place, args[0], args[0].clone()))
+
     for layer in find_heads(model).layers:
-        layer.projection.register_forward_pre_hook(
-            lambda _, args, index=layer.index: kept.append((index, args[0], args[0].clone()))
-        )
+        place = f"the input of the projection of layer {layer.index}, captured by a hook"
+        layer.projection.register_forward_pre_hook(keep(f"{place} before the ablation"))
+        layer.projection.register_forward_hook(keep(f"{place} behind it"))
     implementation = make(model)
     try:
         implementation.ablate(list(case.heads), case.imputation)
         implementation.run(**inputs)
+        implementation.run(**inputs | {"input_ids": other_ids(case)})
     finally:
         implementation.close()
-    for index, tensor, copy in kept:
-        same(tensor, copy, f"the input of the projection of layer {index}, captured by a hook before the ablation")
+    for what, tensor, copy in kept:
+        same(tensor, copy, what)
+
+
+def other_ids(case: Case) -> torch.Tensor:
+    """Other prompts of the same shape, [rows, tokens]."""
+    ids: torch.Tensor = (case.inputs()["input_ids"] + 7) % VOCABULARY
+    return ids
 
 
 def rows_stand_alone(make: Factory, case: Case) -> None:
-    """A row of a batch, padded or not, gives what it gives alone, without an attention mask."""
+    """A row of a batch, padded or not, gives what it gives alone, without an attention mask.
+
+    A batch without padding is run without a mask, too.
+    """
     model, inputs = case.model(), case.inputs()
+    batches = {"": inputs}
+    if inputs["attention_mask"].all():
+        batches[" without an attention mask"] = {"input_ids": inputs["input_ids"], "use_cache": False}
     implementation = make(model)
     try:
         implementation.ablate(list(case.heads), case.imputation)
-        together = implementation.run(**inputs)
+        together = {name: implementation.run(**batch).clone() for name, batch in batches.items()}
         for index, row in enumerate(case.rows):
             alone = implementation.run(torch.tensor([row]))
             real = inputs["attention_mask"][index].bool()
-            close(together[index, real], alone[0], f"row {index} of {len(case.rows)}, against the same row alone")
+            for name, logits in together.items():
+                what = f"row {index} of {len(case.rows)}{name}, against the same row alone"
+                close(logits[index, real], alone[0], what)
     finally:
         implementation.close()
 
 
 def forgets(make: Factory, case: Case) -> None:
     """Whatever was run, ablated, cleared or interrupted before, a run gives what a new implementation gives."""
-    inputs = case.inputs()
-    ids = (inputs["input_ids"] + 7) % VOCABULARY
-    prompts: list[dict[str, Any]] = [inputs, {"input_ids": ids, "use_cache": False}]
+    prompts: list[dict[str, Any]] = [
+        case.inputs(),
+        {"input_ids": other_ids(case), "use_cache": False},
+        replace(case, rows=case.rows[::-1]).inputs(),
+    ]
+    names = ("", "of another prompt, without a mask, ", "of the rows in another order ")
     imputations = [case.imputation, *({"zero", "mean"} - {case.imputation} - set(declared(make)))]
-    first, head, imputation = (
-        ([case.heads[0]], case.imputation),
-        ([case.heads[-1]], case.imputation),
-        ([case.heads[0]], imputations[-1]),
-    )
-
+    case = replace(case, heads=tuple(sorted(case.heads, reverse=True)))  # what is below the first comes later
+    first, another, every = [case.heads[0]], [case.another()], list(case.heads)
     spare = case.model()
 
     def new(heads: list[tuple[int, int]], imputation: str, prompt: int) -> torch.Tensor:
+        """What a new implementation gives: closed before the next is made."""
         implementation = make(spare)
         try:
             implementation.ablate(heads, imputation)
-            logits: torch.Tensor = implementation.run(**prompts[prompt])
+            return implementation.run(**prompts[prompt]).clone()
         finally:
             implementation.close()
-        return logits
 
-    alone = [new(*first, 0), new(*first, 1)]  # each closed before the next is made
-    other_head, other_imputation, clean = new(*head, 0), new(*imputation, 0), new([], case.imputation, 0)
+    alone = [new(first, case.imputation, prompt) for prompt in range(len(prompts))]
     model = case.model()
-    last = find_heads(model).layers[-1].block
+    layer = find_heads(model).layers[first[0][0]]
     implementation = make(model)
+    kept: list[tuple[torch.Tensor, torch.Tensor, str]] = []
 
     def then(prompt: int, want: torch.Tensor, what: str) -> None:
-        same(implementation.run(**prompts[prompt]), want, f"the logits {what}")
+        got = implementation.run(**prompts[prompt])
+        same(got, want, f"the logits {names[prompt]}{what}")
+        kept.append((got, got.clone(), f"the logits {names[prompt]}{what}, that were kept, after later runs"))
 
     try:
-        implementation.ablate(*first)
+        implementation.ablate(first, case.imputation)
         then(0, alone[0], "of a second implementation")
         then(0, alone[0], "of a second run")
-        then(1, alone[1], "of another prompt, without a mask, after a run")
-        then(0, alone[0], "after a run on another prompt")
-        implementation.ablate(*head)
-        then(0, other_head, "with another head, after a run with the first")
+        for prompt in (1, 2):
+            then(prompt, alone[prompt], "after a run")
+            then(0, alone[0], "after a run on another prompt")
+        implementation.ablate(another, case.imputation)
+        then(0, new(another, case.imputation, 0), "with another head, after a run with the first")
+        implementation.ablate(every, case.imputation)
+        then(0, new(every, case.imputation, 0), f"with {every} ablated, after runs with others")
         implementation.clear()
-        then(0, clean, "after clear()")
-        implementation.ablate(*first)
-        implementation.ablate(*imputation)
-        then(0, other_imputation, "with another imputation, set after the first")
-        implementation.ablate(*first)
-        _interrupted(implementation, last, inputs)
-        then(0, alone[0], "after a forward that was interrupted")
+        then(0, new([], case.imputation, 0), "after clear()")
+        implementation.ablate(first, case.imputation)
+        implementation.ablate(first, imputations[-1])
+        then(0, new(first, imputations[-1], 0), "with another imputation, set after the first")
+        implementation.ablate(first, case.imputation)
+        for interrupt in (layer.block.register_forward_pre_hook, layer.projection.register_forward_hook):
+            for interrupted, prompt in ((0, 1), (1, 2)):
+                _interrupted(implementation, interrupt, prompts[interrupted])
+                then(prompt, alone[prompt], "after a forward that was interrupted")
+        for got, was, what in kept:
+            same(got, was, what)
     finally:
         implementation.close()
 
@@ -191,18 +229,38 @@ class Interrupted(Exception):
     """What a layer raises in the middle of a forward."""
 
 
-def _interrupted(implementation: Implementation, block: nn.Module, inputs: dict[str, Any]) -> None:
-    """Run, with a decoder layer that raises before its attention."""
+def _interrupted(implementation: Implementation, register: Callable[..., Any], inputs: dict[str, Any]) -> None:
+    """Run, with a hook in the middle that raises."""
 
     def fail(*_: Any) -> None:
         raise Interrupted
 
-    handle = block.register_forward_pre_hook(fail)
+    handle = register(fail)
     try:
         with suppress(Interrupted):
             implementation.run(**inputs)
     finally:
         handle.remove()
+
+
+def isolation(make: Factory, case: Case) -> None:
+    """Of two models, each has its own ablation: the other's changes nothing in it, ended before it or after it."""
+    inputs, one, other = case.inputs(), case.model(), case.model()
+    another = replace(case, heads=(case.another(),))
+    bare, want = run(other, inputs), ablated_logits(make, another)
+    with ExitStack() as on_one, ExitStack() as on_other:
+        first = make(one)
+        on_one.callback(first.close)
+        first.ablate(list(case.heads), case.imputation)
+        alone = first.run(**inputs).clone()
+        same(run(other, inputs), bare, "the logits of a second model, where heads of the first are ablated,")
+        second = make(other)
+        on_other.callback(second.close)
+        second.ablate(list(another.heads), another.imputation)
+        same(second.run(**inputs), want, "the logits of a second model, where heads of both are ablated,")
+        same(first.run(**inputs), alone, "the logits of the first model, where heads of both are ablated,")
+        on_one.close()
+        same(second.run(**inputs), want, "the logits of the second model, after close() on the first,")
 
 
 def order_is_irrelevant(make: Factory, case: Case) -> None:
@@ -211,7 +269,7 @@ def order_is_irrelevant(make: Factory, case: Case) -> None:
     implementation = make(model)
     try:
         implementation.ablate(list(case.heads), case.imputation)
-        once = implementation.run(**inputs)
+        once = implementation.run(**inputs).clone()
         implementation.ablate(list(reversed(case.heads)), case.imputation)
         same(implementation.run(**inputs), once, "the logits with the heads in the opposite order")
         implementation.ablate([*case.heads, case.heads[0]], case.imputation)
@@ -228,7 +286,7 @@ def causality(make: Factory, case: Case) -> None:
     try:
         implementation.ablate(list(case.heads), "zero")
         mask = torch.ones(1, len(row), dtype=torch.long)
-        one, two = (implementation.run(torch.tensor([ids]), mask) for ids in (row, changed))
+        one, two = (implementation.run(torch.tensor([ids]), mask).clone() for ids in (row, changed))
     finally:
         implementation.close()
     # Not bit for bit: experts share out the tokens of a batch, and sum in another order.
@@ -237,24 +295,37 @@ def causality(make: Factory, case: Case) -> None:
 
 def cache(make: Factory, case: Case) -> None:
     """Under zero imputation, decoding in pieces of one and two tokens with a cache gives what one forward gives."""
-    from transformers import DynamicCache
-
-    model, row = case.model(), case.rows[0]
+    model, inputs = case.model(), case.inputs()
     implementation = make(model)
     try:
         implementation.ablate(list(case.heads), "zero")
-        whole = implementation.run(torch.tensor([row]), torch.ones(1, len(row), dtype=torch.long))
-        past = DynamicCache(config=model.config)
-        start, size = 0, 1 + row[0] % 2
-        while start < len(row):
-            piece = slice(start, min(start + size, len(row)))
-            mask = torch.ones(1, piece.stop, dtype=torch.long)
-            step = implementation.run(torch.tensor([row[piece]]), mask, use_cache=True, **{CACHE: past})
-            name = f"token {start}" if piece.stop == start + 1 else f"tokens {start} to {piece.stop - 1}"
-            close(step, whole[:, piece], f"the logits of {name}, decoded with a cache, against one forward")
-            start, size = piece.stop, 3 - size
+        whole, mask = implementation.run(**inputs).clone(), inputs["attention_mask"].bool()
+        for name, here, step in decoded(implementation.run, case):
+            real = mask[:, here]
+            close(step[real], whole[:, here][real], f"the logits of {name}, decoded with a cache, against one forward")
     finally:
         implementation.close()
+
+
+def decoded(forward: Callable[..., torch.Tensor], case: Case) -> Iterator[tuple[str, slice, torch.Tensor]]:
+    """Decode with a cache, in pieces of one and two tokens: each one's name, place, and logits [rows, tokens, ...]."""
+    from transformers import DynamicCache
+
+    inputs, past = case.inputs(), DynamicCache(config=case.decoder.build().config)
+    length = inputs["input_ids"].shape[1]
+    start, size = 0, 1 + case.rows[0][0] % 2
+    while start < length:
+        stop = min(start + size, length)
+        logits = forward(
+            input_ids=inputs["input_ids"][:, start:stop],
+            attention_mask=inputs["attention_mask"][:, :stop],
+            position_ids=inputs["position_ids"][:, start:stop],
+            use_cache=True,
+            **{CACHE: past},
+        )
+        name = f"token {start}" if stop == start + 1 else f"tokens {start} to {stop - 1}"
+        yield name, slice(start, stop), logits
+        start, size = stop, 3 - size
 
 
 # In float64, transformers' eager attention itself gives NaN where a token sees nothing but padding.
@@ -266,7 +337,14 @@ CHECKS = [
         id="identity",
         requirement="Unset, with an empty set, cleared or closed, the logits are the bare model's, bit for bit.",
         function=identity,
-        cases=Cases(dtypes=EXACT),
+        cases=Cases(heads=4, dtypes=EXACT),
+    ),
+    Check(
+        id="identity.padded",
+        requirement="So are those of a padded batch, whose mask and positions the model needs.",
+        function=identity,
+        cases=Cases(rows=3, ragged=True, heads=4, dtypes=PADDED),
+        needs=("batch", "padding"),
     ),
     Check(
         id="locality",
@@ -279,7 +357,7 @@ CHECKS = [
         id="locality.padded",
         requirement="In a padded batch, each row's slice is replaced by what its own real tokens give.",
         function=locality,
-        cases=Cases(rows=3, ragged=True, dtypes=PADDED),
+        cases=Cases(rows=3, ragged=True, heads=4, dtypes=PADDED),
         needs=("observe", "once", "batch", "padding"),
     ),
     Check(
@@ -298,10 +376,29 @@ CHECKS = [
     ),
     Check(
         id="input.untouched",
-        requirement="The tensor that enters the projection is not written to: others may keep it.",
+        requirement="The tensor that enters the projection is not written to, then or later: others may keep it.",
         function=input_untouched,
         cases=Cases(dtypes=EXACT),
         needs=("observe",),
+    ),
+    Check(  # before those that run an implementation more than once, and would blame what they vary
+        id="history",
+        requirement="What was run, ablated, cleared or interrupted before leaves no trace, to the last bit.",
+        function=forgets,
+        cases=Cases(heads=4, dtypes=EXACT),
+    ),
+    Check(
+        id="history.padded",
+        requirement="Nor does an attention mask that a run before was given.",
+        function=forgets,
+        cases=Cases(rows=2, ragged=True, heads=4, dtypes=PADDED),
+        needs=("batch", "padding"),
+    ),
+    Check(
+        id="isolation",
+        requirement="What is ablated in one model changes nothing in another that is ablated at the same time.",
+        function=isolation,
+        cases=Cases(heads=4, dtypes=EXACT),
     ),
     Check(
         id="batch",
@@ -314,7 +411,7 @@ CHECKS = [
         id="padding",
         requirement="Padding, left or right, changes nothing.",
         function=rows_stand_alone,
-        cases=Cases(rows=3, ragged=True, dtypes=PADDED),
+        cases=Cases(rows=9, ragged=True, heads=4, layers=2, dtypes=PADDED),
         needs=("batch", "padding"),
     ),
     Check(
@@ -339,16 +436,10 @@ CHECKS = [
         needs=("zero", "cache"),
     ),
     Check(
-        id="history",
-        requirement="What was run, ablated, cleared or interrupted before leaves no trace, to the last bit.",
-        function=forgets,
-        cases=Cases(heads=2, dtypes=EXACT),
-    ),
-    Check(
-        id="history.padded",
-        requirement="Nor does an attention mask that a run before was given.",
-        function=forgets,
-        cases=Cases(rows=2, ragged=True, heads=2, dtypes=PADDED),
-        needs=("batch", "padding"),
+        id="cache.padded",
+        requirement="The same for a padded batch, as in generation.",
+        function=cache,
+        cases=Cases(imputations=("zero",), rows=3, ragged=True, tokens=3, dtypes=PADDED),
+        needs=("zero", "cache", "batch", "padding"),
     ),
 ]

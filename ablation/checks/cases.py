@@ -21,7 +21,8 @@ MOST_TOKENS = 8  # more than the prompt that everybody hard-codes
 class Case:
     """One case of a check.
 
-    rows: each prompt's token ids. heads: (layer, head) pairs to ablate. side: of padding. steps: of a `life`.
+    rows: each prompt's token ids. heads: (layer, head) pairs to ablate. side: of padding. pad: the configuration's
+    padding token, which may be a word of the prompts; where it has none, token 0 pads. steps: of a `life`.
     """
 
     decoder: Decoder
@@ -29,26 +30,43 @@ class Case:
     heads: tuple[tuple[int, int], ...]
     imputation: str = "zero"
     side: str = "right"
+    pad: int | None = None
     steps: tuple[tuple[Any, ...], ...] = ()
 
     def __str__(self) -> str:
         if self.steps:
             return f"{self.decoder.family}, {', '.join(' '.join(map(str, step)) for step in self.steps)}"
         heads = ", ".join(f"layer {layer} head {head}" for layer, head in self.heads)
-        return f"{self.decoder.family}, {heads}, {self.imputation} imputation"
+        return f"{self.decoder.family}, {heads}, {self.imputation} imputation{self._batch()}"
+
+    def _batch(self) -> str:
+        lengths = [str(len(row)) for row in self.rows]
+        if len(lengths) == 1:
+            return ""
+        padding = f", padded on the {self.side}" if len(set(lengths)) > 1 else ""
+        return f", rows of {', '.join(lengths[:-1])} and {lengths[-1]} tokens{padding}"
 
     def model(self) -> PreTrainedModel:
         """A fresh model: the code under test is assumed to be broken."""
-        return self.decoder.fresh()
+        model = self.decoder.fresh()
+        model.config.pad_token_id = self.pad
+        return model
+
+    def another(self) -> tuple[int, int]:
+        """A head that is not the first of `heads`, unless the model has one only."""
+        layers, heads = self.decoder.layers, self.decoder.heads
+        layer, head = self.heads[0]
+        return divmod((layer * heads + head + 1) % (layers * heads), heads)
 
     def inputs(self) -> dict[str, Any]:
         """The batch: input_ids, attention_mask and position_ids, all [rows, tokens]; no cache: it rounds otherwise."""
         longest = max(map(len, self.rows))
         ids, mask = [], []
         for row in self.rows:
-            pad = [0] * (longest - len(row))
+            pad = [self.pad or 0] * (longest - len(row))
             ids.append([*pad, *row] if self.side == "left" else [*row, *pad])
-            mask.append([0] * len(pad) + [1] * len(row) if self.side == "left" else [1] * len(row) + [0] * len(pad))
+            real = [1] * len(row)
+            mask.append([*[0] * len(pad), *real] if self.side == "left" else [*real, *[0] * len(pad)])
         attention_mask = torch.tensor(mask)
         positions = (attention_mask.cumsum(dim=1) - 1).clamp(min=0)
         return {
@@ -61,7 +79,10 @@ class Case:
 
 @dataclass(frozen=True)
 class Cases:
-    """How the cases of a check are drawn: up to that many rows and heads, and at least that many tokens and layers."""
+    """How the cases of a check are drawn: up to that many rows and heads, at least that many tokens and layers.
+
+    in_layer: at least that many heads in a layer of the model.
+    """
 
     imputations: tuple[str, ...] = ("zero", "mean")
     families: tuple[str, ...] = FAMILIES
@@ -71,12 +92,15 @@ class Cases:
     heads: int = 1
     tokens: int = 1
     layers: int = 1
+    in_layer: int = 1
 
     def without(self, cannot: Container[str]) -> Cases:
-        """The same, without the imputations, families, dtypes and batches that an implementation does not claim."""
+        """The same, without imputations, families, dtypes, batches and sets that an implementation does not claim."""
         return replace(
             self,
             rows=1 if "batch" in cannot else self.rows,
+            ragged=self.ragged and "padding" not in cannot,
+            heads=1 if "sets" in cannot else self.heads,
             imputations=tuple(imputation for imputation in self.imputations if imputation not in cannot),
             families=tuple(family for family in self.families if family not in cannot),
             dtypes=tuple(dtype for dtype in self.dtypes if dtype not in cannot),
@@ -88,20 +112,20 @@ class Cases:
 
     def plain(self) -> Iterator[Case]:
         """One case an imputation, easy to read and tried first: most bugs fail in it, and need no shrinking."""
-        digits = (3, 1, 4, 1, 5, 9, 2, 6, 5, 3, 5, 8)
+        digits = (3, 1, 4, 1, 5, 9, 2, 6, 5, 3, 5, 8, 9, 7, 9, 3)
         tokens = max(3, self.tokens)
         rows = tuple(digits[i : i + tokens + (i % 2 if self.ragged else 0)] for i in range(self.rows))
         heads = ((1, 0), (0, 2), (1, 2), (0, 1))[: self.heads]
         family, dtype = self.families[0], self.dtypes[0]
         if (family, dtype) != ("mixtral", "float64"):
-            decoder = Decoder(family, max(2, self.layers), heads=3, width=8, dtype=dtype)
+            decoder = Decoder(family, max(2, self.layers), max(3, self.in_layer), width=8, dtype=dtype)
             for imputation in self.imputations:
-                yield Case(decoder, rows, heads, imputation, "left" if self.ragged else "right")
+                yield Case(decoder, rows, heads, imputation, "left" if self.ragged else "right", pad=1)
 
 
 @st.composite
 def _cases(draw: st.DrawFn, of: Cases) -> Case:
-    decoder = draw(decoders(of.families, of.dtypes, of.layers))
+    decoder = draw(decoders(of.families, of.dtypes, of.layers, of.in_layer))
     count = draw(st.integers(1 if of.rows == 1 else 2, of.rows))
     token = st.integers(0, VOCABULARY - 1)
     if of.ragged:
@@ -109,10 +133,21 @@ def _cases(draw: st.DrawFn, of: Cases) -> Case:
     else:
         length = draw(st.integers(of.tokens, MOST_TOKENS))
         prompts = [draw(st.lists(token, min_size=length, max_size=length)) for _ in range(count)]
-    pair = st.tuples(st.integers(0, decoder.layers - 1), st.integers(0, decoder.heads - 1))
-    chosen = draw(st.lists(pair, min_size=1, max_size=of.heads, unique=True))
+    chosen = draw(st.permutations(draw(_sets(decoder, of.heads))))
     side = draw(st.sampled_from(["left", "right"])) if of.ragged else "right"
-    return Case(decoder, tuple(map(tuple, prompts)), tuple(chosen), draw(st.sampled_from(of.imputations)), side)
+    pad = draw(st.sampled_from([None, *prompts[0]]))
+    imputation = draw(st.sampled_from([*of.imputations, of.imputations[-1]]))  # the mean, which goes wrong in more ways
+    return Case(decoder, tuple(map(tuple, prompts)), tuple(chosen), imputation, side, pad)
+
+
+def _sets(decoder: Decoder, most: int) -> SearchStrategy[Any]:
+    """Heads anywhere; or, since bugs live there, several of one layer, or one of each. Seldom a single one."""
+    layer, head = st.integers(0, decoder.layers - 1), st.integers(0, decoder.heads - 1)
+    least = min(2, most, decoder.layers * decoder.heads)
+    anywhere = st.lists(st.tuples(layer, head), min_size=least, max_size=most, unique=True)
+    of_one = layer.map(lambda index: [(index, head) for head in range(decoder.heads)][:most])
+    of_each = st.tuples(*(st.tuples(st.just(index), head) for index in range(decoder.layers)[:most]))
+    return anywhere if most == 1 else anywhere | of_one | of_each
 
 
 def run(model: PreTrainedModel, inputs: dict[str, Any]) -> Tensor:
@@ -150,7 +185,8 @@ def _where(got: Tensor, want: Tensor, wrong: Tensor) -> str:
     """The first wrong element, and how many there are."""
     first = tuple(wrong.nonzero()[0].tolist())
     worst = (got.double() - want.double()).abs().max()
+    digits = 17 if got.dtype == torch.float64 else 9  # what it takes to tell any two numbers apart
     return (
         f"{int(wrong.sum())} of {wrong.numel()} elements differ, by up to {worst:.3g}; "
-        f"the first, at {list(first)}, is {got[first].item():.9g}, should be {want[first].item():.9g}"
+        f"the first, at {list(first)}, is {got[first].item():.{digits}g}, should be {want[first].item():.{digits}g}"
     )

@@ -65,7 +65,7 @@ class Check:
 
         for case in reversed(list(cases.plain())):  # the example that is added last is tried first
             check = hypothesis.example(case)(check)
-        with on_one_thread():
+        with apart():
             try:
                 check()
             except FlakyFailure as error:  # of an implementation that is not deterministic
@@ -101,14 +101,19 @@ def examples() -> int:
 
 
 @contextmanager
-def on_one_thread() -> Iterator[None]:
-    """As fast on models so small, steady under load, and the same bits everywhere."""
-    threads = torch.get_num_threads()
+def apart() -> Iterator[None]:
+    """What an implementation leaves in the process, or a check needs of it, is put back.
+
+    On one thread: as fast on models so small, steady under load, and the same bits everywhere.
+    """
+    threads, dtype = torch.get_num_threads(), torch.get_default_dtype()
     torch.set_num_threads(1)
     try:
-        yield
+        with torch.random.fork_rng(devices=[]), torch.enable_grad():
+            yield
     finally:
         torch.set_num_threads(threads)
+        torch.set_default_dtype(dtype)
 
 
 def declared(make: Factory) -> Mapping[str, str]:

@@ -98,9 +98,10 @@ def randomised(
 
     Weights are whole numbers / 256, at most 1 in size, from a stream that numpy has frozen: exact in every float type.
     """
-    model: PreTrainedModel = AutoModelForCausalLM.from_config(
-        config, attn_implementation=attention, dtype=getattr(torch, dtype)
-    ).eval()
+    with torch.random.fork_rng(devices=[]):  # what it is made with is overwritten: nobody's random numbers are used up
+        model: PreTrainedModel = AutoModelForCausalLM.from_config(
+            config, attn_implementation=attention, dtype=getattr(torch, dtype)
+        ).eval()
     random = np.random.RandomState(seed)  # its stream is frozen; that of a Generator is not
     with torch.no_grad():
         for parameter in model.parameters():
@@ -120,12 +121,14 @@ def decoders(
     families: tuple[str, ...] = FAMILIES,
     dtypes: tuple[str, ...] = ("float32", "float64"),
     least_layers: int = 1,
+    least_heads: int = 1,
 ) -> Decoder:
     """Small decoders, seldom with as many layers as heads."""
     # Mixtral's kernel for experts knows no float64.
     family = draw(st.sampled_from([f for f in families if f != "mixtral" or set(dtypes) - {"float64"}]))
     groups = draw(st.sampled_from([1, 2, 3])) if family in ("llama", "qwen3", "gemma3", "mixtral") else 1
-    heads = groups * draw(st.integers(1, 3))
+    least = -(-least_heads // groups)
+    heads = groups * draw(st.integers(least, least + 2))
     # Even, for rotary positions; experts are multiplied in blocks of 16 bytes.
     width = 8 if family == "mixtral" else draw(st.sampled_from([2, 4, 6]))
     layers = draw(st.integers(least_layers, least_layers + 2))

@@ -2,35 +2,49 @@
 
 from __future__ import annotations
 
+import copy
 from typing import Any
+
+import torch
 
 from ablation.checks.cases import Case, Cases, run, same
 from ablation.checks.check import Check, Factory, declared
 from ablation.checks.observe import assert_as_it_was, assert_none, changes, hooks, state
-from ablation.heads import find_heads
+from ablation.checks.oracles import ablated_logits
 
 
 def closed(make: Factory, case: Case) -> None:
-    """After close, the model is what it was: hooks, weights, flags, configuration."""
+    """After close, the model is what it was: hooks, weights, flags, configuration; whether it was run or not.
+
+    Taken again, it is ablated as a model that never was.
+    """
     model, inputs = case.model(), case.inputs()
-    before = state(model)
-    for _ in range(2):  # the second time on what the first left behind
+    for ablations, runs in ((1, 1), (2, 1), (1, 0)):
+        with torch.no_grad():
+            for parameter in model.parameters():  # as if trained in between, and no longer exact in a shorter type
+                parameter.mul_(0.9)
+        want = ablated_logits(make, case, copy.deepcopy(model))
+        before = state(model)
         implementation = make(model)
-        implementation.ablate(list(case.heads), case.imputation)
-        implementation.run(**inputs)
+        for _ in range(ablations):
+            implementation.ablate(list(case.heads), case.imputation)
+        for _ in range(runs):
+            same(implementation.run(**inputs), want, "the logits, against those of a model that was never ablated,")
         implementation.close()
         assert_as_it_was(model, before)
 
 
 def foreign_hooks(make: Factory, case: Case) -> None:
-    """Hooks that the user has on the model stay, in their order, and fire once a forward all the while."""
+    """Hooks that the user has on any module stay, in their order, and fire once a forward, until he removes them."""
     model, inputs = case.model(), case.inputs()
     fired: list[str] = []
-    for layer in find_heads(model).layers:
-        for place, module in (("projection", layer.projection), ("layer", layer.block)):
-            name = f"{place} {layer.index}"
-            module.register_forward_pre_hook(lambda *_, name=name: fired.append(f"before {name}"))
-            module.register_forward_hook(lambda *_, name=name: fired.append(f"after {name}"))
+    handles = []
+    for count, (place, module) in enumerate(model.named_modules()):
+        name, kind = place or "the model", {"with_kwargs": bool(count % 2)}
+        handles += [
+            module.register_forward_pre_hook(lambda *_, name=name: fired.append(f"before {name}"), **kind),
+            module.register_forward_hook(lambda *_, name=name: fired.append(f"after {name}"), **kind),
+        ]
     before = hooks(model)
     run(model, inputs)
     expected = list(fired)
@@ -49,6 +63,34 @@ def foreign_hooks(make: Factory, case: Case) -> None:
     finally:
         implementation.close()
     assert_none(changes(model, before, hooks))
+    for handle in handles:
+        handle.remove()
+    fired.clear()
+    run(model, inputs)
+    assert not fired, f"the user's hook {fired[0]} fires, though its handle has removed it"
+
+
+def process_untouched(make: Factory, case: Case) -> None:
+    """What belongs to the process or to the caller stays: gradients, default dtype, random numbers, arguments."""
+    inputs, heads = case.inputs(), list(case.heads)
+    dtype, numbers = torch.get_default_dtype(), set()
+    with torch.enable_grad():
+        for seed in range(2):
+            torch.manual_seed(seed)
+            implementation = make(case.model())
+            try:
+                implementation.ablate(heads, case.imputation)
+                implementation.run(**inputs)
+            finally:
+                implementation.close()
+            assert torch.is_grad_enabled(), "gradients are left switched off"
+            assert torch.get_default_dtype() == dtype, f"the default dtype is left at {torch.get_default_dtype()}"
+            numbers.add(torch.rand(()).item())
+    assert len(numbers) == 2, "the random numbers after two runs are the same: the generator was seeded"
+    assert heads == list(case.heads), f"the list of heads that was passed in, {list(case.heads)}, is now {heads}"
+    for name, tensor in case.inputs().items():
+        if isinstance(tensor, torch.Tensor):
+            same(inputs[name], tensor, f"the {name} that were passed in")
 
 
 BAD_HEADS: dict[str, Any] = {
@@ -83,6 +125,30 @@ def refuses_imputation(make: Factory, case: Case) -> None:
     _refused(make, case, list(case.heads), "median", "the imputation 'median'")
 
 
+def refusal_forgotten(make: Factory, case: Case) -> None:
+    """Where `ablate` refuses, the set before stays in force; in any case, the next is taken as ever."""
+    good, inputs = list(case.heads), case.inputs()
+    beside = [] if "sets" in declared(make) else [case.another()]
+    refused: dict[str, Any] = {what: ([*beside, bad(case.decoder)], case.imputation) for what, bad in BAD_HEADS.items()}
+    refused["the imputation 'median'"] = (beside or good, "median")
+    implementation = make(case.model())
+    try:
+        implementation.ablate(good, case.imputation)
+        want = implementation.run(**inputs).clone()
+        for what, bad in refused.items():
+            try:
+                implementation.ablate(*bad)
+            except Exception:
+                same(implementation.run(**inputs), want, f"the logits with the set before {what}, which was refused,")
+            try:
+                implementation.ablate(good, case.imputation)
+            except Exception as error:
+                raise AssertionError(f"after {what}, {good} was refused, too: {error}") from None
+            same(implementation.run(**inputs), want, f"the logits with the set after {what}, which was refused,")
+    finally:
+        implementation.close()
+
+
 def _refused(make: Factory, case: Case, heads: list[Any], imputation: str, what: str) -> None:
     model, inputs = case.model(), case.inputs()
     before, bare = state(model), run(model, inputs)
@@ -111,9 +177,9 @@ def _refused(make: Factory, case: Case, heads: list[Any], imputation: str, what:
 CHECKS = [
     Check(
         id="hygiene.closed",
-        requirement="After close the model is as it was found, and can be taken again.",
+        requirement="After close, the model is as it was found, and can be taken again.",
         function=closed,
-        cases=Cases(),
+        cases=Cases(heads=4),
         needs=("restore",),
     ),
     Check(
@@ -122,6 +188,12 @@ CHECKS = [
         function=foreign_hooks,
         cases=Cases(dtypes=("float32",)),
         needs=("observe", "once"),
+    ),
+    Check(
+        id="hygiene.process",
+        requirement="Gradients, default dtype, random numbers and what is passed in are left alone.",
+        function=process_untouched,
+        cases=Cases(rows=3, ragged=True, heads=4),
     ),
     Check(
         id="refusal.head",
@@ -144,6 +216,14 @@ CHECKS = [
         requirement="An unknown imputation is refused, with a reason, before any forward.",
         function=refuses_imputation,
         cases=Cases(dtypes=("float32",)),
+        needs=("refusal",),
+        level="SHOULD",
+    ),
+    Check(
+        id="refusal.forgotten",
+        requirement="What was refused leaves the set before in force, and the next is taken as ever.",
+        function=refusal_forgotten,
+        cases=Cases(heads=4, dtypes=("float32",)),
         needs=("refusal",),
         level="SHOULD",
     ),

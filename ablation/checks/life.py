@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import dataclass, replace
 from typing import Any, cast
 
@@ -18,14 +18,16 @@ from hypothesis.stateful import (
     run_state_machine_as_test,
 )
 
+from ablation.checks.behaviour import other_ids
 from ablation.checks.cases import Case, Cases, close, run, same
-from ablation.checks.check import Check, Factory, declared, examples, on_one_thread
+from ablation.checks.check import Check, Factory, apart, declared, examples
 from ablation.checks.decoders import Decoder
-from ablation.checks.observe import assert_none, changes, state
+from ablation.checks.observe import assert_none, changes, hooks, state
 from ablation.checks.oracles import ablated_logits, expected
 from ablation.heads import Layer, find_heads
 
 Pair = tuple[int, int]
+Steps = tuple[tuple[Any, ...], ...]
 
 
 def drawn(draw: Any) -> Any:
@@ -33,6 +35,7 @@ def drawn(draw: Any) -> Any:
     return st.runner().flatmap(draw)
 
 
+sets = drawn(lambda life: st.lists(st.sampled_from(life.pairs), min_size=1, max_size=life.most, unique=True).map(tuple))
 pairs = drawn(lambda life: st.sampled_from(life.pairs))
 layers = drawn(lambda life: st.sampled_from(range(len(life.layers))))
 
@@ -74,7 +77,7 @@ def _broken(layer: Layer, where: str, error: type[BaseException]) -> Iterator[No
 
 
 class Life(RuleBasedStateMachine):
-    """Opening, ablating, clearing, nesting, closing and the user's hooking in any order; a run after each.
+    """Opening, ablating, clearing, nesting, replacing, closing and the user's hooking in any order; a run after each.
 
     failing: forwards and installs fail, too; what else may be wrong is then left to the other check.
     Hypothesis draws the rules; `play` takes the steps of a case again.
@@ -83,6 +86,7 @@ class Life(RuleBasedStateMachine):
     def __init__(self, make: Factory, cases: Cases, failing: bool) -> None:
         super().__init__()
         self.make, self.cases, self.failing = make, cases, failing
+        self.most = 1 if "once" in declared(make) else cases.heads  # measured beforehand, means of a set are others
         self.implementation: Any = None
         self.ablated: Case | None = None  # the case that a run should give, None where nothing is ablated
         self.hooks: list[Any] = []
@@ -91,7 +95,7 @@ class Life(RuleBasedStateMachine):
     @initialize(family=drawn(lambda life: st.sampled_from(life.cases.families)))
     def start(self, family: str) -> None:
         """A bare model. Its shape and prompt are fixed: what is searched for is an order of steps."""
-        self.begin(Case(Decoder(family, layers=2, heads=3, width=8), rows=((3, 1, 4),), heads=()))
+        self.begin(of_a_life(family))
 
     def begin(self, case: Case) -> None:
         """On the model of this case."""
@@ -107,11 +111,16 @@ class Life(RuleBasedStateMachine):
     def play(self, case: Case) -> None:
         """Take the steps of a case. Raises Misplaced for one that cannot be taken where it stands."""
         self.begin(case)
-        for step, *arguments in case.steps:
-            if step not in ("fail", "hook") and (step == "open") != (self.implementation is None):
-                raise Misplaced(step)
-            getattr(self, step)(*arguments)
-            self.runs_as_asked()
+        try:
+            for step, *arguments in case.steps:
+                if step not in ("fail", "hook") and (step == "open") != (self.implementation is None):
+                    raise Misplaced(step)
+                getattr(self, step)(*arguments)
+                self.runs_as_asked()
+        except Exception:
+            with suppress(Exception):  # the first is to be told
+                self.teardown()
+            raise
         self.teardown()
 
     def _note(self, *step: Any) -> None:
@@ -125,12 +134,12 @@ class Life(RuleBasedStateMachine):
         self.implementation = self.make(self.model)
 
     @precondition(lambda self: self.implementation is not None)
-    @rule(pair=pairs, imputation=drawn(lambda life: st.sampled_from(life.cases.imputations)))
-    def ablate(self, pair: Pair, imputation: str) -> None:
-        """Ablate one head, in place of what was ablated."""
-        self._note("ablate", pair, imputation)
-        self.implementation.ablate([pair], imputation)
-        self.ablated = replace(self.case, heads=(pair,), imputation=imputation, steps=())
+    @rule(heads=sets, imputation=drawn(lambda life: st.sampled_from(life.cases.imputations)))
+    def ablate(self, heads: tuple[Pair, ...], imputation: str) -> None:
+        """Ablate some heads, in place of what was ablated."""
+        self._note("ablate", heads, imputation)
+        self.implementation.ablate(list(heads), imputation)
+        self.ablated = replace(self.case, heads=heads, imputation=imputation, steps=())
 
     @precondition(lambda self: self.implementation is not None and not self.failing)
     @rule()
@@ -146,42 +155,64 @@ class Life(RuleBasedStateMachine):
         """Run, after opening if need be, with an error that strikes in a layer."""
         self._note("fail", where, layer, error)
         raised, observed = False, "observe" not in declared(self.make)
+        before = hooks(self.model) if self.implementation is not None else None
         if self.implementation is None and not observed:  # a copy that is made now would keep what breaks it
             self.implementation = self.make(self.model)
         with _broken(self.layers[layer], where, ERRORS[error]):
             try:
                 if self.implementation is None:
                     self.implementation = self.make(self.model)
-                self.implementation.run(**self.inputs)
+                self.implementation.run(**self.inputs | {"input_ids": other_ids(self.case)})
             except ERRORS[error]:
                 raised = True
+        if before is not None:
+            left = [place for place, table in hooks(self.model).items() if len(table) > len(before.get(place, ()))]
+            assert not left, f"the {error} raised {where} layer {layer} has left hooks behind: {left[0]}"
         # It may run a copy of the model, and may need no hook.
         if where != WHERE[-1] and observed:
             assert raised, f"the {error} raised {where} layer {layer} was swallowed"
 
     @precondition(lambda self: not self.failing)
-    @rule(layer=layers)
-    def hook(self, layer: int) -> None:
+    @rule(layer=layers, where=st.sampled_from(["before", "behind"]))
+    def hook(self, layer: int, where: str) -> None:
         """The user hooks a projection, to look on."""
-        self._note("hook", layer)
+        self._note("hook", layer, where)
 
         def look(*_: Any) -> None:
             self.fired += 1
 
-        self.hooks.append(self.layers[layer].projection.register_forward_hook(look))
+        projection = self.layers[layer].projection
+        register = projection.register_forward_pre_hook if where == "before" else projection.register_forward_hook
+        self.hooks.append(register(look))
 
     @precondition(lambda self: self.implementation is not None and not self.failing)
     @rule(pair=pairs)
     def nest(self, pair: Pair) -> None:
         """A second implementation comes and goes."""
         self._note("nest", pair)
+        if (other := self._second()) is not None:
+            other.ablate([pair], self.cases.imputations[0])
+            other.run(**self.inputs)
+            other.close()
+
+    @precondition(lambda self: self.implementation is not None and not self.failing)
+    @rule(pair=pairs)
+    def succeed(self, pair: Pair) -> None:
+        """A second implementation comes, and the first goes."""
+        self._note("succeed", pair)
+        if (other := self._second()) is not None:
+            imputation = self.cases.imputations[0]
+            other.ablate([pair], imputation)
+            self.implementation.close()
+            self.implementation = other
+            self.ablated = replace(self.case, heads=(pair,), imputation=imputation, steps=())
+
+    def _second(self) -> Any:
+        """None where a second one is refused, as it may be, if the first then works as before."""
         try:
-            other = self.make(self.model)
+            return self.make(self.model)
         except Exception:
-            return  # a second one may be refused, if the first then works as before
-        other.ablate([pair], self.cases.imputations[0])
-        other.run(**self.inputs)
-        other.close()
+            return None
 
     @precondition(lambda self: self.implementation is not None)
     @rule()
@@ -202,8 +233,8 @@ class Life(RuleBasedStateMachine):
             if self.ablated is None:
                 same(got, self.clean, "the logits with nothing ablated")
             else:
-                ((layer, head),) = self.ablated.heads
-                what = f"the logits with layer {layer} head {head} ablated by {self.ablated.imputation}"
+                heads = ", ".join(f"layer {layer} head {head}" for layer, head in self.ablated.heads)
+                what = f"the logits with {heads} ablated by {self.ablated.imputation}"
                 close(got, expected(self.ablated), what)
         if self.implementation is None or not {"observe", "once"} & set(declared(self.make)):
             assert self.fired == len(self.hooks), f"{len(self.hooks)} hooks of the user's fired {self.fired} times"
@@ -218,19 +249,29 @@ class Life(RuleBasedStateMachine):
             assert_none([place for place in changes(self.model, self.before) if place not in self.residue])
 
 
+def of_a_life(family: str, steps: Steps = ()) -> Case:
+    """The case of a life: its model and its prompt are always these."""
+    return Case(Decoder(family, layers=2, heads=3, width=8), rows=((3, 1, 4),), heads=(), steps=steps)
+
+
 @dataclass(frozen=True)
 class LifeCheck(Check):
-    """A check whose cases are drawn by the state machine, step by step."""
+    """A check whose cases are drawn by the state machine, step by step.
+
+    always: lives that are played first, whatever is drawn.
+    """
 
     failing: bool = False
+    always: tuple[Steps, ...] = ()
 
     def __call__(self, make: Factory) -> None:
         """Run the machine, under the hypothesis profile in force. Raises AssertionError."""
         __tracebackhide__ = True
         lives: list[Life] = []
+        cases = self.cases.without(declared(make))
 
         def birth() -> Life:
-            lives[:] = [Life(make, self.cases.without(declared(make)), self.failing)]
+            lives[:] = [Life(make, cases, self.failing)]
             return lives[0]
 
         phases = [phase for phase in settings().phases if phase is not Phase.shrink]  # takes minutes: see `_shortest`
@@ -241,8 +282,10 @@ class LifeCheck(Check):
             phases=phases,
             suppress_health_check=[HealthCheck.too_slow],
         )
-        with on_one_thread():
+        with apart():
             try:
+                for steps in self.always:
+                    birth().play(of_a_life(cases.families[0], _by(cases.imputations[0], steps)))
                 # It takes any callable that gives a machine, whatever its annotation says.
                 run_state_machine_as_test(cast(Any, birth), settings=how)
             except Exception as error:
@@ -263,9 +306,17 @@ class LifeCheck(Check):
         return case, error
 
 
+def _by(imputation: str, steps: Steps) -> Steps:
+    """The same steps, with this imputation."""
+    return tuple((*step[:-1], imputation) if step[0] == "ablate" else step for step in steps)
+
+
 def live(make: Factory, case: Case) -> None:
     """Play the steps of a case."""
-    Life(make, Cases(), failing=False).play(case)
+    Life(make, Cases().without(declared(make)), failing=False).play(case)
+
+
+ABLATED: Steps = (("open",), ("ablate", ((0, 1),), "zero"))
 
 
 CHECKS = [
@@ -273,13 +324,19 @@ CHECKS = [
         id="hygiene.exception",
         requirement="An exception, in a forward or where hooks are registered, leaves nothing behind, and it goes on.",
         function=live,
-        cases=Cases(),
+        cases=Cases(heads=2),
         failing=True,
+        always=((("fail", "registering hooks in", 1, "Raised"),), (*ABLATED, ("fail", "before", 1, "Raised"))),
     ),
     LifeCheck(
         id="life",
         requirement="Opened, set, cleared, nested and closed in any order, it does what was asked last.",
         function=live,
-        cases=Cases(),
+        cases=Cases(heads=2),
+        always=(
+            (*ABLATED, ("nest", (0, 0))),
+            (*ABLATED, ("succeed", (1, 0)), ("close",)),
+            (("open",), ("hook", 0, "before"), ("close",)),
+        ),
     ),
 ]

@@ -52,10 +52,11 @@ def hooks(model: nn.Module) -> dict[str, Any]:
 
 
 def state(model: nn.Module) -> dict[str, Any]:
-    """All that an ablation must leave as it was: modules, hooks in their order, weights, flags, configuration."""
+    """All that an ablation must leave as it was: modules, hooks, weights, their order, flags, configuration."""
     config = getattr(model, "config", None)
     found: dict[str, Any] = {
         "config": repr(config),
+        "generation_config": repr(getattr(model, "generation_config", None)),
         "config._attn_implementation": getattr(config, "_attn_implementation", None),  # not in the repr
         **hooks(model),
     }
@@ -63,15 +64,17 @@ def state(model: nn.Module) -> dict[str, Any]:
         found[f"{name or 'the model'}: its attributes"] = sorted(vars(module))
         for attribute, value in vars(module).items():
             place = f"{name or 'the model'}.{attribute}"
-            if attribute == "training":
-                found[place] = value
-            elif attribute == "forward":
+            if attribute == "forward":
                 found[place] = id(value)
+            elif not attribute.startswith("_") and isinstance(value, bool | int | float | str | None):
+                found[place] = repr(value)
         found[f"{name or 'the model'}: the module itself"] = (id(module), type(module))
-    for name, tensor in (*model.named_parameters(), *model.named_buffers()):
+    tensors = dict((*model.named_parameters(), *model.named_buffers()))
+    for name, tensor in tensors.items():
         flags = (tensor.requires_grad, tensor.grad is None)
         values = tensor.detach().cpu().double().numpy().tobytes()
-        found[f"{name}"] = (id(tensor), tensor.dtype, tensor.device, flags, values)
+        found[f"{name}"] = (id(tensor), tensor.data_ptr(), tensor.dtype, tensor.device, flags, values)
+    found["the order of modules and weights"] = ([name for name, _ in model.named_modules()], list(tensors))
     return found
 
 

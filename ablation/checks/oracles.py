@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
+from dataclasses import replace
 from functools import lru_cache
 from itertools import groupby
 from operator import itemgetter
@@ -77,6 +78,12 @@ def expected(case: Case) -> torch.Tensor:
 def weight_oracle(make: Factory, case: Case) -> None:
     """Zero imputation is the model whose W_O has zeros where it reads the head; the mean, times that block, is bias."""
     close(ablated_logits(make, case), expected(case), "the logits, against the ablation written into W_O and its bias")
+
+
+def last_head_oracle(make: Factory, case: Case) -> None:
+    """The same, for the last head of the last layer as well."""
+    weight_oracle(make, case)
+    weight_oracle(make, replace(case, heads=((case.decoder.layers - 1, case.decoder.heads - 1),)))
 
 
 def numpy_oracle(make: Factory, case: Case) -> None:
@@ -176,9 +183,9 @@ CHECKS = [
     ),
     Check(
         id="zero.oracle.deep",
-        requirement="The same where there are more than ten layers, whose names sort in another order.",
-        function=weight_oracle,
-        cases=Cases(imputations=("zero",), dtypes=("float32",), layers=11),
+        requirement="The same for the last of more than twelve heads, and in more than ten layers, as names sort them.",
+        function=last_head_oracle,
+        cases=Cases(imputations=("zero",), dtypes=("float32",), layers=11, in_layer=13),
         needs=("zero",),
     ),
     Check(

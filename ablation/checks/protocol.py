@@ -37,8 +37,9 @@ FEATURES = {
     "sets": "several heads at once",
     "batch": "several rows at once",
     "padding": "batches with padding, given an attention mask",
-    "cache": "decoding with a key/value cache, under zero imputation",
-    "observe": "running the very modules of the model it was given, so that what they receive can be seen",
+    "cache": "decoding with a key/value cache, unset and under zero imputation",
+    "observe": "running the very modules of the model it was given, with z changed before their `forward`, so that "
+    "what they receive can be seen; a `forward` that is put on their class comes too late for that",
     "restore": "leaving the model as it was found, once closed",
     "once": "running the model once for one ablation",
     "refusal": "refusing heads and imputations that are not there",
@@ -52,6 +53,9 @@ CACHE = "cache" if "cache" in inspect.signature(GPT2LMHeadModel.forward).paramet
 class Implementation(Protocol):
     """Head ablation on one model. It is made from a model, in evaluation mode, that belongs to it until `close`.
 
+    A second one on the same model may be refused; where it is not, either may be closed first. Other models, and what
+    belongs to the process, are left alone.
+
     cannot: feature -> reason, for features of FEATURES, families (`gpt2`, ...) and dtypes (`float64`, ...) that it does
     not claim. Checks that need one are skipped with that reason. May be left out.
     """
@@ -61,10 +65,13 @@ class Implementation(Protocol):
     def __init__(self, model: PreTrainedModel) -> None: ...
 
     def ablate(self, heads: Sequence[tuple[int, int]], imputation: str) -> None:
-        """From now on ablate these (layer, head) pairs, by "zero" or "mean", and no others."""
+        """From now on ablate these (layer, head) pairs, by "zero" or "mean", and no others.
+
+        Where they are refused, by an error, what was ablated before still is.
+        """
 
     def run(self, input_ids: Tensor, attention_mask: Tensor | None = None, **inputs: Any) -> Tensor:
-        """Logits [rows, tokens, vocabulary].
+        """Logits [rows, tokens, vocabulary], which no later run writes into.
 
         inputs: for the model: position_ids and use_cache; if it can "cache", a key/value cache, by the name of CACHE.
         """

@@ -23,7 +23,7 @@ def opens_and_ablates(make: Factory, case: Case) -> None:
         ablated = implementation.run(**inputs)
         layer, head = case.heads[0]
         changed = not torch.equal(ablated, clean)
-        assert changed, f"ablating layer {layer} head {head} changed no logit: nothing seems to be ablated"
+        assert changed, f"ablating layer {layer} head {head} changed no logit: nothing is ablated, or the wrong place"
         implementation.clear()
     finally:
         implementation.close()

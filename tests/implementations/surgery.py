@@ -27,8 +27,8 @@ class Surgery:
     def ablate(self, heads: Sequence[tuple[int, int]], imputation: str) -> None:
         if imputation != "zero":
             raise ValueError(f"no imputation {imputation!r}: surgery writes zeros")
-        self.model = copy.deepcopy(self.original)
-        found = find_heads(self.model)
+        model = copy.deepcopy(self.original)
+        found = find_heads(model)
         for layer, head in map(found.check, heads):
             projection, channels = found.layers[layer].projection, found.layers[layer].channels(head)
             with torch.no_grad():
@@ -36,6 +36,7 @@ class Surgery:
                     projection.weight[channels] = 0
                 else:
                     projection.weight[:, channels] = 0
+        self.model = model
 
     def run(self, input_ids: Tensor, attention_mask: Tensor | None = None, **inputs: Any) -> Tensor:
         with torch.no_grad():

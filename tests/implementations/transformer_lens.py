@@ -8,6 +8,9 @@ uses (model_bridge/generalized_components/position_embeddings_attention.py:550),
 split apart (joint_qkv_attention.py:376). In float64 that is 1e-7, for the softmax: always in float32 for Llama, Qwen3
 and Mixtral (position_embeddings_attention.py:591), never for GPT-NeoX
 (joint_qkv_position_embeddings_attention.py:208).
+
+Its attention looks for the key/value cache as `past_key_values` (model_bridge/generalized_components/attention.py:433).
+Since transformers 5.24, which calls it `cache`, it finds none, and each piece that is decoded sees itself only.
 """
 
 from __future__ import annotations
@@ -22,6 +25,7 @@ from torch import Tensor
 from transformer_lens.model_bridge.sources import build_bridge_from_module
 from transformers import PreTrainedModel
 
+from ablation.checks.protocol import CACHE
 from ablation.imputation import Imputation, as_imputation
 
 
@@ -31,6 +35,8 @@ class TransformerLens:
         "float64": "it takes the softmax in float32 for some families whose model does not, and the other way round",
         "refusal": "hook_z gives all heads to a function that picks one: what an index means is the adapter's",
     }
+    if CACHE != "past_key_values":
+        cannot["cache"] = "its attention takes a cache by the name that it had before transformers 5.24 only"
 
     def __init__(self, model: PreTrainedModel) -> None:
         copied = copy.deepcopy(model)

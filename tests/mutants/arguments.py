@@ -156,3 +156,67 @@ class LastTokenReturned(Mutant):
 
     def forward(self, input_ids: Tensor, **inputs: Any) -> Tensor:
         return super().forward(input_ids, **inputs)[:, -1:]
+
+
+class UnsetDropsMask(Mutant):
+    """Does not pass mask and positions on where nothing is ablated."""
+
+    killer = "identity.padded"
+
+    def forward(self, input_ids: Tensor, **inputs: Any) -> Tensor:
+        dropped = {} if self.heads else {"attention_mask": None, "position_ids": None}
+        return super().forward(input_ids, **inputs | dropped)
+
+
+class UnsetDropsCache(Mutant):
+    """Passes nothing but the ids on where nothing is ablated, also those of a piece that follows a cache."""
+
+    killer = "identity"
+
+    def forward(self, input_ids: Tensor, **inputs: Any) -> Tensor:
+        return super().forward(input_ids, **inputs if self.heads else {})
+
+
+class HalfRefused(Mutant):
+    """Replaces the set before head by head, until it meets one that it refuses."""
+
+    killer = "refusal.forgotten"
+
+    def ablate(self, heads: Sequence[tuple[int, int]], imputation: str) -> None:
+        super().ablate([], imputation)
+        for pair in heads:
+            self.check(*pair)
+            self.heads.append(pair)
+
+
+class RefusedForGood(Mutant):
+    """Keeps a head that it has refused in the list of those to be checked."""
+
+    killer = "refusal.forgotten"
+
+    def ablate(self, heads: Sequence[tuple[int, int]], imputation: str) -> None:
+        asked = self.__dict__.setdefault("asked", [])
+        asked.extend(heads)
+        super().ablate(asked, imputation)
+        asked.clear()
+
+
+class SortsTheCallersList(Mutant):
+    """Sorts the list of heads that it is given, in place."""
+
+    killer = "hygiene.process"
+
+    def ablate(self, heads: Sequence[tuple[int, int]], imputation: str) -> None:
+        super().ablate(heads, imputation)
+        heads.sort()
+
+
+class WritesIntoTheIds(Mutant):
+    """Writes token 0 over the padding of the ids that it is given, in place."""
+
+    killer = "hygiene.process"
+
+    def forward(self, input_ids: Tensor, **inputs: Any) -> Tensor:
+        if self.real.shape == input_ids.shape:
+            input_ids.masked_fill_(~self.real, 0)
+        return super().forward(input_ids, **inputs)

@@ -197,3 +197,13 @@ class LastLayerLeft(Mutant):
 
     def projections(self) -> list[Any]:
         return super().projections()[:-1]
+
+
+class TwelveHeads(Mutant):
+    """Numbers the heads of all layers in one row, twelve a layer, as GPT-2 small has them."""
+
+    killer = "zero.oracle.deep"
+
+    def targets(self, layer: int) -> list[int]:
+        numbers = [12 * index + head for index, head in self.heads]
+        return [number % 12 for number in numbers if number // 12 == layer]

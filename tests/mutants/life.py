@@ -4,13 +4,16 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from functools import partial
-from typing import Any
+from typing import Any, ClassVar
+from weakref import WeakKeyDictionary
 
 import torch
 from torch import Tensor, nn
+from torch.nn.utils import parametrize
 from transformers import PreTrainedModel
 
 from tests.mutants.mutant import Mutant
+from tests.mutants.styles import InPlaceSurgery, WrappedForward, WrappedModule
 
 
 class NeverFires(Mutant):
@@ -340,3 +343,317 @@ class GradientsLeft(Mutant):
             logits = super().forward(input_ids, **inputs)
             logits.sum().backward()
         return logits.detach()
+
+
+class OneHandle(Mutant):
+    """Registers hooks when heads are named, and keeps the handle of the last layer only."""
+
+    killer = "hygiene.closed"
+
+    def install(self) -> None:
+        pass
+
+    def ablate(self, heads: Sequence[tuple[int, int]], imputation: str) -> None:
+        super().ablate(heads, imputation)
+        self.remove()
+        for layer in dict(heads):
+            self.handles = [self.projections()[layer].register_forward_pre_hook(partial(self.hook, layer))]
+
+
+class ClosedBeforeRun(Mutant):
+    """Leaves it to the run to note its hooks for removal, and so keeps those of a set that was never run."""
+
+    killer = "hygiene.closed"
+    pending: tuple[Any, ...] = ()
+
+    def install(self) -> None:
+        pass
+
+    def ablate(self, heads: Sequence[tuple[int, int]], imputation: str) -> None:
+        super().ablate(heads, imputation)
+        self.remove()
+        for handle in self.pending:
+            handle.remove()
+        self.pending = tuple(
+            self.projections()[layer].register_forward_pre_hook(partial(self.hook, layer)) for layer in dict(heads)
+        )
+
+    def forward(self, input_ids: Tensor, **inputs: Any) -> Tensor:
+        self.handles, self.pending = [*self.handles, *self.pending], ()
+        return super().forward(input_ids, **inputs)
+
+
+class InstallNotAtomic(Mutant):
+    """Notes its handles when all hooks are registered, and so has none to remove where one cannot be."""
+
+    killer = "hygiene.exception"
+
+    def install(self) -> None:
+        self.handles = [
+            projection.register_forward_pre_hook(partial(self.hook, layer))
+            for layer, projection in enumerate(self.projections())
+        ]
+
+
+class LeftUntilNextRun(Mutant):
+    """Removes its hooks after the forward, or, where that raised, before the next."""
+
+    killer = "hygiene.exception"
+
+    def install(self) -> None:
+        pass
+
+    def forward(self, input_ids: Tensor, **inputs: Any) -> Tensor:
+        self.remove()
+        super().install()
+        logits = super().forward(input_ids, **inputs)
+        self.remove()
+        return logits
+
+
+class PatchedInTurn(Mutant, WrappedForward):
+    """Puts `forward` back as it found it, which is right only where the last to come is the first to go."""
+
+    killer = "life"
+
+    def taken(self) -> bool:
+        return False
+
+
+class ClosedAgain(Mutant, WrappedForward):
+    """Closes once more when it is collected, and takes the patch of its successor away."""
+
+    killer = "hygiene.closed"
+
+    def __del__(self) -> None:
+        self.close()
+
+
+class HooksAsTheyWere(Mutant):
+    """Puts back the tables of hooks as they were: one that the user has registered since is lost."""
+
+    killer = "life"
+
+    def install(self) -> None:
+        self.before = [dict(projection._forward_pre_hooks) for projection in self.projections()]
+        super().install()
+
+    def remove(self) -> None:
+        for projection, hooks in zip(self.projections(), self.before, strict=True):
+            projection._forward_pre_hooks.clear()
+            projection._forward_pre_hooks.update(hooks)
+
+
+class HookTablesReplaced(Mutant):
+    """Puts copies in the place of the tables of hooks, from which the user's handles remove nothing."""
+
+    killer = "hygiene.foreign"
+
+    def forward(self, input_ids: Tensor, **inputs: Any) -> Tensor:
+        tables = [projection._forward_pre_hooks.copy() for projection in self.projections()]
+        try:
+            return super().forward(input_ids, **inputs)
+        finally:
+            for projection, hooks in zip(self.projections(), tables, strict=True):
+                projection._forward_pre_hooks = hooks
+
+    def remove(self) -> None:
+        for projection in self.projections():
+            for handle in self.handles:
+                projection._forward_pre_hooks.pop(handle.id, None)
+
+
+class ModelsHooksCleared(Mutant):
+    """Has a hook on the model itself, and removes all that are there, the user's as well."""
+
+    killer = "hygiene.foreign"
+
+    def install(self) -> None:
+        super().install()
+        self.model.register_forward_pre_hook(lambda *_: None)
+
+    def remove(self) -> None:
+        super().remove()
+        self.model._forward_pre_hooks.clear()
+
+
+class AttentionHooksCleared(Mutant):
+    """Removes all hooks of the attention modules before each run, so that none is left: the user's as well."""
+
+    killer = "hygiene.foreign"
+
+    def forward(self, input_ids: Tensor, **inputs: Any) -> Tensor:
+        for block in self.blocks():
+            attention = next(m for m in block.modules() if type(m).__name__.endswith("Attention"))
+            attention._forward_pre_hooks.clear()
+            attention._forward_hooks.clear()
+        return super().forward(input_ids, **inputs)
+
+
+class CallsForward(Mutant):
+    """Calls the model's `forward`, past every hook that the user has on the model."""
+
+    source = "pytorch/pytorch#78109"
+    killer = "hygiene.foreign"
+
+    def forward(self, input_ids: Tensor, **inputs: Any) -> Tensor:
+        return self.model.forward(input_ids, **{"use_cache": False} | inputs).logits
+
+
+class AttentionBypassed(Mutant):
+    """Has the attention's `forward` called, past every hook that the user has on it."""
+
+    killer = "hygiene.foreign"
+
+    def install(self) -> None:
+        super().install()
+        self.attentions = [
+            next(m for m in block.modules() if type(m).__name__.endswith("Attention")) for block in self.blocks()
+        ]
+        for attention in self.attentions:
+            attention._call_impl = attention.forward
+
+    def remove(self) -> None:
+        super().remove()
+        for attention in self.attentions:
+            attention.__dict__.pop("_call_impl", None)
+
+
+class HalfBackup(Mutant, InPlaceSurgery):
+    """Keeps the weights that it puts back in float16."""
+
+    killer = "hygiene.closed"
+
+    def kept(self, block: Tensor) -> Tensor:
+        return block.half()
+
+
+class FirstBackup(Mutant, InPlaceSurgery):
+    """Puts back the weights that the model had when it was first opened, whatever it has learnt since."""
+
+    killer = "hygiene.closed"
+    backups: ClassVar[WeakKeyDictionary[nn.Module, list[Tensor]]] = WeakKeyDictionary()
+
+    def __init__(self, model: PreTrainedModel) -> None:
+        super().__init__(model)
+        weights = [projection.weight.detach().clone() for projection in self.projections()]
+        self.backup = self.backups.setdefault(model, weights)
+
+    def forward(self, input_ids: Tensor, **inputs: Any) -> Tensor:
+        try:
+            return super().forward(input_ids, **inputs)
+        finally:
+            for projection, weight in zip(self.projections(), self.backup, strict=True):
+                projection.weight.copy_(weight)
+
+
+class OtherStorage(Mutant, InPlaceSurgery):
+    """Puts equal weights back into the same parameter, but elsewhere in memory than its views."""
+
+    killer = "hygiene.closed"
+
+    def forward(self, input_ids: Tensor, **inputs: Any) -> Tensor:
+        kept = [projection.weight.data.clone() for projection in self.projections()]
+        try:
+            return super().forward(input_ids, **inputs)
+        finally:
+            for projection, weight in zip(self.projections(), kept, strict=True):
+                projection.weight.data = weight
+
+
+class Kept(nn.Module):
+    """A weight [in, out] or [out, in] with zeros where it is not to be kept."""
+
+    def __init__(self, kept: Tensor) -> None:
+        super().__init__()
+        self.kept = kept
+
+    def forward(self, weight: Tensor) -> Tensor:
+        return weight * self.kept
+
+
+class Parametrized(Mutant, InPlaceSurgery):
+    """Parametrizes W_O for a run: the weight comes back behind the bias, and `parameters()` has another order."""
+
+    killer = "hygiene.closed"
+
+    def forward(self, input_ids: Tensor, **inputs: Any) -> Tensor:
+        chosen = [self.projections()[layer] for layer in dict(self.heads)]
+        kept = {projection: torch.ones_like(projection.weight) for projection in chosen}
+        for layer, head in self.heads:
+            mask = kept[self.projections()[layer]]
+            by_input = mask if self.config.model_type == "gpt2" else mask.T
+            by_input[self.channels(head, by_input.T)] = 0
+        try:
+            for projection, mask in kept.items():
+                parametrize.register_parametrization(projection, "weight", Kept(mask))
+            return Mutant.forward(self, input_ids, **inputs)
+        finally:
+            for projection in kept:
+                if parametrize.is_parametrized(projection):
+                    parametrize.remove_parametrizations(projection, "weight", leave_parametrized=False)
+
+
+class Reordered(Mutant, WrappedModule):
+    """Takes each projection out of its module before it puts its own there: back again, it is the last of them."""
+
+    killer = "hygiene.closed"
+
+    def install(self) -> None:
+        super().install()
+        for place, name, _ in self.places:
+            wrapper = getattr(place, name)
+            delattr(place, name)
+            setattr(place, name, wrapper)
+
+
+class GenerationConfigLeft(Mutant):
+    """Switches the cache of generation off, and leaves it so."""
+
+    killer = "hygiene.closed"
+
+    def __init__(self, model: PreTrainedModel) -> None:
+        super().__init__(model)
+        model.generation_config.use_cache = False
+
+
+class DropoutOff(Mutant):
+    """Takes every dropout out of the model, also for the training that comes after it."""
+
+    killer = "hygiene.closed"
+
+    def __init__(self, model: PreTrainedModel) -> None:
+        super().__init__(model)
+        for module in model.modules():
+            if isinstance(module, nn.Dropout):
+                module.p = 0.0
+
+
+class GradientsOff(Mutant):
+    """Switches gradients off for the whole process, and leaves them so."""
+
+    killer = "hygiene.process"
+
+    def run(self, input_ids: Tensor, attention_mask: Tensor | None = None, **inputs: Any) -> Tensor:
+        torch.set_grad_enabled(False)
+        return super().run(input_ids, attention_mask, **inputs)
+
+
+class Reseeds(Mutant):
+    """Seeds torch's generator in each run, so that the user's random numbers repeat."""
+
+    killer = "hygiene.process"
+
+    def run(self, input_ids: Tensor, attention_mask: Tensor | None = None, **inputs: Any) -> Tensor:
+        torch.manual_seed(0)
+        return super().run(input_ids, attention_mask, **inputs)
+
+
+class DefaultDtypeLeft(Mutant):
+    """Makes the model's type torch's default, and leaves it so."""
+
+    killer = "hygiene.process"
+
+    def __init__(self, model: PreTrainedModel) -> None:
+        torch.set_default_dtype(model.dtype)
+        super().__init__(model)

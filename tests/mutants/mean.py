@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from torch import Tensor
 
@@ -197,3 +199,53 @@ class HalfWay(Mutant):
 
     def mean(self, z: Tensor, real: Tensor) -> Tensor:
         return (z + super().mean(z, real)) / 2
+
+
+class MeanOfUnmaskedBatch(Mutant):
+    """Takes one mean for all rows of a batch that has no attention mask."""
+
+    killer = "batch"
+
+    def run(self, input_ids: Tensor, attention_mask: Tensor | None = None, **inputs: Any) -> Tensor:
+        self.masked = attention_mask is not None
+        return super().run(input_ids, attention_mask, **inputs)
+
+    def mean(self, z: Tensor, real: Tensor) -> Tensor:
+        return super().mean(z, real) if self.masked else z.double().mean().to(z.dtype)
+
+
+class PaddingByToken(Mutant):
+    """Takes every padding token of the configuration for padding, whatever the mask says."""
+
+    killer = "mean.oracle"
+
+    def forward(self, input_ids: Tensor, **inputs: Any) -> Tensor:
+        if self.config.pad_token_id is not None:
+            self.real = input_ids != self.config.pad_token_id
+        return super().forward(input_ids, **inputs)
+
+
+class MaskUsedUp(Mutant):
+    """Takes the mask out of its state in the first layer that needs it, and has none in those above."""
+
+    killer = "padding"
+
+    def edited(self, z: Tensor, heads: list[int]) -> Tensor:
+        out = super().edited(z, heads)
+        self.real = torch.ones_like(self.real)
+        return out
+
+
+class MaskOfFirstHead(Mutant):
+    """Overwrites the mask with its weights, which leaves none for the next head of the layer."""
+
+    killer = "locality.padded"
+
+    def edited(self, z: Tensor, heads: list[int]) -> Tensor:
+        out, real = z.clone(), self.real
+        for head in heads:
+            channels = self.channels(head, z)
+            out[..., channels] = self.value(z[..., channels])
+            self.real = torch.ones_like(real)
+        self.real = real
+        return out

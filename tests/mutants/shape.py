@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, ClassVar
 
+import torch
 from torch import Tensor, nn
 
 from tests.mutants.mutant import Mutant
@@ -136,3 +137,21 @@ class RightPaddingOnly(Mutant):
         for row, tokens in enumerate(self.real.sum(dim=-1).tolist()):
             out[row, :tokens] = super().edited(z, heads)[row, :tokens]
         return out
+
+
+class ChunksOfFour(Mutant):
+    """Runs four rows at a time, to save memory, each time with the mask of the first four."""
+
+    killer = "padding"
+    cannot: ClassVar[dict[str, str]] = {"once": "it runs four rows at a time"}
+
+    def run(self, input_ids: Tensor, attention_mask: Tensor | None = None, **inputs: Any) -> Tensor:
+        if len(input_ids) <= 4:
+            return super().run(input_ids, attention_mask, **inputs)
+        parts = []
+        for start in range(0, len(input_ids), 4):
+            rows = slice(start, start + 4)
+            given = {name: some[rows] if isinstance(some, Tensor) else some for name, some in inputs.items()}
+            mask = None if attention_mask is None else attention_mask[: len(input_ids[rows])]
+            parts.append(super().run(input_ids[rows], mask, **given))
+        return torch.cat(parts)

@@ -11,6 +11,8 @@ from torch.nn import functional
 from transformers.pytorch_utils import Conv1D
 
 from tests.mutants.mutant import Mutant
+from tests.mutants.right import Right
+from tests.mutants.styles import AttentionFunctions
 
 
 class PseudoHeads(Mutant):
@@ -215,3 +217,21 @@ class WholeAttention(Mutant):
 
     def after(self, layer: int, module: nn.Module, args: Any, out: Tensor) -> Tensor | None:
         return torch.zeros_like(out) if self.targets(layer) else None
+
+
+class EveryModel(Mutant, AttentionFunctions):
+    """Replaces transformers' attention functions, for every model that has a layer of that number."""
+
+    killer = "isolation"
+
+    def install(self) -> None:
+        self.replace()
+
+    def remove(self) -> None:
+        self.restore()
+
+    def layer(self, attention: nn.Module) -> int | None:
+        return attention.layer_idx
+
+    def forward(self, input_ids: Tensor, **inputs: Any) -> Tensor:
+        return Right.forward(self, input_ids, **inputs)

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+from collections import deque
 from collections.abc import Sequence
-from typing import Any
+from functools import partial
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor, nn
@@ -355,3 +357,143 @@ class SharedSet(Mutant):
     def ablate(self, heads: Sequence[tuple[int, int]], imputation: str) -> None:
         super().ablate(heads, imputation)
         type(self).shared = self.heads = [pair for pair in self.heads if pair[0] < len(self.blocks())]
+
+
+class MeanKeptByHead(MeanKeptByPrompt):
+    """Keeps the mean of a head in a prompt, and forgets that it depends on what is ablated below."""
+
+    def channels(self, head: int, z: Tensor) -> slice:
+        self.head = head
+        return super().channels(head, z)
+
+    def mean(self, z: Tensor, real: Tensor) -> Tensor:
+        kept: dict[Any, Tensor] = self.__dict__.setdefault("kept", {})
+        return kept.setdefault((self.layer, self.head, *self.prompt), Mutant.mean(self, z, real))
+
+
+class MaskKeptByShape(Mutant):
+    """Prepares a mask once for each shape, and uses it for every other of that shape."""
+
+    killer = "history.padded"
+
+    def forward(self, input_ids: Tensor, **inputs: Any) -> Tensor:
+        kept: dict[Any, Tensor] = self.__dict__.setdefault("kept", {})
+        if inputs["attention_mask"] is not None:
+            self.real = kept.setdefault(self.real.shape, self.real)
+        return super().forward(input_ids, **inputs)
+
+
+class MaskQueued(Mutant):
+    """Queues the mask before each layer, where that of a forward that was interrupted waits for the next."""
+
+    killer = "history.padded"
+
+    def install(self) -> None:
+        self.queues: list[deque[Any]] = [deque() for _ in self.blocks()]
+        for block, queue in zip(self.blocks(), self.queues, strict=True):
+            self.handles.append(block.register_forward_pre_hook(lambda *_, queue=queue: queue.append(self.real)))
+        super().install()
+
+    def hook(self, layer: int, module: nn.Module, args: tuple[Any, ...]) -> Any:
+        now, self.real = self.real, self.queues[layer].popleft()
+        edited = super().hook(layer, module, args)
+        self.real = now
+        return edited
+
+
+class OutputQueued(Mutant):
+    """Queues z to correct what the attention gives, where that of a forward that was interrupted waits for the next."""
+
+    killer = "history"
+    cannot: ClassVar[dict[str, str]] = {"observe": "it corrects what the attention gives"}
+
+    def install(self) -> None:
+        for layer, (block, projection) in enumerate(zip(self.blocks(), self.projections(), strict=True)):
+            queue: deque[Tensor] = deque()
+            attention = next(m for m in block.modules() if type(m).__name__.endswith("Attention"))
+            self.handles.append(
+                projection.register_forward_pre_hook(lambda _, args, queue=queue: queue.append(args[0]))
+            )
+            self.handles.append(attention.register_forward_hook(partial(self.correct, layer, projection, queue)))
+
+    def correct(
+        self, layer: int, projection: nn.Module, queue: deque[Tensor], attention: nn.Module, args: Any, output: Any
+    ) -> Any:
+        z, (out, *rest) = queue.popleft(), output
+        weight: Any = projection.weight if self.config.model_type == "gpt2" else projection.weight.T  # [in, out]
+        for channels in [self.channels(head, z) for head in set(self.targets(layer))]:
+            out = out + (self.value(z[..., channels]) - z[..., channels]) @ weight[channels]
+        return (out, *rest)
+
+
+class LogitsOverwritten(Mutant):
+    """Puts the logits into one tensor for each set of heads, as CUDA graphs do: the next run overwrites the last."""
+
+    killer = "history"
+
+    def forward(self, input_ids: Tensor, **inputs: Any) -> Tensor:
+        logits = super().forward(input_ids, **inputs)
+        static: dict[Any, Tensor] = self.__dict__.setdefault("static", {})
+        key = logits.shape, self.imputation, tuple(sorted(self.heads))
+        return static.setdefault(key, torch.empty_like(logits)).copy_(logits)
+
+
+class BufferReused(Mutant):
+    """Puts the ablated z of a layer into one tensor: who has kept it sees that of the next run."""
+
+    killer = "input.untouched"
+
+    def hook(self, layer: int, module: nn.Module, args: tuple[Any, ...]) -> Any:
+        self.layer = layer
+        return super().hook(layer, module, args)
+
+    def edited(self, z: Tensor, heads: list[int]) -> Tensor:
+        buffers: dict[Any, Tensor] = self.__dict__.setdefault("buffers", {})
+        return buffers.setdefault((self.layer, z.shape), torch.empty_like(z)).copy_(super().edited(z, heads))
+
+
+class PaddedDecoding(Mutant):
+    """Takes the first columns of the mask for those of the tokens that are decoded."""
+
+    killer = "cache.padded"
+
+    def edited(self, z: Tensor, heads: list[int]) -> Tensor:
+        return super().edited(z, heads).where(self.real[:, : z.shape[1], None], z)
+
+
+class OneSetForAll(Mutant):
+    """Keeps its heads on the class: a second implementation changes the first."""
+
+    killer = "isolation"
+    shared: list[tuple[int, int]] = []  # noqa: RUF012 (the bug)
+
+    @property
+    def heads(self) -> list[tuple[int, int]]:
+        return OneSetForAll.shared
+
+    @heads.setter
+    def heads(self, heads: list[tuple[int, int]]) -> None:
+        OneSetForAll.shared = heads
+
+
+class OneStackForAll(Mutant):
+    """Keeps its heads on top of a stack of the class: a second implementation is on top of it."""
+
+    killer = "isolation"
+    stack: list[list[tuple[int, int]]] = []  # noqa: RUF012 (the bug)
+
+    def __init__(self, model: PreTrainedModel) -> None:
+        self.stack.append([])
+        super().__init__(model)
+
+    @property
+    def heads(self) -> list[tuple[int, int]]:
+        return self.stack[-1] if self.stack else []
+
+    @heads.setter
+    def heads(self, heads: list[tuple[int, int]]) -> None:
+        self.stack[-1:] = [heads]
+
+    def close(self) -> None:
+        super().close()
+        self.stack.pop()

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Sequence
 from functools import partial
 from typing import Any, ClassVar
@@ -11,6 +12,7 @@ from torch import Tensor, nn
 from torch.nn.modules.module import register_module_forward_pre_hook
 from torch.utils.hooks import RemovableHandle
 from transformers import PreTrainedModel
+from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 from transformers.pytorch_utils import Conv1D
 
 from tests.mutants.right import Right
@@ -148,9 +150,15 @@ class GlobalHook(Right):
 
 
 class WrappedForward(Right):
-    """Puts a function in the place of each projection's `forward`."""
+    """Puts a function in the place of each projection's `forward`, of which there can be one only."""
+
+    def taken(self) -> bool:
+        return any(isinstance(projection.forward, partial) for projection in self.projections())
 
     def install(self) -> None:
+        self.before: list[tuple[nn.Module, Any]] = []
+        if self.taken():
+            raise RuntimeError("the model is ablated already")
         self.before = [(projection, projection.__dict__.get("forward")) for projection in self.projections()]
         for layer, projection in enumerate(self.projections()):
             projection.forward = partial(self.replaced, layer, projection.forward)
@@ -180,10 +188,12 @@ class Wrapper(nn.Module):
 
 
 class WrappedModule(Right):
-    """Puts a module of its own around each projection."""
+    """Puts a module of its own around each projection, but none around that of another."""
 
     def install(self) -> None:
         self.places: list[tuple[nn.Module, str, nn.Module]] = []
+        if any(isinstance(module, Wrapper) for module in self.model.modules()):
+            raise RuntimeError("the model is ablated already")
         names = {module: name for name, module in self.model.named_modules()}
         for layer, projection in enumerate(self.projections()):
             parent, _, name = names[projection].rpartition(".")
@@ -216,6 +226,133 @@ class Subtracted(Right):
             z = args[0][..., channels]
             out = out + (self.value(z) - z) @ weight[channels]
         return out
+
+
+class PatchedPerRun(WrappedForward):
+    """Puts its functions in the place of `forward` for each run."""
+
+    def install(self) -> None:
+        pass
+
+    def forward(self, input_ids: Tensor, **inputs: Any) -> Tensor:
+        super().install()
+        try:
+            return super().forward(input_ids, **inputs)
+        finally:
+            super().remove()
+
+    def remove(self) -> None:
+        pass
+
+
+class ClassSwapped(Right):
+    """Makes each projection an instance of a class of its own, for each run."""
+
+    cannot: ClassVar[dict[str, str]] = {"observe": "z changes in a `forward` of a class"}
+
+    def install(self) -> None:
+        pass
+
+    def forward(self, input_ids: Tensor, **inputs: Any) -> Tensor:
+        kinds = [(projection, type(projection)) for projection in self.projections()]
+        try:
+            for layer, (projection, kind) in enumerate(kinds):
+                edit = partial(self.replaced, layer, kind)
+                projection.__class__ = type(
+                    "Ablated", (kind,), {"forward": lambda module, z, edit=edit: edit(module, z)}
+                )
+            return super().forward(input_ids, **inputs)
+        finally:
+            for projection, kind in kinds:
+                projection.__class__ = kind
+
+    def replaced(self, layer: int, kind: type[nn.Module], projection: nn.Module, z: Tensor) -> Any:
+        heads = self.targets(layer)
+        return kind.forward(projection, self.edited(z, heads) if heads else z)
+
+
+class AttentionFunctions(Right):
+    """Edits what transformers' attention functions give, for the attention modules of this model, for each run."""
+
+    functions: ClassVar[Any] = ALL_ATTENTION_FUNCTIONS
+
+    def install(self) -> None:
+        self.layer_of = {}
+        for layer, block in enumerate(self.blocks()):
+            attention = next(m for m in block.modules() if type(m).__name__.endswith("Attention"))
+            self.layer_of[attention] = layer
+
+    def replace(self) -> None:
+        self.before = dict(self.functions._local_mapping)
+        for name in ("eager", "sdpa"):
+            self.functions._local_mapping[name] = partial(self.attend, name)
+
+    def restore(self) -> None:
+        self.functions._local_mapping.clear()
+        self.functions._local_mapping.update(self.before)
+
+    def attend(self, name: str, module: nn.Module, *args: Any, **kwargs: Any) -> tuple[Tensor, Any]:
+        known = self.before | self.functions._global_mapping
+        attention = known.get(name) or sys.modules[type(module).__module__].eager_attention_forward
+        z, weights = attention(module, *args, **kwargs)  # z: [rows, tokens, heads, width]
+        layer = self.layer(module)
+        heads = [] if layer is None else self.targets(layer)
+        return self.edited(z.flatten(2), heads).view_as(z) if heads else z, weights
+
+    def layer(self, attention: nn.Module) -> int | None:
+        return self.layer_of.get(attention)
+
+    def forward(self, input_ids: Tensor, **inputs: Any) -> Tensor:
+        self.replace()
+        try:
+            return super().forward(input_ids, **inputs)
+        finally:
+            self.restore()
+
+
+class InPlaceSurgery(Right):
+    """Writes zeros into W_O for each run, and puts back what was there."""
+
+    cannot: ClassVar[dict[str, str]] = {"mean": "weights do not depend on prompts", "observe": "z stays as it is"}
+
+    def install(self) -> None:
+        pass
+
+    def weight(self, layer: int) -> Tensor:
+        """A view of W_O, [in, out]."""
+        projection = self.projections()[layer]
+        weight: Any = projection.weight
+        return weight if isinstance(projection, Conv1D) else weight.T
+
+    def kept(self, block: Tensor) -> Tensor:
+        return block.clone()
+
+    def forward(self, input_ids: Tensor, **inputs: Any) -> Tensor:
+        blocks = [self.weight(layer)[self.channels(head, self.weight(layer).T)] for layer, head in set(self.heads)]
+        before = [self.kept(block) for block in blocks]
+        try:
+            for block in blocks:
+                block.zero_()
+            return super().forward(input_ids, **inputs)
+        finally:
+            for block, was in zip(blocks, before, strict=True):
+                block.copy_(was)
+
+
+class FunctionalCall(InPlaceSurgery):
+    """Calls the model with other weights, and writes nothing anywhere."""
+
+    def forward(self, input_ids: Tensor, **inputs: Any) -> Tensor:
+        weights = {}
+        for name, parameter in self.model.named_parameters():
+            for layer, head in self.heads:
+                if parameter is self.projections()[layer].weight:
+                    weights.setdefault(name, parameter.clone())
+                    by_input = weights[name] if self.config.model_type == "gpt2" else weights[name].T
+                    by_input[self.channels(head, by_input.T)] = 0
+        inputs = {"use_cache": False} | inputs
+        logits: Tensor = torch.func.functional_call(self.model, weights, (input_ids,), inputs).logits
+        return logits
 
 
 class Masked(Right):
@@ -252,5 +389,10 @@ STYLES = (
     WrappedForward,
     WrappedModule,
     Subtracted,
+    PatchedPerRun,
+    ClassSwapped,
+    AttentionFunctions,
+    InPlaceSurgery,
+    FunctionalCall,
     Masked,
 )
