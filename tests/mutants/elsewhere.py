@@ -50,6 +50,11 @@ ELSEWHERE = (
         "stanfordnlp/pyvene#193",
     ),
     Bug(
+        "CacheRenamed",
+        "Looks for a cache under the name that it has in another version of the model's library.",
+        "tests/test_hook.py::test_a_mean_over_a_sequence_that_comes_in_pieces_is_refused",
+    ),
+    Bug(
         "Nested",
         "Lets a second ablation join the first on one model.",
         "tests/test_refusals.py::test_a_second_ablation_is_refused_and_the_first_goes_on",
@@ -80,6 +85,17 @@ ELSEWHERE = (
         "Believes a batch in which rows depend on each other.",
         "tests/test_sweep.py::test_a_model_whose_rows_see_each_other_is_swept_sequentially",
         "ndif-team/nnsight#722",
+    ),
+    Bug(
+        "PromptsMixedUp",
+        "Gives one of several prompts the rows of another.",
+        "tests/test_sweep.py::test_several_prompts_give_what_each_gives_alone",
+    ),
+    Bug(
+        "WeightsElsewhere",
+        "Reads weights, or places inputs, where accelerate has them somewhere else until they are needed.",
+        "tests/test_devices.py::test_a_model_whose_weights_wait_on_disk_gives_the_same_with_every_receipt",
+        "huggingface/accelerate#3127",
     ),
     Bug(
         "NoEffectIsRobust",
