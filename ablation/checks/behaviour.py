@@ -23,6 +23,7 @@ def identity(make: Factory, case: Case) -> None:
     """Unset, with an empty set, cleared and closed: the bare model's logits, bit for bit; with a cache, too."""
     model, inputs = case.model(), case.inputs()
     unmasked = {"input_ids": inputs["input_ids"], "use_cache": False}
+    unplaced = {name: value for name, value in inputs.items() if name != "position_ids"}
     real = inputs["attention_mask"].bool()  # what padding gives is nobody's concern
     bare = run(model, inputs)
     implementation = make(model)
@@ -46,6 +47,8 @@ def identity(make: Factory, case: Case) -> None:
         implementation.clear()
         unchanged("after clear()")
         same(implementation.run(**unmasked), run(model, unmasked), "the logits without an attention mask")
+        got, want = implementation.run(**unplaced), run(model, unplaced)
+        same(got[real], want[real], "the logits without position_ids")
     finally:
         implementation.close()
     same(run(model, inputs)[real], bare[real], "the logits of the model after close()")
@@ -171,8 +174,9 @@ def forgets(make: Factory, case: Case) -> None:
         case.inputs(),
         {"input_ids": other_ids(case), "use_cache": False},
         replace(case, rows=case.rows[::-1]).inputs(),
+        {"input_ids": case.inputs()["input_ids"], "use_cache": False},
     ]
-    names = ("", "of another prompt, without a mask, ", "of the rows in another order ")
+    names = ("", "of another prompt, without a mask, ", "of the rows in another order ", "without a mask ")
     imputations = [case.imputation, *({"zero", "mean"} - {case.imputation} - set(declared(make)))]
     case = replace(case, heads=tuple(sorted(case.heads, reverse=True)))  # what is below the first comes later
     first, another, every = [case.heads[0]], [case.another()], list(case.heads)
@@ -202,12 +206,14 @@ def forgets(make: Factory, case: Case) -> None:
         implementation.ablate(first, case.imputation)
         then(0, alone[0], "of a second implementation")
         then(0, alone[0], "of a second run")
-        for prompt in (1, 2):
+        for prompt in (1, 2, 3):
             then(prompt, alone[prompt], "after a run")
             then(0, alone[0], "after a run on another prompt")
         implementation.ablate(another, case.imputation)
         then(0, new(another, case.imputation, 0), "with another head, after a run with the first")
-        implementation.ablate(every, case.imputation)
+        passed = list(every)
+        implementation.ablate(passed, case.imputation)
+        passed.clear()  # what becomes of the caller's list is the caller's affair
         then(0, new(every, case.imputation, 0), f"with {every} ablated, after runs with others")
         implementation.clear()
         then(0, new([], case.imputation, 0), "after clear()")
@@ -246,6 +252,7 @@ def _interrupted(implementation: Implementation, register: Callable[..., Any], i
 def isolation(make: Factory, case: Case) -> None:
     """Of two models, each has its own ablation: the other's changes nothing in it, ended before it or after it."""
     inputs, one, other = case.inputs(), case.model(), case.model()
+    other.config = one.config  # as of models that are made from one configuration
     another = replace(case, heads=(case.another(),))
     bare, want = run(other, inputs), ablated_logits(make, another)
     with ExitStack() as on_one, ExitStack() as on_other:
@@ -268,7 +275,7 @@ def order_is_irrelevant(make: Factory, case: Case) -> None:
     model, inputs = case.model(), case.inputs()
     implementation = make(model)
     try:
-        implementation.ablate(list(case.heads), case.imputation)
+        implementation.ablate(tuple(case.heads), case.imputation)  # any sequence
         once = implementation.run(**inputs).clone()
         implementation.ablate(list(reversed(case.heads)), case.imputation)
         same(implementation.run(**inputs), once, "the logits with the heads in the opposite order")
@@ -329,7 +336,7 @@ def decoded(forward: Callable[..., torch.Tensor], case: Case) -> Iterator[tuple[
 
 
 # In float64, transformers' eager attention itself gives NaN where a token sees nothing but padding.
-PADDED = ("float32",)
+PADDED = ("float32", "float64")
 EXACT = ("float32", "float64", "bfloat16")  # where no tolerance is needed
 
 CHECKS = [

@@ -43,7 +43,8 @@ class Case:
         lengths = [str(len(row)) for row in self.rows]
         if len(lengths) == 1:
             return ""
-        padding = f", padded on the {self.side}" if len(set(lengths)) > 1 else ""
+        where = "on both sides" if self.side == "both" else f"on the {self.side}"
+        padding = f", padded {where}" if len(set(lengths)) > 1 else ""
         return f", rows of {', '.join(lengths[:-1])} and {lengths[-1]} tokens{padding}"
 
     def model(self) -> PreTrainedModel:
@@ -62,11 +63,12 @@ class Case:
         """The batch: input_ids, attention_mask and position_ids, all [rows, tokens]; no cache: it rounds otherwise."""
         longest = max(map(len, self.rows))
         ids, mask = [], []
-        for row in self.rows:
-            pad = [self.pad or 0] * (longest - len(row))
-            ids.append([*pad, *row] if self.side == "left" else [*row, *pad])
-            real = [1] * len(row)
-            mask.append([*[0] * len(pad), *real] if self.side == "left" else [*real, *[0] * len(pad)])
+        for number, row in enumerate(self.rows):
+            pads = longest - len(row)
+            left = {"left": pads, "right": 0, "both": (pads + number % 2) // 2}[self.side]
+            pad = self.pad or 0
+            ids.append([*[pad] * left, *row, *[pad] * (pads - left)])
+            mask.append([*[0] * left, *[1] * len(row), *[0] * (pads - left)])
         attention_mask = torch.tensor(mask)
         positions = (attention_mask.cumsum(dim=1) - 1).clamp(min=0)
         return {
@@ -134,7 +136,7 @@ def _cases(draw: st.DrawFn, of: Cases) -> Case:
         length = draw(st.integers(of.tokens, MOST_TOKENS))
         prompts = [draw(st.lists(token, min_size=length, max_size=length)) for _ in range(count)]
     chosen = draw(st.permutations(draw(_sets(decoder, of.heads))))
-    side = draw(st.sampled_from(["left", "right"])) if of.ragged else "right"
+    side = draw(st.sampled_from(["left", "right", "both", "both"])) if of.ragged else "right"
     pad = draw(st.sampled_from([None, *prompts[0]]))
     imputation = draw(st.sampled_from([*of.imputations, of.imputations[-1]]))  # the mean, which goes wrong in more ways
     return Case(decoder, tuple(map(tuple, prompts)), tuple(chosen), imputation, side, pad)

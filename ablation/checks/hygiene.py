@@ -3,10 +3,13 @@
 from __future__ import annotations
 
 import copy
+import random
 from typing import Any
 
+import numpy as np
 import torch
 
+from ablation.checks.behaviour import other_ids
 from ablation.checks.cases import Case, Cases, run, same
 from ablation.checks.check import Check, Factory, declared
 from ablation.checks.observe import assert_as_it_was, assert_none, changes, hooks, state
@@ -19,6 +22,10 @@ def closed(make: Factory, case: Case) -> None:
     Taken again, it is ablated as a model that never was.
     """
     model, inputs = case.model(), case.inputs()
+    model.config.use_cache = False  # nothing is as it would be by default
+    for number, parameter in enumerate(model.parameters()):
+        parameter.grad = torch.ones_like(parameter)
+        parameter.requires_grad_(number % 2 == 0)
     for ablations, runs in ((1, 1), (2, 1), (1, 0)):
         with torch.no_grad():
             for parameter in model.parameters():  # as if trained in between, and no longer exact in a shorter type
@@ -40,11 +47,16 @@ def foreign_hooks(make: Factory, case: Case) -> None:
     fired: list[str] = []
     handles = []
     for count, (place, module) in enumerate(model.named_modules()):
-        name, kind = place or "the model", {"with_kwargs": bool(count % 2)}
-        handles += [
-            module.register_forward_pre_hook(lambda *_, name=name: fired.append(f"before {name}"), **kind),
-            module.register_forward_hook(lambda *_, name=name: fired.append(f"after {name}"), **kind),
-        ]
+        kind = {"with_kwargs": bool(count % 2)}
+        for when in ("before", "after"):
+
+            def hook(
+                *_: Any, name: str = f"{when} {place or 'the model'}"
+            ) -> None:  # the name that most give to theirs
+                fired.append(name)
+
+            register = module.register_forward_pre_hook if when == "before" else module.register_forward_hook
+            handles.append(register(hook, **kind))
     before = hooks(model)
     run(model, inputs)
     expected = list(fired)
@@ -73,24 +85,43 @@ def foreign_hooks(make: Factory, case: Case) -> None:
 def process_untouched(make: Factory, case: Case) -> None:
     """What belongs to the process or to the caller stays: gradients, default dtype, random numbers, arguments."""
     inputs, heads = case.inputs(), list(case.heads)
-    dtype, numbers = torch.get_default_dtype(), set()
-    with torch.enable_grad():
-        for seed in range(2):
-            torch.manual_seed(seed)
-            implementation = make(case.model())
+    inputs["input_ids"] = inputs["input_ids"].where(inputs["attention_mask"].bool(), other_ids(case))  # pad as you like
+    passed = {name: value.clone() for name, value in inputs.items() if isinstance(value, torch.Tensor)}
+    for gradients in (True, False):
+        with torch.set_grad_enabled(gradients):
+            model = case.model()
+            random.random(), np.random.random()  # noqa: S311 (hypothesis has seeded them by 0, as somebody else may)
+            before = _process()
+            implementation = make(model)
             try:
                 implementation.ablate(heads, case.imputation)
                 implementation.run(**inputs)
             finally:
                 implementation.close()
-            assert torch.is_grad_enabled(), "gradients are left switched off"
-            assert torch.get_default_dtype() == dtype, f"the default dtype is left at {torch.get_default_dtype()}"
-            numbers.add(torch.rand(()).item())
-    assert len(numbers) == 2, "the random numbers after two runs are the same: the generator was seeded"
+            for what, value in _process().items():
+                assert value == before[what], f"{what} of the process: not as before"
     assert heads == list(case.heads), f"the list of heads that was passed in, {list(case.heads)}, is now {heads}"
-    for name, tensor in case.inputs().items():
-        if isinstance(tensor, torch.Tensor):
-            same(inputs[name], tensor, f"the {name} that were passed in")
+    for name, tensor in passed.items():
+        same(inputs[name], tensor, f"the {name} that were passed in")
+
+
+def _process() -> dict[str, Any]:
+    """What belongs to the process."""
+    tables = {
+        name: list(table)
+        for name, table in vars(torch.nn.modules.module).items()
+        if name.startswith("_global_") and isinstance(table, dict)
+    }
+    return {
+        "gradients": torch.is_grad_enabled(),
+        "the default dtype": torch.get_default_dtype(),
+        "the threads": torch.get_num_threads(),
+        "deterministic algorithms": torch.are_deterministic_algorithms_enabled(),
+        "the random numbers (torch)": torch.get_rng_state().tolist(),
+        "the random numbers (numpy)": repr(np.random.get_state()),
+        "the random numbers (Python)": random.getstate(),
+        "the hooks on all modules": tables,
+    }
 
 
 BAD_HEADS: dict[str, Any] = {
@@ -99,6 +130,7 @@ BAD_HEADS: dict[str, Any] = {
     "layer too large": lambda d: (d.layers, 0),
     "layer negative": lambda d: (-1, 0),
 }
+UNKNOWN: tuple[Any, ...] = ("median", "", "Zero", "zer", None)
 BAD_TYPES: dict[str, Any] = {
     "head True": lambda d: (0, True),
     "layer False": lambda d: (False, 0),
@@ -108,10 +140,11 @@ BAD_TYPES: dict[str, Any] = {
 
 
 def refuses_heads(make: Factory, case: Case) -> None:
-    """A head that is not there is an error, not another head and not nothing; also after one that is."""
-    good = list(case.heads) if "sets" not in declared(make) and case.rows[0][0] % 2 else []
+    """A head that is not there is an error, not another head and not nothing; also before or behind one that is."""
+    good = list(case.heads) if "sets" not in declared(make) else []
+    before, behind = {0: ([], []), 1: (good, []), 2: ([], good)}[case.rows[0][0] % 3]
     for what, bad in BAD_HEADS.items():
-        _refused(make, case, [*good, bad(case.decoder)], case.imputation, what)
+        _refused(make, case, [*before, bad(case.decoder), *behind], case.imputation, what)
 
 
 def refuses_types(make: Factory, case: Case) -> None:
@@ -122,7 +155,8 @@ def refuses_types(make: Factory, case: Case) -> None:
 
 def refuses_imputation(make: Factory, case: Case) -> None:
     """An imputation that is not known is an error."""
-    _refused(make, case, list(case.heads), "median", "the imputation 'median'")
+    for imputation in UNKNOWN:
+        _refused(make, case, list(case.heads), imputation, f"the imputation {imputation!r}")
 
 
 def refusal_forgotten(make: Factory, case: Case) -> None:
@@ -130,6 +164,9 @@ def refusal_forgotten(make: Factory, case: Case) -> None:
     good, inputs = list(case.heads), case.inputs()
     beside = [] if "sets" in declared(make) else [case.another()]
     refused: dict[str, Any] = {what: ([*beside, bad(case.decoder)], case.imputation) for what, bad in BAD_HEADS.items()}
+    imputations = [i for i in ("zero", "mean") if i != case.imputation and i not in declared(make)]
+    for other in imputations:
+        refused[f"a head too large, by {other},"] = ([*beside, BAD_HEADS["head too large"](case.decoder)], other)
     refused["the imputation 'median'"] = (beside or good, "median")
     implementation = make(case.model())
     try:
@@ -191,7 +228,7 @@ CHECKS = [
     ),
     Check(
         id="hygiene.process",
-        requirement="Gradients, default dtype, random numbers and what is passed in are left alone.",
+        requirement="Gradient mode, default dtype, random numbers and what is passed in are left alone.",
         function=process_untouched,
         cases=Cases(rows=3, ragged=True, heads=4),
     ),

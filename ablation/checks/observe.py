@@ -71,9 +71,9 @@ def state(model: nn.Module) -> dict[str, Any]:
         found[f"{name or 'the model'}: the module itself"] = (id(module), type(module))
     tensors = dict((*model.named_parameters(), *model.named_buffers()))
     for name, tensor in tensors.items():
-        flags = (tensor.requires_grad, tensor.grad is None)
-        values = tensor.detach().cpu().double().numpy().tobytes()
-        found[f"{name}"] = (id(tensor), tensor.data_ptr(), tensor.dtype, tensor.device, flags, values)
+        values = [None if t is None else t.detach().cpu().double().numpy().tobytes() for t in (tensor, tensor.grad)]
+        storage = (id(tensor), tensor.data_ptr(), tensor.dtype, tensor.device)
+        found[name] = (storage, tensor.requires_grad, values)
     found["the order of modules and weights"] = ([name for name, _ in model.named_modules()], list(tensors))
     return found
 

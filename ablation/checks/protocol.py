@@ -9,7 +9,7 @@ A complete adapter, for a hook of one's own that is a context manager:
             self.model, self.heads = model, []
 
         def ablate(self, heads, imputation):
-            self.heads = heads
+            self.heads = list(heads)
 
         def run(self, input_ids, attention_mask=None, **inputs):
             with my_hook(self.model, self.heads):
@@ -67,7 +67,8 @@ class Implementation(Protocol):
     def ablate(self, heads: Sequence[tuple[int, int]], imputation: str) -> None:
         """From now on ablate these (layer, head) pairs, by "zero" or "mean", and no others.
 
-        Where they are refused, by an error, what was ablated before still is.
+        The sequence stays the caller's, who may change it later. Where it is refused, by an error, what was ablated
+        before still is.
         """
 
     def run(self, input_ids: Tensor, attention_mask: Tensor | None = None, **inputs: Any) -> Tensor:

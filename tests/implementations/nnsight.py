@@ -31,7 +31,7 @@ class Nnsight:
         self.clear()
 
     def ablate(self, heads: Sequence[tuple[int, int]], imputation: str) -> None:
-        self.heads, self.imputation = heads, as_imputation(imputation)
+        self.heads, self.imputation = list(heads), as_imputation(imputation)
 
     def run(self, input_ids: Tensor, attention_mask: Tensor | None = None, **inputs: Any) -> Tensor:
         inputs = {"use_cache": False} | inputs

@@ -44,7 +44,7 @@ class TransformerLens:
         self.clear()
 
     def ablate(self, heads: Sequence[tuple[int, int]], imputation: str) -> None:
-        self.heads, self.imputation = heads, as_imputation(imputation)
+        self.heads, self.imputation = list(heads), as_imputation(imputation)
 
     def run(self, input_ids: Tensor, attention_mask: Tensor | None = None, **inputs: Any) -> Tensor:
         hooks = [

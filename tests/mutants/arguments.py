@@ -220,3 +220,78 @@ class WritesIntoTheIds(Mutant):
         if self.real.shape == input_ids.shape:
             input_ids.masked_fill_(~self.real, 0)
         return super().forward(input_ids, **inputs)
+
+
+class OnlyLastValidated(Mutant):
+    """Looks at the last head of the list only: the check stands behind the loop."""
+
+    killer = "refusal.head"
+
+    def ablate(self, heads: Sequence[tuple[int, int]], imputation: str) -> None:
+        super().ablate(heads[-1:], imputation)
+        self.heads = list(heads)
+
+
+class ImputationInString(Mutant):
+    """Asks whether the imputation is in a string, where a comma is missing."""
+
+    killer = "refusal.imputation"
+
+    def ablate(self, heads: Sequence[tuple[int, int]], imputation: str) -> None:
+        known = isinstance(imputation, str) and imputation in "zeromean"
+        super().ablate(heads, "zero" if known and imputation != "mean" else imputation)
+
+
+class RefusedSwitchesImputation(Mutant):
+    """Takes the imputation over before it refuses the heads."""
+
+    killer = "refusal.forgotten"
+
+    def ablate(self, heads: Sequence[tuple[int, int]], imputation: str) -> None:
+        if imputation in ("zero", "mean"):
+            self.imputation = imputation
+        super().ablate(heads, imputation)
+
+
+class CallersList(Mutant):
+    """Keeps the list that it was given, which its owner changes later."""
+
+    killer = "history"
+
+    def ablate(self, heads: Sequence[tuple[int, int]], imputation: str) -> None:
+        super().ablate(heads, imputation)
+        self.heads = heads  # type: ignore[assignment]
+
+
+class NeedsAList(Mutant):
+    """Takes a list of heads, and no other sequence."""
+
+    killer = "sets.order"
+    crashes = AttributeError
+
+    def ablate(self, heads: Sequence[tuple[int, int]], imputation: str) -> None:
+        super().ablate(heads.copy(), imputation)  # type: ignore[attr-defined]
+
+
+class PaddingScrubbed(Mutant):
+    """Writes the padding token into the ids that it was given, where the mask says padding."""
+
+    killer = "hygiene.process"
+
+    def forward(self, input_ids: Tensor, **inputs: Any) -> Tensor:
+        mask = inputs.get("attention_mask")
+        if mask is not None and mask.shape == input_ids.shape:
+            input_ids.masked_fill_(mask == 0, self.config.pad_token_id or 0)
+        return super().forward(input_ids, **inputs)
+
+
+class PositionsInvented(Mutant):
+    """Counts positions from the mask, where the model would count them otherwise."""
+
+    killer = "identity.padded"
+
+    def forward(self, input_ids: Tensor, **inputs: Any) -> Tensor:
+        mask = inputs.get("attention_mask")
+        if mask is not None and "position_ids" not in inputs and mask.shape == input_ids.shape:
+            inputs["position_ids"] = (mask.cumsum(dim=-1) - 1).clamp(min=0)
+        return super().forward(input_ids, **inputs)

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import random
 from collections.abc import Sequence
 from functools import partial
 from typing import Any, ClassVar
 from weakref import WeakKeyDictionary
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 from torch.nn.utils import parametrize
@@ -657,3 +659,131 @@ class DefaultDtypeLeft(Mutant):
     def __init__(self, model: PreTrainedModel) -> None:
         torch.set_default_dtype(model.dtype)
         super().__init__(model)
+
+
+class FlagsOfDefault(Mutant):
+    """Freezes the weights while it is on the model, and then unfreezes them all."""
+
+    killer = "hygiene.closed"
+
+    def install(self) -> None:
+        self.model.requires_grad_(False)
+        super().install()
+
+    def close(self) -> None:
+        super().close()
+        self.model.requires_grad_(True)
+
+
+class CacheOfDefault(Mutant):
+    """Switches the cache off in the configuration, and then on, whatever it was."""
+
+    killer = "hygiene.closed"
+
+    def install(self) -> None:
+        self.config.use_cache = False
+        super().install()
+
+    def close(self) -> None:
+        super().close()
+        self.config.use_cache = True
+
+
+class GradientsZeroed(Mutant):
+    """Sets the gradients that it finds to nothing."""
+
+    killer = "hygiene.closed"
+
+    def install(self) -> None:
+        self.model.zero_grad()
+        super().install()
+
+
+class GradientsOn(Mutant):
+    """Switches gradients off for a forward, and then on, whatever they were."""
+
+    killer = "hygiene.process"
+
+    def run(self, *args: Any, **kwargs: Any) -> Tensor:
+        try:
+            return super().run(*args, **kwargs)
+        finally:
+            torch.set_grad_enabled(True)
+
+
+class GradientsOffAfterException(Mutant):
+    """Switches gradients back on behind the forward, without a `finally`."""
+
+    killer = "hygiene.exception"
+
+    def forward(self, input_ids: Tensor, **inputs: Any) -> Tensor:
+        self.failed = True
+        logits = super().forward(input_ids, **inputs)
+        self.failed = False
+        return logits
+
+    def run(self, *args: Any, **kwargs: Any) -> Tensor:
+        try:
+            return super().run(*args, **kwargs)
+        finally:
+            if self.failed:
+                torch.set_grad_enabled(False)
+
+
+class DrawsNumbers(Mutant):
+    """Tries the model on random tokens when it is made, and so moves everybody's random numbers on."""
+
+    killer = "hygiene.process"
+
+    def install(self) -> None:
+        torch.randint(0, 41, (1, 4))
+        super().install()
+
+
+class SeedsOthers(Mutant):
+    """Seeds Python's and numpy's random numbers."""
+
+    killer = "hygiene.process"
+
+    def install(self) -> None:
+        random.seed(0)
+        np.random.seed(0)
+        super().install()
+
+
+class HooksOnAllModules(Mutant):
+    """Leaves a hook on every module of the process, that does nothing any more."""
+
+    killer = "hygiene.process"
+
+    def install(self) -> None:
+        super().install()
+        nn.modules.module.register_module_forward_pre_hook(lambda *_: None)
+
+
+class HooksClearedAfterException(Mutant):
+    """Clears all hooks of the model when a forward fails, the user's own with them."""
+
+    killer = "hygiene.exception"
+
+    def forward(self, input_ids: Tensor, **inputs: Any) -> Tensor:
+        try:
+            return super().forward(input_ids, **inputs)
+        except BaseException:
+            for module in self.model.modules():
+                module._forward_pre_hooks.clear()
+            self.install()
+            raise
+
+
+class HooksByName(Mutant):
+    """Removes, on closing, every hook that has the name that its own have."""
+
+    killer = "hygiene.foreign"
+
+    def close(self) -> None:
+        super().close()
+        for module in self.model.modules():
+            for key, hook in list(module._forward_pre_hooks.items()):
+                if getattr(hook, "__name__", "") == "hook":
+                    del module._forward_pre_hooks[key]

@@ -249,3 +249,27 @@ class MaskOfFirstHead(Mutant):
             self.real = torch.ones_like(real)
         self.real = real
         return out
+
+
+class PaddingOnOneSide(Mutant):
+    """Takes a row's real tokens to be its first or its last ones, by the first row's padding."""
+
+    killer = "locality.padded"
+
+    def mean(self, z: Tensor, real: Tensor) -> Tensor:
+        left = not real[:, 0].all()
+        count = real.sum(dim=-1, keepdim=True)
+        place = torch.arange(real.shape[1])[None]
+        return super().mean(z, place >= real.shape[1] - count if left else place < count)
+
+
+class PaddedMeanInFloat32(Mutant):
+    """Sums in float32 where there is padding, whatever z is."""
+
+    killer = "locality.padded"
+
+    def mean(self, z: Tensor, real: Tensor) -> Tensor:
+        if real.all():
+            return super().mean(z, real)
+        per_token = z.float().mean(dim=-1).where(real, 0)
+        return (per_token.sum(dim=-1) / real.sum(dim=-1))[:, None, None].to(z.dtype)

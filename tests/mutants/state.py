@@ -497,3 +497,41 @@ class OneStackForAll(Mutant):
     def close(self) -> None:
         super().close()
         self.stack.pop()
+
+
+class MeansWithoutMask(Mutant):
+    """Keeps the means of a prompt, and takes them again for the same tokens under another mask."""
+
+    killer = "history.padded"
+
+    def run(self, input_ids: Tensor, attention_mask: Tensor | None = None, **inputs: Any) -> Tensor:
+        self.prompt = str(input_ids.tolist())
+        return super().run(input_ids, attention_mask, **inputs)
+
+    def hook(self, layer: int, module: nn.Module, args: tuple[Any, ...]) -> Any:
+        self.layer = layer
+        return super().hook(layer, module, args)
+
+    def mean(self, z: Tensor, real: Tensor) -> Tensor:
+        known: dict[Any, Tensor] = self.__dict__.setdefault("known", {})
+        key = (self.prompt, self.layer, str(self.heads), z.storage_offset())
+        return known.setdefault(key, super().mean(z, real))
+
+
+class SetInConfiguration(Mutant):
+    """Keeps what is ablated in the configuration, which other models may share."""
+
+    killer = "isolation"
+
+    def ablate(self, heads: Sequence[tuple[int, int]], imputation: str) -> None:
+        super().ablate(heads, imputation)
+        SHARED[id(self.config)] = list(heads)
+
+    def targets(self, layer: int) -> list[int]:
+        return [head for index, head in SHARED.get(id(self.config), []) if index == layer]
+
+    def clear(self) -> None:
+        SHARED.pop(id(self.config), None)
+
+
+SHARED: dict[int, list[tuple[int, int]]] = {}
