@@ -273,7 +273,7 @@ class KnockOut:
                 raise TypeError("not integers")
             if not (0 <= layer < self.model.config.n_layer and 0 <= head < self.model.config.n_head):
                 raise IndexError("no such head")
-        self.heads = heads
+        self.heads = list(heads)
     def run(self, input_ids, attention_mask=None, **inputs):
         with torch.no_grad(), knock_out(self.model, self.heads):
             return self.model(input_ids, attention_mask=attention_mask, **inputs).logits
