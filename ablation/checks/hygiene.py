@@ -49,10 +49,8 @@ def foreign_hooks(make: Factory, case: Case) -> None:
     for count, (place, module) in enumerate(model.named_modules()):
         kind = {"with_kwargs": bool(count % 2)}
         for when in ("before", "after"):
-
-            def hook(
-                *_: Any, name: str = f"{when} {place or 'the model'}"
-            ) -> None:  # the name that most give to theirs
+            # Called `hook`, as most people call theirs: nobody is to go by the name.
+            def hook(*_: Any, name: str = f"{when} {place or 'the model'}") -> None:
                 fired.append(name)
 
             register = module.register_forward_pre_hook if when == "before" else module.register_forward_hook
