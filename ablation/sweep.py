@@ -269,45 +269,47 @@ class _Run:
             raise InvalidAblation(f"max_rows is {max_rows}: a pass needs 2 rows, a clean one and an ablated one")
         return max_rows
 
-    def forward(self, rows: Sequence[Sequence[int]], **how: Any) -> Tensor:
+    def forward(self, rows: Sequence[Sequence[int]]) -> Tensor:
         """Logits of the last token, [rows, vocabulary]."""
         # An embedding on the meta device waits elsewhere, and brings its inputs to where it will be.
         ids = torch.tensor(rows, device="cpu" if self.embedding.is_meta else self.embedding.device)
-        logits: Tensor = self.model(ids, use_cache=False, **how).logits
+        logits: Tensor = self.model(ids, use_cache=False, **self.last_only).logits
         return logits[:, -1]
 
-    def clean(self, prompt: _Prompt) -> _Cells:
-        """The clean run, with no hook but one that looks on. Raises InvalidReceipt, NonFiniteLogits."""
-        tokens = len(prompt.token_ids)
-        seen: dict[int, list[NDArray[np.float64]]] = {layer.index: [] for layer in self.heads.layers}
+    def plain(self, prompt: _Prompt, cells: Sequence[Ablation] = ()) -> tuple[_Cells, Tensor]:
+        """A forward that does not grow: the clean run, in its last row, and logits [cells, vocabulary] of some cells.
+
+        Raises InvalidReceipt, NonFiniteLogits, and UnsupportedModel where a projection is not given every head's z.
+        """
+        rows, tokens = len(cells) + 1, len(prompt.token_ids)
+        head_mean = np.full(self.heads.shape, np.nan)
 
         def look(layer: Layer, projection: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
             (z, *_) = args or kwargs.values()
-            if z.shape != (1, tokens, layer.heads * layer.width):
+            if z.shape != (rows, tokens, layer.heads * layer.width):
                 raise UnsupportedModel(
-                    f"{layer.name} was given {tuple(z.shape)}, not [1, {tokens} tokens, "
+                    f"{layer.name} was given {tuple(z.shape)}, not [{rows} rows, {tokens} tokens, "
                     f"{layer.heads * layer.width} channels]"
                 )
-            per_head = z.cpu().double().unflatten(-1, (layer.heads, layer.width))
-            seen[layer.index].append(per_head.mean(dim=(0, 1, 3)).numpy())
+            per_head = z[-1].cpu().double().unflatten(-1, (layer.heads, layer.width))
+            head_mean[layer.index, : layer.heads] = per_head.mean(dim=(0, 2)).numpy()
 
-        with ExitStack() as hooks:
+        with HeadAblation(self.model) as hook, ExitStack() as hooks:
+            hook.edits = self.edits(cells, 0, 1)
             for layer in self.heads.layers:
                 handle = layer.projection.register_forward_pre_hook(partial(look, layer), with_kwargs=True)
                 hooks.callback(handle.remove)
-            (logits,) = self.forward([prompt.token_ids])
-        head_mean = np.full(self.heads.shape, np.nan)
-        for layer in self.heads.layers:
-            if len(seen[layer.index]) != 1:
-                raise InvalidReceipt(f"{layer.name} was called {len(seen[layer.index])} times in a forward, not once")
-            head_mean[layer.index, : layer.heads] = seen[layer.index][0]
-        if not logits.isfinite().all():
+            logits = self.forward([prompt.token_ids] * rows)
+            for layer in self.heads.layers:
+                if (calls := hook.receipt.calls[layer.index]) != 1:
+                    raise InvalidReceipt(f"{layer.name} was called {calls} times in one forward, not once")
+        if not logits[-1].isfinite().all():
             raise NonFiniteLogits("the model's clean logits are not finite")
-        return _Cells(self, prompt, logits, head_mean)
+        return _Cells(self, prompt, logits[-1], head_mean), logits[:-1]
 
     def sequential(self, prompt: _Prompt, progress: Progress, **how: Any) -> Sweep:
         """One forward for each cell."""
-        found = self.clean(prompt)
+        found, _ = self.plain(prompt)
         with HeadAblation(self.model) as hook:
             for done, cell in enumerate(self.cells, start=1):
                 hook.edits = self.edits([cell], 0, 1)
@@ -346,37 +348,40 @@ class _Run:
         self, prompts: Sequence[_Prompt], max_rows: int | None, progress: Progress, narrow: bool
     ) -> list[Sweep]:
         """One forward for each pass: clean rows, one for each prompt, and, as the batch grows, one for each edit."""
-        found = [self.clean(prompt) for prompt in prompts]
         ids, several = [prompt.token_ids for prompt in prompts], len(prompts)
-        least = math.ceil(len(self.cells) / (self.rows(len(ids[0]), max_rows) // several - 1))
-        size = math.ceil(len(self.cells) / least)  # of passes that are alike
+        places = self.rows(len(ids[0]), max_rows) // several - 1  # of a pass, for cells
+        size = math.ceil(len(self.cells) / math.ceil(len(self.cells) / places))  # of passes that are alike
         passes = [self.cells[i : i + size] for i in range(0, len(self.cells), size)]
         steps = len(passes) * len(self.heads.layers)
         done = itertools.count(1)
-        probes = self.probes()
-        probed: dict[Ablation, Tensor] = {}
+        probes, plain = self.probes(), dict[Ablation, Tensor]()
+        for i in range(0, len(probes), places):
+            some = probes[i : i + places]
+            found, logits = zip(*[self.plain(prompt, some) for prompt in prompts], strict=True)
+            plain |= zip(some, torch.stack(logits, dim=1), strict=True)
         with HeadAblation(self.model) as hook:
             for cells in passes:
                 hook.edits = self.edits(cells, several, several)
                 added = {layer: len(edits) // several for layer, edits in hook.edits.items()}
                 with grown(self.heads, several, added, narrow, lambda: progress(next(done) / steps)):
-                    logits = self.forward(ids, **self.last_only)
-                logits = logits.unflatten(0, (-1, several))  # [1 + cells, prompts, vocabulary]
+                    logits = self.forward(ids).unflatten(0, (-1, several))  # [1 + cells, prompts, vocabulary]
                 _agree(logits[0], torch.stack([of_prompt.clean for of_prompt in found]))
-                probed |= {cell: logits[1 + i].clone() for i, cell in enumerate(cells) if cell in probes}
+                for row, cell in zip(logits[1:], cells, strict=True):
+                    if cell in plain:
+                        _agree(row, plain[cell])
                 fired = [f for layer in sorted(hook.receipt.fired) for f in hook.receipt.fired[layer]]
                 calls = [hook.receipt.calls[cell.layer] for cell in cells]
                 for i, of_prompt in enumerate(found):
                     of_prompt.add(cells, logits[1:, i], calls, fired[i::several])
-            hook.edits = self.edits(probes, 0, several)
-            plain = self.forward(ids * len(probes), **self.last_only)
-            _agree(torch.cat([probed[cell] for cell in probes]), plain)
         how = {"method": "growing batch", "passes": len(passes), "prompts": several}
         return [of_prompt.result(**how) for of_prompt in found]
 
     def probes(self) -> list[Ablation]:
-        """The cells that are compared with a forward whose batch does not grow: of each layer the last one."""
-        return list({cell.layer: cell for cell in self.cells}.values())
+        """The cells that are compared with a batch that does not grow, where they are in another order.
+
+        Of each layer the last one: in some models only the rows of a layer between are mixed up (HY-V4).
+        """
+        return list({cell.layer: cell for cell in self.cells}.values())[::-1]
 
     def name(self, cell: Ablation) -> str:
         """A cell in words."""
@@ -456,9 +461,15 @@ def _token_id(token: Any) -> int:
 
 def _most_probable(watch: Sequence[int | None], logits: Tensor) -> list[int]:
     """The watched tokens, each None replaced by the most probable token that is not among them."""
-    order = logits.sort(descending=True, stable=True).indices.tolist()
-    free = (token for token in order if token not in watch)
-    return [next(free) if token is None else int(token) for token in watch]
+    free = logits.clone()
+    free[[token for token in watch if token is not None]] = -torch.inf
+    watched = []
+    for token in watch:
+        if token is None:
+            token = int(free.max(dim=-1).indices)  # of equal ones the first
+            free[token] = -torch.inf
+        watched.append(token)
+    return watched
 
 
 class _Measured(NamedTuple):
@@ -474,11 +485,14 @@ class _Measured(NamedTuple):
 def _measure(logits: Tensor, watched: Tensor) -> _Measured:
     """logits: [rows, vocabulary]. In float64, where the sum over the vocabulary costs no digits."""
     parts = []
-    for some in logits.cpu().split(4):  # what a processor's cache holds
-        some = some.to(torch.float64, copy=True)
-        log_probability = some[:, watched] - some.logsumexp(dim=-1, keepdim=True)
-        first, argmax = some.max(dim=-1, keepdim=True)  # of equal ones the first
-        finite = some.sum(dim=-1).isfinite()
-        margin = first[:, 0] - some.scatter_(-1, argmax, -torch.inf).amax(dim=-1)
-        parts.append((log_probability.exp(), log_probability, argmax[:, 0], margin, finite))
+    scratch = torch.empty(4, logits.shape[1], dtype=torch.float64, device="cpu")  # what a processor's cache holds
+    for some in logits.split(len(scratch)):
+        rest = scratch[: len(some)].copy_(some)
+        finite = rest.sum(dim=-1).isfinite()
+        of_watched = rest[:, watched]
+        first, argmax = rest.max(dim=-1, keepdim=True)  # of equal ones the first
+        second = rest.scatter_(-1, argmax, -torch.inf).amax(dim=-1)
+        log_sum = first + rest.sub_(first).exp_().sum(dim=-1, keepdim=True).log1p()
+        log_probability = of_watched - log_sum
+        parts.append((log_probability.exp(), log_probability, argmax[:, 0], first[:, 0] - second, finite))
     return _Measured(*(torch.cat(part).numpy() for part in zip(*parts, strict=True)))

@@ -172,10 +172,10 @@ def test_no_row_and_no_token_is_computed_that_nothing_is_read_from(family: str) 
     finally:
         for handle in handles:
             handle.remove()
-    assert shapes == [  # the clean run; four passes of a clean row and three ablations; two probes
-        [(1, 5), (4, 5), (4, 5), (1, 5), (1, 5), (2, 5)],
-        [(1, 5), (4, 1), (4, 1), (4, 1), (4, 1), (2, 5)],
-        [(1, 5), (4, 1), (4, 1), (4, 1), (4, 1), (2, 1)],
+    assert shapes == [  # two probes and the clean run; four passes of a clean row and three ablations
+        [(3, 5), (4, 5), (4, 5), (1, 5), (1, 5)],
+        [(3, 5), (4, 1), (4, 1), (4, 1), (4, 1)],
+        [(3, 1), (4, 1), (4, 1), (4, 1), (4, 1)],
     ]
 
 
@@ -229,7 +229,7 @@ def test_behind_the_last_attention_each_part_is_given_the_last_token_alone() -> 
     finally:
         for handle in handles:
             handle.remove()
-    before, behind = [5, 5, 5], [5, 1, 5]  # the clean run, the growing batch, the probes
+    before, behind = [5, 5], [5, 1]  # the plain batch, the growing one
     assert tokens == {"ln_1": before, "attn.c_attn": before} | dict.fromkeys(
         ("attn.c_proj", "ln_2", "mlp", "mlp.c_fc"), behind
     )
@@ -396,10 +396,39 @@ def test_a_model_whose_rows_see_each_other_is_swept_sequentially() -> None:
         mix.remove()
 
 
+@pytest.mark.parametrize("row", [slice(0, 1), slice(-1, None)], ids=["first", "last"])
+def test_a_hook_that_was_written_for_one_row_is_noticed(row: slice) -> None:
+    model = GPT2.build()
+
+    def steer(module: Any, args: Any, out: Tensor) -> Tensor:
+        out = out.clone()
+        out[row] *= 2
+        return out
+
+    handle = model.transformer.h[0].mlp.register_forward_hook(steer)
+    try:
+        with pytest.warns(UserWarning, match="differs from the same forward without growth"):
+            result = sweep(model, IDS)
+        assert_equal(result, sweep_sequential(model, IDS), atol=0)
+    finally:
+        handle.remove()
+
+
+@pytest.mark.parametrize("max_rows", [2, 3, 4, 9])
+def test_no_forward_has_more_rows_than_were_allowed(max_rows: int) -> None:
+    model, rows = Decoder("gpt2", layers=4, heads=2, width=3).build(), []
+    handle = model.transformer.register_forward_hook(lambda _, args, out: rows.append(len(out[0])))
+    try:
+        assert sweep(model, IDS, max_rows=max_rows).provenance["method"] == "growing batch"
+    finally:
+        handle.remove()
+    assert max(rows) == max_rows
+
+
 def test_a_projection_that_is_given_other_than_every_token_is_refused() -> None:
     model = GPT2.build()
     part = model.transformer.h[1].attn.c_proj.register_forward_pre_hook(lambda _, args: (args[0][:, :3],))
-    reason = r"^transformer.h.1.attn.c_proj was given \(1, 3, 6\), not \[1, 5 tokens, 6 channels\]$"
+    reason = r"^transformer.h.1.attn.c_proj was given \((\d), 3, 6\), not \[\1 rows, 5 tokens, 6 channels\]$"
     try:
         for way in (sweep, sweep_sequential):
             with pytest.raises(UnsupportedModel, match=reason):
@@ -408,12 +437,12 @@ def test_a_projection_that_is_given_other_than_every_token_is_refused() -> None:
         part.remove()
 
 
-def test_a_projection_that_is_called_twice_is_refused_by_the_clean_run() -> None:
+def test_a_projection_that_is_called_twice_is_refused() -> None:
     model = GPT2.fresh()
     attention = model.transformer.h[1].attn
     attention.c_proj = Twice(attention.c_proj).eval()
     for way in (sweep, sweep_sequential):
-        with pytest.raises(InvalidReceipt, match=r"^transformer.h.1.attn.c_proj.dense was called 2 times in a forward"):
+        with pytest.raises(InvalidReceipt, match=r"^transformer.h.1.attn.c_proj.dense was called 2 times in one"):
             way(model, IDS)
 
 
