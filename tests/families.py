@@ -46,7 +46,7 @@ STATE_SPACE = "no attention heads: none of its layers has an attention"
 NO_LINEAR = "has 0 attention output projections that are Linear or Conv1D"
 REFUSED = {
     "blt": "BltForCausalLM has no text decoder of its own, only parts with attention: local_encoder.layers,",
-    "cpmant": "was given (1, 38, 64), not [1, 6 tokens",  # 32 tokens of its own before the prompt
+    "cpmant": "attention_out was given (4, 38, 64), not [4 rows, 6 tokens",  # 32 tokens of its own before the prompt
     "deepseek_v4": NO_LINEAR,  # W_O is a product of two, the first in groups of heads
     "diffllama": "subtracts heads from each other before W_O",
     "dory": "model.layers.1.self_attn.o_proj was called 2 times in one forward",  # it runs layers in a loop
