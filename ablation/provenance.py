@@ -13,7 +13,7 @@ from transformers import PreTrainedModel
 
 
 def environment() -> dict[str, Any]:
-    """Versions of the libraries and the CPU path of torch: what changes the last bits of a float result."""
+    """Versions of the libraries, and torch's settings: what changes the last bits of a float result, or more."""
     return {
         "torch": torch.__version__,
         "transformers": transformers.__version__,
@@ -22,15 +22,22 @@ def environment() -> dict[str, Any]:
         "machine": platform.machine(),
         "cpu_capability": torch.backends.cpu.get_cpu_capability(),
         "threads": torch.get_num_threads(),
+        "float32_matmul": torch.get_float32_matmul_precision(),
     }
 
 
 def of_model(model: PreTrainedModel) -> dict[str, Any]:
-    """Class, dtype, attention implementation and device of a model; of one that is spread, all its devices."""
+    """Class, dtype, attention implementation and device of a model; of one that is spread, all its devices.
+
+    autocast: the dtype in which it is run instead, or None.
+    """
     spread: dict[str, Any] = getattr(model, "hf_device_map", {})
+    device = model.device.type
+    cast = torch.amp.is_autocast_available(device) and torch.is_autocast_enabled(device)
     return {
         "architecture": type(model).__name__,
         "dtype": str(model.dtype).removeprefix("torch."),
+        "autocast": str(torch.get_autocast_dtype(device)).removeprefix("torch.") if cast else None,
         "attention": model.config._attn_implementation,
         "device": ", ".join(sorted({str(device) for device in spread.values()})) or str(model.device),
     }

@@ -144,7 +144,7 @@ def _place(cell: tuple[Any, ...]) -> str:
 def _message(model: str, name: str, moved: list[str], made_with: Mapping[str, Any]) -> str:
     card = FOLDER / model / f"{name}.json"
     was = json.loads(card.read_text()) if card.exists() else {}
-    changed = {key: (was.get(key), made_with.get(key)) for key in was | made_with if was.get(key) != made_with.get(key)}
+    changed = {key: (old, made_with.get(key)) for key, old in was.items() if old != made_with.get(key)}
     provenance = [f"  {key}: {old} -> {new}" for key, (old, new) in changed.items()] or [
         "  the same in all that is kept"
     ]

@@ -79,6 +79,20 @@ def test_a_device_that_is_not_there_is_said_before_anything_is_loaded(device: st
         models.load("does-not-exist", device=device)
 
 
+def test_settings_that_change_the_arithmetic_are_in_the_provenance() -> None:
+    model = Decoder("gpt2", layers=2, heads=3, width=4).build()
+    exact = sweep(model, IDS)
+    assert (exact.provenance["autocast"], exact.provenance["float32_matmul"]) == (None, "highest")
+    try:
+        torch.set_float32_matmul_precision("medium")
+        with torch.autocast("cpu", dtype=torch.bfloat16):
+            cast = sweep(model, IDS)
+    finally:
+        torch.set_float32_matmul_precision("highest")
+    assert (cast.provenance["autocast"], cast.provenance["float32_matmul"]) == ("bfloat16", "medium")
+    assert cast.provenance["dtype"] == "float32" and not np.array_equal(cast.margin, exact.margin)
+
+
 def test_in_half_precision_the_growing_batch_is_what_its_rounding_allows() -> None:
     """Its noise is that of the dtype: of float32's it has 16 digits fewer."""
     model = Decoder("llama", layers=3, heads=4, width=4).fresh()
