@@ -29,6 +29,10 @@ def ask(
     if None not in watch and watch[0] == watch[1]:
         raise InvalidPrompt(f"target and control are the same token, {question.target!r}: name another with --control")
     result = sweep(loaded.model, ids, watch, imputations, max_rows=max_rows, progress=progress)
+    if question.target is None and watch[1] == result.clean_argmax:
+        raise InvalidPrompt(
+            f"the control, {question.control!r}, is the model's own prediction: name a target with --target"
+        )
     asked = {
         "model": loaded.name,
         "revision": loaded.revision,

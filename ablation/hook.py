@@ -62,8 +62,9 @@ class HeadAblation:
         ablation.clear()
 
     It holds one forward pre-hook on each attention output projection, two hooks on the decoder that start and check
-    the receipt, and one on the model that notes its mask. It never writes into a tensor that it is given. On leaving,
-    by whatever way, these hooks are gone and everything else is as it was. It can be entered again.
+    the receipt, and two on the model that note its mask and see that the decoder's hooks ran. It never writes into a
+    tensor that it is given. On leaving, by whatever way, these hooks are gone and everything else is as it was. It can
+    be entered again.
 
     edits: its state, {layer: edits}; empty when unset. receipt: what it did in the last forward.
 
@@ -91,6 +92,7 @@ class HeadAblation:
                 replace = partial(self._replace, layer)
                 hooks.callback(layer.projection.register_forward_pre_hook(replace, with_kwargs=True).remove)
             hooks.callback(decoder.register_forward_hook(self._check).remove)
+            hooks.callback(self._model.register_forward_hook(self._check_ran).remove)
             self._installed = hooks.pop_all()
         return self
 
@@ -166,6 +168,11 @@ class HeadAblation:
             if self.receipt.calls[index] != 1:
                 name, calls = self.heads.layer(index).name, self.receipt.calls[index]
                 raise InvalidReceipt(f"{name} was called {calls} times in one forward, not once: no ablation of a head")
+
+    def _check_ran(self, model: nn.Module, args: tuple[Any, ...], output: object) -> None:
+        """After the model ran: so did the decoder's hooks, which a forward that was compiled before leaves out."""
+        if self.edits and self._given is not NOT_CALLED:
+            raise InvalidReceipt("the decoder's hooks did not run, as in a compiled forward: nothing was ablated")
 
 
 def _arguments(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> dict[str, Any]:

@@ -11,7 +11,7 @@ from torch import Tensor
 from ablation.errors import UnknownImputation
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class Imputation:
     """Replaces z, the output of one head before the projection.
 
@@ -33,7 +33,7 @@ class Imputation:
         raise NotImplementedError
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class Zero(Imputation):
     """z becomes 0: the head writes nothing to the residual stream."""
 
@@ -45,7 +45,7 @@ class Zero(Imputation):
         return z.new_zeros(())
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class Mean(Imputation):
     """z becomes one number a row: the mean of z over the row's real tokens and all channels.
 

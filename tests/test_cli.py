@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import re
 import subprocess
 import sys
@@ -50,6 +51,18 @@ def test_alone_it_sweeps_capitals_and_writes_beside_itself(run: Run) -> None:
     result = Sweep.load(Path("ablation-capitals"))
     assert result.provenance["prompt"] == "Berlin is the capital of"
     assert result.provenance["watched"] == [" Germany", " France"]
+
+
+def test_a_terminal_that_cannot_show_a_token_is_shown_its_escape(tmp_path: Path) -> None:
+    command = [sys.executable, "-m", "ablation", "sweep", "--impute", "zero", "--out", str(tmp_path)]
+    environment = os.environ | {"PYTHONIOENCODING": "ascii"}
+    done = subprocess.run(command, capture_output=True, text=True, env=environment)
+    assert done.returncode == 0 and "r\\xb2" in done.stdout, done.stderr
+
+
+def test_a_control_that_is_the_prediction_needs_a_target(run: Run) -> None:
+    status, _, err = run("--prompt", "Berlin is the capital of", "--control", " Germany", "--impute", "zero")
+    assert status == 2 and "the control, ' Germany', is the model's own prediction" in err
 
 
 def test_findings_can_be_had_as_json(run: Run) -> None:

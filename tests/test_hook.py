@@ -242,3 +242,16 @@ def test_gradients_flow_around_the_ablated_head() -> None:
         assert touched.tolist() == [True, True, False, True]
     finally:
         model.zero_grad()
+
+
+def test_a_forward_that_was_compiled_before_is_no_ablation() -> None:
+    """Its graph holds no hooks of the decoder, which came later."""
+    model = Decoder("gpt2", layers=2, heads=3, width=2).fresh()
+    ids = torch.tensor([[3, 1, 4]])
+    model.forward = torch.compile(model.forward, backend="eager")
+    clean = logits(model, ids)
+    with HeadAblation(model) as ablation:
+        assert torch.equal(logits(model, ids), clean)  # unset
+        ablation.set([(0, 1)])
+        with pytest.raises(InvalidReceipt, match="the decoder's hooks did not run"):
+            logits(model, ids)

@@ -21,6 +21,7 @@ from ablation.errors import InvalidPrompt, InvalidReceipt, NonFiniteLogits, Unsu
 from ablation.growing import Disagreement, grown
 from ablation.heads import find_heads
 from ablation.hook import Fired, HeadAblation
+from ablation.imputation import Imputation
 from ablation.sweep import Sweep, _agree, sweep, sweep_prompts, sweep_sequential
 from tests.test_hook import Twice, hooks_of, logits
 
@@ -313,8 +314,8 @@ def test_a_second_sweep_is_the_same_to_the_last_bit_and_leaves_no_hook() -> None
 
 def test_saved_and_loaded_it_is_equal(tmp_path: Path) -> None:
     result = sweep(GPT2.build(), IDS)
-    result.save(tmp_path)
-    loaded = Sweep.load(tmp_path)
+    result.save(str(tmp_path))
+    loaded = Sweep.load(str(tmp_path))
     assert loaded.provenance == json.loads(json.dumps(result.provenance))
     for name, value in arrays(result).items():
         again = getattr(loaded, name)
@@ -488,9 +489,48 @@ def test_logits_agree_that_are_apart_by_less_than_half_of_their_digits(size: flo
     plain = torch.tensor([[0.0, -size, size / 2]])
     noise = torch.finfo(torch.float32).eps ** 0.5
     _agree(plain * (1 - noise / 2), plain)
-    for apart in (plain * (1 - noise * 2), plain * torch.nan):
+    for apart in (plain * (1 - noise * 3), plain * torch.nan):
         with pytest.raises(Disagreement, match=r"^a row differs from the same forward without growth by [^ ]+$"):
             _agree(apart, plain)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_neither_an_offset_nor_masked_tokens_hide_that_logits_are_apart(dtype: torch.dtype) -> None:
+    plain = torch.randn(2, 100, generator=torch.Generator().manual_seed(0)).to(dtype)
+    apart = plain.clone()
+    apart[1, 7] += 1
+    masked = [row.index_fill(-1, torch.arange(20, 50), torch.finfo(dtype).min) for row in (apart, plain)]
+    for one, other in ((apart, plain), (apart + 50, plain + 50), masked):
+        _agree(other, other)
+        with pytest.raises(Disagreement):
+            _agree(one, other)
+
+
+@pytest.mark.parametrize("ids", [[True, False], torch.tensor([[3], [1]]), torch.tensor([True, False]), [np.bool_(1)]])
+def test_a_mask_or_rows_are_no_prompt(ids: Any) -> None:
+    with pytest.raises(InvalidPrompt, match="no token id"):
+        sweep(GPT2.build(), ids)
+    expected = sweep(GPT2.build(), [3, 1]).margin
+    for right in ([np.int64(3), np.int64(1)], torch.tensor([3, 1]), np.array([3, 1])):
+        assert np.array_equal(sweep(GPT2.build(), right).margin, expected)  # type: ignore[arg-type]
+
+
+def test_imputations_of_one_class_that_differ_are_not_taken_for_each_other() -> None:
+    class Constant(Imputation):
+        pointwise = True
+
+        def __init__(self, value: float) -> None:
+            object.__setattr__(self, "value", value)
+            object.__setattr__(self, "name", f"constant {value}")
+
+        def __call__(self, z: Tensor, mask: Tensor | None = None) -> Tensor:
+            return z.new_full((), self.value)  # type: ignore[attr-defined]
+
+    model, both = GPT2.build(), [Constant(0.0), Constant(1.0)]
+    for max_rows in (None, 3, 6):
+        result = sweep(model, IDS, imputations=both, max_rows=max_rows)
+        assert result.provenance["method"] == "growing batch"
+        assert_equal(result, sweep_sequential(model, IDS, imputations=both), ATOL["float32"])
 
 
 def test_logits_that_are_all_zero_are_no_disagreement() -> None:
