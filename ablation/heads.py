@@ -13,6 +13,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
 
+import torch
 from torch import nn
 from transformers import PretrainedConfig, PreTrainedModel
 from transformers.pytorch_utils import Conv1D
@@ -93,11 +94,16 @@ class Heads:
         return found.index, _index(head, "head", found.heads, f"layer {found.index}")
 
 
+def as_index(value: Any) -> int:
+    """An integer. Raises TypeError for what else Python takes for one: True, and a tensor that is a row of one."""
+    if isinstance(value, bool) or getattr(value, "dtype", None) == torch.bool or getattr(value, "ndim", 0):
+        raise TypeError
+    return operator.index(value)
+
+
 def _index(value: Any, what: str, count: int, owner: str) -> int:
     try:
-        if isinstance(value, bool):  # an int to Python: True would pass for head 1
-            raise TypeError
-        index = operator.index(value)
+        index = as_index(value)
     except TypeError:
         raise NoSuchHead(f"{what} {value!r} is not an integer") from None
     if not 0 <= index < count:

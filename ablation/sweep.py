@@ -6,7 +6,6 @@ import inspect
 import itertools
 import json
 import math
-import operator
 import warnings
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import ExitStack
@@ -32,7 +31,7 @@ from ablation.errors import (
     UnsupportedModel,
 )
 from ablation.growing import Disagreement, grown
-from ablation.heads import Heads, Layer, find_heads
+from ablation.heads import Heads, Layer, as_index
 from ablation.hook import Edit, Fired, HeadAblation
 from ablation.imputation import IMPUTATIONS, Imputation, as_imputation
 
@@ -214,7 +213,8 @@ class _Run:
 
     def __init__(self, model: PreTrainedModel, imputations: Sequence[str | Imputation]) -> None:
         self.model = model
-        self.heads: Heads = find_heads(model)
+        self.hook = HeadAblation(model)
+        self.heads: Heads = self.hook.heads
         self.imputations = [as_imputation(imputation) for imputation in imputations]
         if not self.imputations or len({i.name for i in self.imputations}) < len(self.imputations):
             raise InvalidAblation("name at least one imputation, and each only once")
@@ -296,7 +296,7 @@ class _Run:
             per_head = z[-1].cpu().double().unflatten(-1, (layer.heads, layer.width))
             head_mean[layer.index, : layer.heads] = per_head.mean(dim=(0, 2)).numpy()
 
-        with HeadAblation(self.model) as hook, ExitStack() as hooks:
+        with self.hook as hook, ExitStack() as hooks:
             hook.edits = self.edits(cells, 0, 1)
             for layer in self.heads.layers:
                 handle = layer.projection.register_forward_pre_hook(partial(look, layer), with_kwargs=True)
@@ -312,7 +312,7 @@ class _Run:
     def sequential(self, prompt: _Prompt, progress: Progress, **how: Any) -> Sweep:
         """One forward for each cell."""
         found, _ = self.plain(prompt)
-        with HeadAblation(self.model) as hook:
+        with self.hook as hook:
             for done, cell in enumerate(self.cells, start=1):
                 hook.edits = self.edits([cell], 0, 1)
                 logits = self.forward([prompt.token_ids])
@@ -361,7 +361,7 @@ class _Run:
             some = probes[i : i + places]
             found, logits = zip(*[self.plain(prompt, some) for prompt in prompts], strict=True)
             plain |= zip(some, torch.stack(logits, dim=1), strict=True)
-        with HeadAblation(self.model) as hook:
+        with self.hook as hook:
             for cells in passes:
                 hook.edits = self.edits(cells, several, several)
                 added = {layer: len(edits) // several for layer, edits in hook.edits.items()}
@@ -458,9 +458,7 @@ class _Cells:
 
 def _token_id(token: Any) -> int:
     try:
-        if isinstance(token, bool) or getattr(token, "dtype", None) in (torch.bool, np.bool_) or np.ndim(token):
-            raise TypeError  # operator.index takes a mask's True, and a row of one token
-        return operator.index(token)
+        return as_index(token)
     except TypeError:
         raise InvalidPrompt(f"{token!r} is no token id: a prompt is a list of integers, without rows") from None
 

@@ -22,7 +22,7 @@ from ablation.hook import HeadAblation
 from ablation.sweep import Sweep, sweep, sweep_sequential
 from tests.families import build, logits
 from tests.test_figures import assert_composed, drawn, texts_of  # noqa: F401 (fixture)
-from tests.test_sweep import ATOL, IDS, assert_equal
+from tests.test_sweep import ATOL, IDS, assert_equal, assert_noticed
 
 # Layer 1 alone has heads: gated attention among linear ones. Layers of 6, 4 and 6 heads.
 HYBRID, RAGGED = "qwen3_next", "inkling_text"
@@ -132,13 +132,7 @@ def test_rows_that_are_mixed_up_in_one_layer_only_are_noticed() -> None:
     def mix(_: object, args: object, out: Tensor) -> Tensor:
         return torch.cat([out[:9], out[9:10].expand(len(out) - 9, -1, -1)]) if len(out) > 9 else out
 
-    handle = model.transformer.h[1].mlp.register_forward_hook(mix)
-    try:
-        with pytest.warns(UserWarning, match="differs from the same forward without growth"):
-            result = sweep(model, IDS)
-        assert_equal(result, sweep_sequential(model, IDS), atol=0)
-    finally:
-        handle.remove()
+    assert_noticed(model, 1, mix)
 
 
 def test_the_padding_that_a_model_of_several_parts_is_told_of_stays_out_of_the_mean() -> None:

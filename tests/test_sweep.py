@@ -383,10 +383,9 @@ def test_a_model_that_the_growing_batch_does_not_suit_is_swept_sequentially_and_
     assert_equal(result, sweep_sequential(bloom, IDS), atol=0)
 
 
-def test_a_model_whose_rows_see_each_other_is_swept_sequentially() -> None:
-    model = GPT2.build()
-    mlp = model.transformer.h[1].mlp
-    mix = mlp.register_forward_hook(lambda _, args, out: out + 0.1 * (out.mean(dim=0, keepdim=True) - out))
+def assert_noticed(model: Any, layer: int, hook: Any) -> None:
+    """With a hook behind the MLP of a layer, rows are found not to be alike, and are swept one by one."""
+    handle = model.transformer.h[layer].mlp.register_forward_hook(hook)
     try:
         with pytest.warns(UserWarning, match="differs from the same forward without growth"):
             result = sweep(model, IDS)
@@ -394,25 +393,21 @@ def test_a_model_whose_rows_see_each_other_is_swept_sequentially() -> None:
         assert result.provenance["reason"].startswith(reason)
         assert_equal(result, sweep_sequential(model, IDS), atol=0)
     finally:
-        mix.remove()
+        handle.remove()
+
+
+def test_a_model_whose_rows_see_each_other_is_swept_sequentially() -> None:
+    assert_noticed(GPT2.build(), 1, lambda _, args, out: out + 0.1 * (out.mean(dim=0, keepdim=True) - out))
 
 
 @pytest.mark.parametrize("row", [slice(0, 1), slice(-1, None)], ids=["first", "last"])
 def test_a_hook_that_was_written_for_one_row_is_noticed(row: slice) -> None:
-    model = GPT2.build()
-
     def steer(module: Any, args: Any, out: Tensor) -> Tensor:
         out = out.clone()
         out[row] *= 2
         return out
 
-    handle = model.transformer.h[0].mlp.register_forward_hook(steer)
-    try:
-        with pytest.warns(UserWarning, match="differs from the same forward without growth"):
-            result = sweep(model, IDS)
-        assert_equal(result, sweep_sequential(model, IDS), atol=0)
-    finally:
-        handle.remove()
+    assert_noticed(GPT2.build(), 0, steer)
 
 
 @pytest.mark.parametrize("max_rows", [2, 3, 4, 9])
@@ -443,7 +438,8 @@ def test_a_projection_that_is_called_twice_is_refused() -> None:
     attention = model.transformer.h[1].attn
     attention.c_proj = Twice(attention.c_proj).eval()
     for way in (sweep, sweep_sequential):
-        with pytest.raises(InvalidReceipt, match=r"^transformer.h.1.attn.c_proj.dense was called 2 times in one"):
+        called = r"^transformer.h.1.attn.c_proj.dense was called 2 times in one forward, not once"
+        with pytest.raises(InvalidReceipt, match=called):
             way(model, IDS)
 
 
