@@ -34,8 +34,8 @@ settings.load_profile("ci" if os.environ.get("CI") else "quick")
 from ablation import models, provenance  # noqa: E402
 from ablation.checks import CHECKS  # noqa: E402
 from ablation.errors import ModelUnavailable  # noqa: E402
-from ablation.experiment import ask  # noqa: E402
-from ablation.sweep import Sweep  # noqa: E402
+from ablation.experiment import sweep_question  # noqa: E402
+from ablation.sweep import SweepResult  # noqa: E402
 from tests.golden import FOLDER, Golden  # noqa: E402
 
 pytest_plugins = ["pytester"]
@@ -58,7 +58,7 @@ def pytest_addoption(parser: pytest.Parser) -> None:
     parser.addoption(
         "--models",
         metavar="NAMES",
-        help=f"test these models and no others, comma-separated, of {', '.join(models.KNOWN)}; NAME=FOLDER takes the "
+        help=f"test these models and no others, comma-separated, of {', '.join(models.NAMED_MODELS)}; NAME=FOLDER takes the "
         "weights from a folder. One that is not to be had is an error. Default: whatever is on this machine.",
     )
 
@@ -68,15 +68,15 @@ def pytest_configure(config: pytest.Config) -> None:
         raise pytest.UsageError("golden arrays are never rewritten in CI")
     adapter(config), expected_failures(config)  # a bad option ends here, in one line
     for name, source in asked(config).items():
-        if name not in models.KNOWN:
-            raise pytest.UsageError(f"--models: no model {name!r}; there are {', '.join(models.KNOWN)}")
+        if name not in models.NAMED_MODELS:
+            raise pytest.UsageError(f"--models: no model {name!r}; there are {', '.join(models.NAMED_MODELS)}")
         folder = Path(source.partition("=")[2])
         if source != name and not (folder / "config.json").is_file():
             problem = "it has no config.json" if folder.exists() else "it does not exist"
             raise pytest.UsageError(f"--models {source}: cannot load a model from {folder}: {problem}")
         if source == name and name != "gpt2":  # gpt2 may still be downloaded
             try:
-                models.KNOWN[name].locate()
+                models.NAMED_MODELS[name].locate()
             except ModelUnavailable as error:
                 raise pytest.UsageError(f"--models: {error}") from None
 
@@ -147,9 +147,9 @@ def asked(config: pytest.Config) -> dict[str, str]:
 def untested(config: pytest.Config) -> dict[str, str]:
     """The models that are not tested, and why."""
     if named := asked(config):
-        return {name: "not asked for" for name in models.KNOWN if name not in named}
+        return {name: "not asked for" for name in models.NAMED_MODELS if name not in named}
     reasons = {}
-    for name, known in models.KNOWN.items():
+    for name, known in models.NAMED_MODELS.items():
         try:
             known.locate()
         except ModelUnavailable as error:
@@ -199,7 +199,7 @@ def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter, config: p
 
 def model_lines(config: pytest.Config) -> list[str]:
     missing = untested(config)
-    tested = [asked(config).get(name, name) for name in models.KNOWN if name not in missing]
+    tested = [asked(config).get(name, name) for name in models.NAMED_MODELS if name not in missing]
     return [f"models tested: {', '.join(tested)}", *(f"NOT tested: {name}: {why}" for name, why in missing.items())]
 
 
@@ -209,8 +209,8 @@ def implementation(request: pytest.FixtureRequest) -> Any:
     return adapter(request.config)
 
 
-@pytest.fixture(params=list(models.KNOWN), scope="session")
-def known(request: pytest.FixtureRequest) -> models.Loaded:
+@pytest.fixture(params=list(models.NAMED_MODELS), scope="session")
+def known(request: pytest.FixtureRequest) -> models.LoadedModel:
     """Each of the models that go by a name. Skips where it is not to be had, unless it was asked for."""
     named = asked(request.config)
     if reason := untested(request.config).get(request.param):
@@ -219,25 +219,25 @@ def known(request: pytest.FixtureRequest) -> models.Loaded:
 
 
 @pytest.fixture(scope="session")
-def capitals() -> models.Loaded:
+def capitals() -> models.LoadedModel:
     """The model that is always there."""
     return _loaded("capitals", False)
 
 
 @pytest.fixture(scope="session")
-def swept() -> Callable[[models.Loaded], Sweep]:
+def swept() -> Callable[[models.LoadedModel], SweepResult]:
     """The sweep of a known model on its own question, run once a session."""
     return _swept
 
 
 @cache
-def _loaded(source: str, download: bool) -> models.Loaded:
+def _loaded(source: str, download: bool) -> models.LoadedModel:
     return models.load(source, download=download, device="cpu")  # what is pinned, is pinned there
 
 
 @cache
-def _swept(loaded: models.Loaded) -> Sweep:
-    return ask(loaded, models.KNOWN[loaded.name].question)
+def _swept(loaded: models.LoadedModel) -> SweepResult:
+    return sweep_question(loaded, models.NAMED_MODELS[loaded.name].question)
 
 
 @pytest.fixture(scope="session")

@@ -18,8 +18,8 @@ from typing import TYPE_CHECKING
 from ablation.errors import AblationError, InvalidPrompt
 
 if TYPE_CHECKING:
-    from ablation.models import Loaded, Question
-    from ablation.sweep import Sweep
+    from ablation.models import LoadedModel, Question
+    from ablation.sweep import SweepResult
 
 EPILOG = """\
 examples:
@@ -149,10 +149,10 @@ def _question(arguments: argparse.Namespace) -> Question:
     return models.Question(own.prompt, target, control)
 
 
-def _with_progress(loaded: Loaded, question: Question, arguments: argparse.Namespace) -> Sweep:
+def _with_progress(loaded: LoadedModel, question: Question, arguments: argparse.Namespace) -> SweepResult:
     from tqdm import tqdm
 
-    from ablation.experiment import ask
+    from ablation.experiment import sweep_question
 
     imputations = ("zero", "mean") if arguments.impute == "both" else (arguments.impute,)
     form = "sweeping {percentage:3.0f}% |{bar:40}|"
@@ -161,7 +161,7 @@ def _with_progress(loaded: Loaded, question: Question, arguments: argparse.Names
         warnings.catch_warnings(record=True) as notes,
         tqdm(total=100, bar_format=form, leave=False, disable=None) as bar,  # None: not where nobody looks
     ):
-        result = ask(
+        result = sweep_question(
             loaded,
             question,
             imputations,

@@ -9,7 +9,7 @@ class UnsupportedModel(AblationError, TypeError):
     """The model has no heads that can be ablated honestly; the message says why."""
 
 
-class NoSuchHead(AblationError, IndexError):
+class InvalidHead(AblationError, IndexError):
     """A (layer, head) pair that the model does not have, or that is not a pair of integers."""
 
 
@@ -21,7 +21,7 @@ class InvalidAblation(AblationError, RuntimeError):
     """The ablation cannot be carried out in this state of the hook or of the model."""
 
 
-class InvalidReceipt(AblationError, RuntimeError):
+class AblationNotApplied(AblationError, RuntimeError):
     """A forward ran, but the ablation that it should have carried did not take place as asked."""
 
 

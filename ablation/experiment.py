@@ -7,19 +7,19 @@ from collections.abc import Sequence
 
 from ablation.errors import InvalidPrompt
 from ablation.imputation import IMPUTATIONS
-from ablation.models import Loaded, Question, prompt_ids, single_token
+from ablation.models import LoadedModel, Question, prompt_ids, single_token
 from ablation.provenance import weights_sha256
-from ablation.sweep import Progress, Sweep, sweep
+from ablation.sweep import Progress, SweepResult, sweep
 
 
-def ask(
-    loaded: Loaded,
+def sweep_question(
+    loaded: LoadedModel,
     question: Question,
     imputations: Sequence[str] = tuple(IMPUTATIONS),
     *,
     max_rows: int | None = None,
     progress: Progress | None = None,
-) -> Sweep:
+) -> SweepResult:
     """Sweep a model on a question; watched are its target and its control. See `sweep` for the rest.
 
     Raises InvalidPrompt for an empty prompt, a target or control that is not one token, or that are the same.

@@ -20,7 +20,7 @@ from matplotlib.ticker import MaxNLocator
 from numpy.typing import NDArray
 
 from ablation.report import trend
-from ablation.sweep import Sweep
+from ablation.sweep import SweepResult
 
 Floats = NDArray[np.float64]
 
@@ -59,14 +59,14 @@ class Panel(NamedTuple):
     flipped: NDArray[np.bool_] | None = None
 
 
-def draw(sweep: Sweep, folder: Path, *, title: str, token_texts: Mapping[int, str]) -> list[Path]:
+def draw(sweep: SweepResult, folder: Path, *, title: str, token_texts: Mapping[int, str]) -> list[Path]:
     """Draw a sweep into an existing folder as PNG, and return the files. Raises OSError.
 
     The watched tokens are the target and, if there is a second one, the control. title: the model and the prompt.
     token_texts: the text of the watched tokens and of the clean argmax.
     """
     texts = {token: quoted(text) for token, text in token_texts.items()}
-    drawings: list[Callable[[Sweep, Mapping[int, str]], Figure]]
+    drawings: list[Callable[[SweepResult, Mapping[int, str]], Figure]]
     drawings = [sensitivity, *([difference] if len(sweep.imputations) > 1 else []), histograms, head_means, margins]
     paths = []
     with style.context(["default", STYLE]):  # takes no setting from the user, and leaves none behind
@@ -78,7 +78,7 @@ def draw(sweep: Sweep, folder: Path, *, title: str, token_texts: Mapping[int, st
     return paths
 
 
-def sensitivity(sweep: Sweep, texts: Mapping[int, str]) -> Figure:
+def sensitivity(sweep: SweepResult, texts: Mapping[int, str]) -> Figure:
     """Maps of the change in probability, in percentage points: token by imputation, flipped heads ringed."""
     panels = [
         [
@@ -93,7 +93,7 @@ def sensitivity(sweep: Sweep, texts: Mapping[int, str]) -> Figure:
     return maps(panels, "change in probability (percentage points)", texts[sweep.clean_argmax])
 
 
-def difference(sweep: Sweep, texts: Mapping[int, str]) -> Figure:
+def difference(sweep: SweepResult, texts: Mapping[int, str]) -> Figure:
     """Maps of the second imputation minus the first, in percentage points: a token each."""
     first, second = sweep.imputations[:2]
     change = 100 * (sweep.probability_change[:, 1] - sweep.probability_change[:, 0])
@@ -104,7 +104,7 @@ def difference(sweep: Sweep, texts: Mapping[int, str]) -> Figure:
     return maps([panels], "difference in probability (percentage points)")
 
 
-def margins(sweep: Sweep, texts: Mapping[int, str]) -> Figure:
+def margins(sweep: SweepResult, texts: Mapping[int, str]) -> Figure:
     """Maps of the margin of the clean argmax over its best rival, in logits; negative where it is flipped."""
     signed = np.where(sweep.kept, sweep.margin, -sweep.margin)
     panels = [
@@ -115,7 +115,7 @@ def margins(sweep: Sweep, texts: Mapping[int, str]) -> Figure:
     return maps([panels], f"margin of {argmax} (logits; {sweep.clean_margin:.2f} in the clean run)", argmax)
 
 
-def histograms(sweep: Sweep, texts: Mapping[int, str]) -> Figure:
+def histograms(sweep: SweepResult, texts: Mapping[int, str]) -> Figure:
     """Distributions over the heads of the change in probability, in percentage points; a tick below is a head."""
     change = 100 * sweep.probability_change  # [watched, imputation, layer, head]
     bins = np.linspace(-limit(change), limit(change), 42)  # 41 bins: one is centred on 0
@@ -135,7 +135,7 @@ def histograms(sweep: Sweep, texts: Mapping[int, str]) -> Figure:
     return figure
 
 
-def head_means(sweep: Sweep, texts: Mapping[int, str]) -> Figure:
+def head_means(sweep: SweepResult, texts: Mapping[int, str]) -> Figure:
     """The mean of every head's z in the clean run: as a map, and against depth with its least-squares trend."""
     means, bound = sweep.head_mean, 1.05 * limit(sweep.head_mean)
     layers, heads = means.shape
@@ -250,15 +250,15 @@ def limit(values: Floats) -> float:
     return float(finite.max()) if finite.any() else 1.0
 
 
-def roles(sweep: Sweep, texts: Mapping[int, str]) -> list[str]:
+def roles(sweep: SweepResult, texts: Mapping[int, str]) -> list[str]:
     """What each watched token is."""
     names = ["target", "control", *["token"] * len(sweep.watched)]
     return [f"{name} {texts[int(token)]}" for name, token in zip(names, sweep.watched, strict=False)]
 
 
-def kept(sweep: Sweep, imputation: int, texts: Mapping[int, str]) -> str:
+def kept(sweep: SweepResult, imputation: int, texts: Mapping[int, str]) -> str:
     """How many ablations keep the clean argmax."""
-    return f"{sweep.kept[imputation].sum()} of {sweep.present.sum()} keep {texts[sweep.clean_argmax]}"
+    return f"{sweep.kept[imputation].sum()} of {sweep.has_head.sum()} keep {texts[sweep.clean_argmax]}"
 
 
 def quoted(token: str) -> str:

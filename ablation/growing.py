@@ -10,17 +10,19 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ablation.heads import Heads
+from ablation.heads import HeadMap
 
 Arguments = tuple[tuple[Any, ...], dict[str, Any]]
 """Of a module's forward: by position, by keyword."""
 
 
-class Disagreement(Exception):
+class BatchMismatch(Exception):
     """A row of a growing batch is not what the same forward gives without growth."""
 
 
-def grown(heads: Heads, clean: int, added: Mapping[int, int], narrow: bool, step: Callable[[], object]) -> ExitStack:
+def growing_batch(
+    heads: HeadMap, clean: int, added: Mapping[int, int], narrow: bool, step: Callable[[], object]
+) -> ExitStack:
     """While entered, the batch of a forward grows from layer to layer; with `narrow`, it ends with the last token.
 
     clean: rows that the model is given, one for each prompt. added: {layer: how many copies of all these rows join
@@ -38,7 +40,7 @@ def grown(heads: Heads, clean: int, added: Mapping[int, int], narrow: bool, step
             hooks.callback(layer.block.register_forward_pre_hook(grow, with_kwargs=True).remove)
             rows += clean * copies
         last = heads.layers[-1]
-        if narrow and last.index == heads.depth - 1:
+        if narrow and last.index == heads.num_layers - 1:
             token = _LastToken()
             hooks.callback(last.projection.register_forward_pre_hook(token.at_projection, with_kwargs=True).remove)
             for part in last.block.children():
@@ -54,7 +56,7 @@ def _grow(
 
     def longer(hidden: Tensor) -> Tensor:
         if len(hidden) != rows:  # its first dimension is another
-            raise Disagreement(f"a layer was given {len(hidden)} rows, not {rows}")
+            raise BatchMismatch(f"a layer was given {len(hidden)} rows, not {rows}")
         return torch.cat([hidden, *[hidden[:clean]] * copies])
 
     args, kwargs = _with_hidden(longer, args, kwargs)

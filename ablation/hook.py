@@ -12,8 +12,8 @@ import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
-from ablation.errors import InvalidAblation, InvalidReceipt, UnsupportedModel
-from ablation.heads import Heads, Layer, find_heads
+from ablation.errors import AblationNotApplied, InvalidAblation, UnsupportedModel
+from ablation.heads import AttentionLayer, HeadMap, find_heads
 from ablation.imputation import Imputation, as_imputation
 
 ALL_ROWS = slice(None)
@@ -28,7 +28,7 @@ class Edit(NamedTuple):
     rows: slice = ALL_ROWS
 
 
-class Fired(NamedTuple):
+class EditCounts(NamedTuple):
     """What one edit did, counted on the tensor that the projection was given.
 
     replaced: elements that hold the imputed value. changed: those of them that differ from the head's own output.
@@ -47,17 +47,17 @@ class Receipt:
 
     def __init__(self, layers: int) -> None:
         self.calls = [0] * layers
-        self.fired: dict[int, list[Fired]] = {}
+        self.counts: dict[int, list[EditCounts]] = {}
 
     def __repr__(self) -> str:
-        return f"Receipt(calls={self.calls}, fired={self.fired})"
+        return f"Receipt(calls={self.calls}, counts={self.counts})"
 
 
 class HeadAblation:
     """Replaces the output of attention heads in every forward of a model, while entered as a context manager.
 
     with HeadAblation(model) as ablation:       # unset: the model computes what it always computes, bit for bit
-        ablation.set([(9, 6)], "mean")          # layer 9, head 6
+        ablation.ablate([(9, 6)], "mean")          # layer 9, head 6
         logits = model(input_ids).logits
         ablation.clear()
 
@@ -72,9 +72,9 @@ class HeadAblation:
     """
 
     def __init__(self, model: PreTrainedModel) -> None:
-        self.heads: Heads = find_heads(model)
+        self.heads: HeadMap = find_heads(model)
         self.edits: Mapping[int, tuple[Edit, ...]] = {}
-        self.receipt = Receipt(self.heads.depth)
+        self.receipt = Receipt(self.heads.num_layers)
         self._installed: ExitStack | None = None
         self._mask: Tensor | None = None
         self._given: object = NOT_CALLED
@@ -102,7 +102,7 @@ class HeadAblation:
             self._installed.close()
             self._installed = None
 
-    def set(self, heads: Iterable[tuple[int, int]], imputation: str | Imputation = "zero") -> None:
+    def ablate(self, heads: Iterable[tuple[int, int]], imputation: str | Imputation = "zero") -> None:
         """Ablate these (layer, head) pairs, and no others, in every row of every forward from now on.
 
         Raises NoSuchHead, UnknownImputation, and InvalidAblation outside of `with`; the state is then what it was.
@@ -111,7 +111,7 @@ class HeadAblation:
             raise InvalidAblation("the ablation is not installed, so it would never fire: enter it first, with `with`")
         chosen = as_imputation(imputation)
         edits: dict[int, tuple[Edit, ...]] = {}
-        for layer, head in dict.fromkeys(map(self.heads.check, heads)):
+        for layer, head in dict.fromkeys(map(self.heads.validate, heads)):
             edits[layer] = (*edits.get(layer, ()), Edit(head, chosen))
         self.edits = edits
 
@@ -126,10 +126,10 @@ class HeadAblation:
 
     def _start(self, decoder: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         """Before the decoder runs: a new receipt, and the padding mask that a mean has to respect."""
-        self.receipt = Receipt(self.heads.depth)
+        self.receipt = Receipt(self.heads.num_layers)
         self._mask = None
         noted, self._given = self._given, NOT_CALLED
-        if all(edit.imputation.pointwise for edits in self.edits.values() for edit in edits):
+        if all(edit.imputation.per_token for edits in self.edits.values() for edit in edits):
             return
         given = _arguments(decoder, args, kwargs)
         # By what it can, not by its name, which is past_key_values or, since transformers 5.24, cache.
@@ -144,7 +144,7 @@ class HeadAblation:
         self._mask = mask
 
     def _replace(
-        self, layer: Layer, projection: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]
+        self, layer: AttentionLayer, projection: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]
     ) -> tuple[tuple[Any, ...], dict[str, Any]] | None:
         """Before a projection runs: its input with the edited heads' slices replaced."""
         self.receipt.calls[layer.index] += 1
@@ -153,26 +153,28 @@ class HeadAblation:
             return None
         if args:
             z, *rest = args
-            out, fired = replaced(z, layer, edits, self._mask)
+            out, fired = apply_edits(z, layer, edits, self._mask)
             result = (out, *rest), kwargs
         else:
             ((name, z),) = kwargs.items()
-            out, fired = replaced(z, layer, edits, self._mask)
+            out, fired = apply_edits(z, layer, edits, self._mask)
             result = (), {name: out}
-        self.receipt.fired[layer.index] = fired
+        self.receipt.counts[layer.index] = fired
         return result
 
     def _check(self, decoder: nn.Module, args: tuple[Any, ...], output: object) -> None:
         """After the decoder ran: each edited projection was called exactly once, or the result is not an ablation."""
         for index in self.edits:
             if self.receipt.calls[index] != 1:
-                name, calls = self.heads.layer(index).name, self.receipt.calls[index]
-                raise InvalidReceipt(f"{name} was called {calls} times in one forward, not once: no ablation of a head")
+                name, calls = self.heads.layer(index).projection_name, self.receipt.calls[index]
+                raise AblationNotApplied(
+                    f"{name} was called {calls} times in one forward, not once: no ablation of a head"
+                )
 
     def _check_ran(self, model: nn.Module, args: tuple[Any, ...], output: object) -> None:
         """After the model ran: so did the decoder's hooks, which a forward that was compiled before leaves out."""
         if self.edits and self._given is not NOT_CALLED:
-            raise InvalidReceipt("the decoder's hooks did not run, as in a compiled forward: nothing was ablated")
+            raise AblationNotApplied("the decoder's hooks did not run, as in a compiled forward: nothing was ablated")
 
 
 def _arguments(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> dict[str, Any]:
@@ -180,15 +182,17 @@ def _arguments(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any])
     return dict(zip(inspect.signature(module.forward).parameters, args, strict=False)) | kwargs
 
 
-def replaced(z: Tensor, layer: Layer, edits: Sequence[Edit], mask: Tensor | None) -> tuple[Tensor, list[Fired]]:
+def apply_edits(
+    z: Tensor, layer: AttentionLayer, edits: Sequence[Edit], mask: Tensor | None
+) -> tuple[Tensor, list[EditCounts]]:
     """A copy of z with the heads of `edits` replaced, each computed from z itself, and what each edit did.
 
     z: [rows, tokens, heads * width], not written to. mask: [rows, tokens] or None, see `Imputation`.
     """
     if z.ndim != 3:
-        raise UnsupportedModel(f"{layer.name} was given {z.ndim} dimensions, not [rows, tokens, channels]")
+        raise UnsupportedModel(f"{layer.projection_name} was given {z.ndim} dimensions, not [rows, tokens, channels]")
     out = z.clone()
-    before, after = (t.unflatten(-1, (layer.heads, layer.width)) for t in (z, out))  # views
+    before, after = (t.unflatten(-1, (layer.num_heads, layer.head_dim)) for t in (z, out))  # views
     counts = torch.zeros(len(edits), 2, dtype=torch.long, device=z.device)
     for imputation in dict.fromkeys(edit.imputation for edit in edits):
         # All cells of an imputation at once: a sweep has an edit for each row.
@@ -205,4 +209,4 @@ def replaced(z: Tensor, layer: Layer, edits: Sequence[Edit], mask: Tensor | None
         held = after[row, :, head]
         fired = torch.stack([held == value, held != own], dim=-1).sum(dim=(1, 2))  # [cells, 2]
         counts.index_add_(0, number, fired)
-    return out, [Fired(*count) for count in counts.tolist()]
+    return out, [EditCounts(*count) for count in counts.tolist()]

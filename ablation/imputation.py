@@ -21,7 +21,7 @@ class Imputation:
     """
 
     name: ClassVar[str]
-    pointwise: ClassVar[bool]
+    per_token: ClassVar[bool]
 
     def __call__(self, z: Tensor, mask: Tensor | None = None) -> Tensor:
         """The replacement for z.
@@ -38,7 +38,7 @@ class Zero(Imputation):
     """z becomes 0: the head writes nothing to the residual stream."""
 
     name: ClassVar[str] = "zero"
-    pointwise: ClassVar[bool] = True
+    per_token: ClassVar[bool] = True
 
     def __call__(self, z: Tensor, mask: Tensor | None = None) -> Tensor:
         """0, of no dimensions."""
@@ -53,7 +53,7 @@ class Mean(Imputation):
     """
 
     name: ClassVar[str] = "mean"
-    pointwise: ClassVar[bool] = False
+    per_token: ClassVar[bool] = False
 
     def __call__(self, z: Tensor, mask: Tensor | None = None) -> Tensor:
         """The means, [rows, 1, 1]; computed in float64, where the device has it, and rounded once."""

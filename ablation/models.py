@@ -37,7 +37,7 @@ class Question:
 
 
 @dataclass(frozen=True, eq=False)
-class Loaded:
+class LoadedModel:
     """A model in evaluation mode with its tokenizer. revision: the hub's commit, where there is one."""
 
     name: str
@@ -55,7 +55,7 @@ Read = Callable[..., Any]
 
 
 @dataclass(frozen=True)
-class Known:
+class NamedModel:
     """A model that goes by a name. locate: cheap, raises ModelUnavailable where `load` would, without a download.
 
     source: where its configuration is, a path or a hub id; raises ModelUnavailable.
@@ -63,11 +63,13 @@ class Known:
 
     question: Question
     locate: Callable[[], Any]
-    load: Callable[[bool, Read], Loaded]
+    load: Callable[[bool, Read], LoadedModel]
     source: Callable[[], str]
 
 
-def load(name: str, *, download: bool = True, device: str | None = None, dtype: torch.dtype = torch.float32) -> Loaded:
+def load(
+    name: str, *, download: bool = True, device: str | None = None, dtype: torch.dtype = torch.float32
+) -> LoadedModel:
     """Load a model: a name in KNOWN, `NAME=FOLDER` (a known one, weights from a folder), a folder, a .gguf, a hub id.
 
     Whatever is on this machine is used as it is; the hub is asked only for what is not, and only with `download`.
@@ -76,7 +78,9 @@ def load(name: str, *, download: bool = True, device: str | None = None, dtype: 
     damaged, weights that do not fit the model, or no such device.
     """
     read = partial(_pretrained, device=_device(device), dtype=dtype)
-    loaded: Loaded = KNOWN[name].load(download, read) if name in KNOWN else _find(name, download, read)
+    loaded: LoadedModel = (
+        NAMED_MODELS[name].load(download, read) if name in NAMED_MODELS else _find(name, download, read)
+    )
     return loaded
 
 
@@ -98,13 +102,13 @@ def architecture(name: str) -> PreTrainedModel:
 
     Raises ModelUnavailable, as `load` does.
     """
-    model: PreTrainedModel = _find(KNOWN[name].source() if name in KNOWN else name, True, _configured)
+    model: PreTrainedModel = _find(NAMED_MODELS[name].source() if name in NAMED_MODELS else name, True, _configured)
     return model
 
 
 def question(name: str) -> Question | None:
     """The default question of a known model."""
-    known = KNOWN.get(name.partition("=")[0])
+    known = NAMED_MODELS.get(name.partition("=")[0])
     return known.question if known else None
 
 
@@ -155,7 +159,7 @@ def _says(tokenizer: PreTrainedTokenizerBase, ids: list[int], text: str) -> bool
 # ---- where models come from; `read` is _pretrained, for some device and dtype, or _configured
 
 
-def _pretrained(name: str, source: str, *, device: str, dtype: torch.dtype, **kwargs: Any) -> Loaded:
+def _pretrained(name: str, source: str, *, device: str, dtype: torch.dtype, **kwargs: Any) -> LoadedModel:
     """What transformers loads from there, or ModelUnavailable."""
     spread = {"device_map": "auto"} if device == "auto" else {}
     gguf = {"gguf_file": kwargs["gguf_file"]} if "gguf_file" in kwargs else {}
@@ -175,7 +179,7 @@ def _pretrained(name: str, source: str, *, device: str, dtype: torch.dtype, **kw
         raise ModelUnavailable(f"cannot load {name}: it has no tokenizer")
     config = try_to_load_from_cache(source, "config.json") if not Path(source).exists() else None
     revision = Path(config).parent.name if isinstance(config, str) else None  # .../snapshots/COMMIT/config.json
-    return Loaded(name, model.eval() if spread else model.eval().to(device), tokenizer, revision)
+    return LoadedModel(name, model.eval() if spread else model.eval().to(device), tokenizer, revision)
 
 
 def _configured(name: str, source: str, **kwargs: Any) -> PreTrainedModel:
@@ -192,7 +196,7 @@ def _configured(name: str, source: str, **kwargs: Any) -> PreTrainedModel:
 
 def _find(name: str, download: bool, read: Read) -> Any:
     known, _, folder = name.partition("=")
-    if folder and known in KNOWN:
+    if folder and known in NAMED_MODELS:
         return _from_path(Path(folder), known, read)
     path = Path(name).expanduser()
     if path.exists() or path.is_absolute() or name.startswith((".", "~")) or path.suffix == ".gguf":
@@ -227,7 +231,7 @@ def _from_hub(name: str, download: bool, read: Read, given: str | None = None) -
         except Exception as error:  # whatever the network does
             reason = f"not on this machine, and the hub cannot be reached ({_first_line(error)})"
     raise ModelUnavailable(
-        f"no model {name!r}: it is {reason}. Use {', '.join(KNOWN)}, a folder, a .gguf file or a hub id."
+        f"no model {name!r}: it is {reason}. Use {', '.join(NAMED_MODELS)}, a folder, a .gguf file or a hub id."
     )
 
 
@@ -241,8 +245,8 @@ def _first_line(error: Exception) -> str:
 CAPITALS = Path(__file__).parent / "capitals"
 
 
-def _load_capitals(download: bool, read: Read) -> Loaded:
-    loaded: Loaded = _from_path(CAPITALS, "capitals", read)
+def _load_capitals(download: bool, read: Read) -> LoadedModel:
+    loaded: LoadedModel = _from_path(CAPITALS, "capitals", read)
     return loaded
 
 
@@ -270,14 +274,14 @@ def _locate_smollm2() -> Path:
     return found[0]
 
 
-def _load_smollm2(download: bool, read: Read) -> Loaded:
+def _load_smollm2(download: bool, read: Read) -> LoadedModel:
     """From a cache folder of safetensors: dequantising takes 20 s, every time."""
     gguf = _locate_smollm2()
     versions = "-".join(f"{name}-{importlib.metadata.version(name)}" for name in ("transformers", "gguf"))
     cache = user_cache_path("head-ablation")
     folder = cache / f"smollm2-{_sha256(gguf)[:16]}-{versions}"
     if not _is_intact(folder):
-        loaded: Loaded = _from_path(gguf, "smollm2", partial(_pretrained, device="cpu", dtype=torch.float32))
+        loaded: LoadedModel = _from_path(gguf, "smollm2", partial(_pretrained, device="cpu", dtype=torch.float32))
         if hasattr(loaded.model.config, "quantization_config"):
             del loaded.model.config.quantization_config
         cache.mkdir(parents=True, exist_ok=True)
@@ -290,7 +294,7 @@ def _load_smollm2(download: bool, read: Read) -> Loaded:
             sums = {file.name: _sha256(file) for file in sorted(draft.iterdir())}
             (draft / SUMS).write_text(json.dumps(sums, indent=2))
             draft.rename(folder)
-    cached: Loaded = _from_path(folder, "smollm2", read)
+    cached: LoadedModel = _from_path(folder, "smollm2", read)
     return cached
 
 
@@ -311,8 +315,8 @@ def _sha256(path: Path) -> str:
         return hashlib.file_digest(file, "sha256").hexdigest()
 
 
-def _load_gpt2(download: bool, read: Read) -> Loaded:
-    loaded: Loaded = _from_hub("gpt2", download, read, given=GPT2)
+def _load_gpt2(download: bool, read: Read) -> LoadedModel:
+    loaded: LoadedModel = _from_hub("gpt2", download, read, given=GPT2)
     return loaded
 
 
@@ -326,13 +330,13 @@ def _locate_gpt2() -> None:
 GPT2 = "openai-community/gpt2"
 _GERMANY = Question("Berlin is the capital of", " Germany", " France")
 
-KNOWN: dict[str, Known] = {
-    "capitals": Known(_GERMANY, lambda: None, _load_capitals, lambda: str(CAPITALS)),
-    "smollm2": Known(
+NAMED_MODELS: dict[str, NamedModel] = {
+    "capitals": NamedModel(_GERMANY, lambda: None, _load_capitals, lambda: str(CAPITALS)),
+    "smollm2": NamedModel(
         Question("The capital of Germany is", " Berlin", " Paris"),
         _locate_smollm2,
         _load_smollm2,
         lambda: str(_locate_smollm2()),
     ),
-    "gpt2": Known(_GERMANY, _locate_gpt2, _load_gpt2, lambda: GPT2),
+    "gpt2": NamedModel(_GERMANY, _locate_gpt2, _load_gpt2, lambda: GPT2),
 }

@@ -8,8 +8,8 @@ from typing import Any, NamedTuple
 import numpy as np
 from numpy.typing import NDArray
 
-from ablation.heads import Heads
-from ablation.sweep import Sweep
+from ablation.heads import HeadMap
+from ablation.sweep import SweepResult
 
 Decode = Callable[[int], str]
 """A token's text."""
@@ -36,7 +36,7 @@ def trend(head_mean: NDArray[np.float64]) -> Trend:
     return Trend(slope, slope * (len(head_mean) - 1), float(explained))
 
 
-def flips(sweep: Sweep, imputation: str) -> list[tuple[int, int, int]]:
+def flips(sweep: SweepResult, imputation: str) -> list[tuple[int, int, int]]:
     """(layer, head, token id it turned to) of every ablation that does not keep the clean prediction."""
     index = sweep.imputations.index(imputation)
     return [
@@ -45,11 +45,11 @@ def flips(sweep: Sweep, imputation: str) -> list[tuple[int, int, int]]:
     ]
 
 
-def findings(sweep: Sweep, decode: Decode, strongest: int = 3) -> dict[str, Any]:
+def findings(sweep: SweepResult, decode: Decode, strongest: int = 3) -> dict[str, Any]:
     """Everything the report says, as values that JSON can hold. Changes of probability are in [-1, 1]."""
     target, control = int(sweep.watched[0]), int(sweep.watched[-1])
-    present = sweep.present
-    means = sweep.head_mean[present]
+    has_head = sweep.has_head
+    means = sweep.head_mean[has_head]
     found: dict[str, Any] = {
         "clean": {
             "prediction": decode(sweep.clean_argmax),
@@ -57,9 +57,9 @@ def findings(sweep: Sweep, decode: Decode, strongest: int = 3) -> dict[str, Any]
             "target": {"token": decode(target), "probability": float(sweep.clean_probability[0])},
             "control": {"token": decode(control), "probability": float(sweep.clean_probability[-1])},
         },
-        "heads": int(present.sum()),
-        "layers": len(present),
-        "layers_without_heads": [int(layer) for layer in np.flatnonzero(~present.any(axis=1))],
+        "heads": int(has_head.sum()),
+        "layers": len(has_head),
+        "layers_without_heads": [int(layer) for layer in np.flatnonzero(~has_head.any(axis=1))],
         "imputations": {},
         "head_means": {
             "mean": float(means.mean()),
@@ -71,7 +71,7 @@ def findings(sweep: Sweep, decode: Decode, strongest: int = 3) -> dict[str, Any]
     }
     for index, name in enumerate(sweep.imputations):
         change = sweep.probability_change[0, index]
-        order = np.argsort(change, axis=None)[: present.sum()]  # NaN comes last: there is no such head
+        order = np.argsort(change, axis=None)[: has_head.sum()]  # NaN comes last: there is no such head
         found["imputations"][name] = {
             "kept": int(sweep.kept[index].sum()),
             "flips": [
@@ -95,11 +95,11 @@ def findings(sweep: Sweep, decode: Decode, strongest: int = 3) -> dict[str, Any]
     return found
 
 
-def agreement(sweep: Sweep) -> dict[str, Any]:
+def agreement(sweep: SweepResult) -> dict[str, Any]:
     """How far mean and zero imputation agree: the largest difference of the target's change, and their correlation."""
     zero, mean = (sweep.probability_change[0, sweep.imputations.index(name)] for name in ("zero", "mean"))
     largest = _cell(mean - zero, _largest(mean - zero))
-    zero, mean = zero[sweep.present], mean[sweep.present]
+    zero, mean = zero[sweep.has_head], mean[sweep.has_head]
     both_vary = zero.std() > 0 and mean.std() > 0
     return {
         "largest_difference": largest,
@@ -163,19 +163,19 @@ def _change(cell: dict[str, Any]) -> str:
     return f"{_at(cell)} {points:+.2f} pp" if abs(points) >= 0.005 else f"{_at(cell)} {points:+.0e} pp"
 
 
-def head_map(heads: Heads) -> dict[str, Any]:
+def head_map(heads: HeadMap) -> dict[str, Any]:
     """Where the heads of a model are, as values that JSON can hold; `projection` is null in a layer without heads."""
     by_index = {layer.index: layer for layer in heads.layers}
     rows = []
-    for index in range(heads.depth):
+    for index in range(heads.num_layers):
         layer = by_index.get(index)
         rows.append(
             {
                 "layer": index,
-                "heads": layer.heads if layer else 0,
+                "heads": layer.num_heads if layer else 0,
                 "key_value_heads": layer.key_value_heads if layer else 0,
-                "width": layer.width if layer else 0,
-                "projection": layer.name if layer else None,
+                "width": layer.head_dim if layer else 0,
+                "projection": layer.projection_name if layer else None,
                 "type": type(layer.projection).__name__ if layer else None,
             }
         )

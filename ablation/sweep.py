@@ -24,15 +24,15 @@ from transformers import PreTrainedModel
 from ablation import provenance
 from ablation.errors import (
     AblationError,
+    AblationNotApplied,
     InvalidAblation,
     InvalidPrompt,
-    InvalidReceipt,
     NonFiniteLogits,
     UnsupportedModel,
 )
-from ablation.growing import Disagreement, grown
-from ablation.heads import Heads, Layer, as_index
-from ablation.hook import Edit, Fired, HeadAblation
+from ablation.growing import BatchMismatch, growing_batch
+from ablation.heads import AttentionLayer, HeadMap, as_index
+from ablation.hook import Edit, EditCounts, HeadAblation
 from ablation.imputation import IMPUTATIONS, Imputation, as_imputation
 
 # The rows of one pass may take this much memory for their activations, unless `max_rows` says otherwise. Larger passes
@@ -41,7 +41,7 @@ ROW_BUDGET_BYTES = 2**27
 
 
 @dataclass(frozen=True, eq=False)
-class Sweep:
+class SweepResult:
     """What each ablation did. L layers, H heads, I imputations, W watched tokens; all floats are float64.
 
     Probabilities are in [0, 1], log-probabilities in nats, margins (top-1 logit - top-2 logit) in logits, all at the
@@ -79,7 +79,7 @@ class Sweep:
     """What the sweep was made with; values that JSON can hold."""
 
     @property
-    def present(self) -> NDArray[np.bool_]:
+    def has_head(self) -> NDArray[np.bool_]:
         """[L, H] whether there is such a head."""
         there: NDArray[np.bool_] = self.argmax[0] >= 0
         return there
@@ -92,7 +92,7 @@ class Sweep:
     @property
     def flipped(self) -> NDArray[np.bool_]:
         """[I, L, H] whether the argmax is another than in the clean run; False where there is no head."""
-        flipped: NDArray[np.bool_] = self.present & ~self.kept
+        flipped: NDArray[np.bool_] = self.has_head & ~self.kept
         return flipped
 
     def save(self, folder: Path | str) -> None:
@@ -137,7 +137,7 @@ def sweep(
     *,
     max_rows: int | None = None,
     progress: Progress | None = None,
-) -> Sweep:
+) -> SweepResult:
     """Ablate every head in turn, with each imputation, in one growing batch: exact, and fast.
 
     Before layer l the batch holds the clean row and the rows ablated in earlier layers. A copy of the clean row joins
@@ -164,7 +164,7 @@ def sweep_prompts(
     *,
     max_rows: int | None = None,
     progress: Progress | None = None,
-) -> list[Sweep]:
+) -> list[SweepResult]:
     """`sweep` for several prompts, each as it is alone but for rounding: those of one length share forward passes.
 
     prompts: token ids, each without padding. watch: for each prompt what `sweep` takes. See there for the rest.
@@ -174,7 +174,7 @@ def sweep_prompts(
         raise InvalidPrompt(f"there are {len(prompts)} prompts, and tokens to watch for {len(watch)}")
     run = _Run(model, imputations)
     asked = [run.prompt(*pair) for pair in zip(prompts, watch, strict=True)]
-    found: dict[int, Sweep] = {}
+    found: dict[int, SweepResult] = {}
     with torch.no_grad():
         for group in run.groups(asked, max_rows):
             part = _part(progress, len(found) / len(asked), len(group) / len(asked))
@@ -189,7 +189,7 @@ def sweep_sequential(
     imputations: Sequence[str | Imputation] = tuple(IMPUTATIONS),
     *,
     progress: Progress | None = None,
-) -> Sweep:
+) -> SweepResult:
     """The same as `sweep` by one forward an ablation: the plain double loop, slow and beyond doubt."""
     run = _Run(model, imputations)
     with torch.no_grad():
@@ -214,7 +214,7 @@ class _Run:
     def __init__(self, model: PreTrainedModel, imputations: Sequence[str | Imputation]) -> None:
         self.model = model
         self.hook = HeadAblation(model)
-        self.heads: Heads = self.hook.heads
+        self.heads: HeadMap = self.hook.heads
         self.imputations = [as_imputation(imputation) for imputation in imputations]
         if not self.imputations or len({i.name for i in self.imputations}) < len(self.imputations):
             raise InvalidAblation("name at least one imputation, and each only once")
@@ -229,7 +229,7 @@ class _Run:
             Ablation(imputation, layer.index, head)
             for layer in self.heads.layers
             for imputation in range(len(self.imputations))
-            for head in range(layer.heads)
+            for head in range(layer.num_heads)
         ]
 
     def prompt(self, token_ids: Sequence[int], watch: Sequence[int | None]) -> _Prompt:
@@ -286,15 +286,15 @@ class _Run:
         rows, tokens = len(cells) + 1, len(prompt.token_ids)
         head_mean = np.full(self.heads.shape, np.nan)
 
-        def look(layer: Layer, projection: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        def look(layer: AttentionLayer, projection: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
             (z, *_) = args or kwargs.values()
-            if z.shape != (rows, tokens, layer.heads * layer.width):
+            if z.shape != (rows, tokens, layer.num_heads * layer.head_dim):
                 raise UnsupportedModel(
-                    f"{layer.name} was given {tuple(z.shape)}, not [{rows} rows, {tokens} tokens, "
-                    f"{layer.heads * layer.width} channels]"
+                    f"{layer.projection_name} was given {tuple(z.shape)}, not [{rows} rows, {tokens} tokens, "
+                    f"{layer.num_heads * layer.head_dim} channels]"
                 )
-            per_head = z[-1].cpu().double().unflatten(-1, (layer.heads, layer.width))
-            head_mean[layer.index, : layer.heads] = per_head.mean(dim=(0, 2)).numpy()
+            per_head = z[-1].cpu().double().unflatten(-1, (layer.num_heads, layer.head_dim))
+            head_mean[layer.index, : layer.num_heads] = per_head.mean(dim=(0, 2)).numpy()
 
         with self.hook as hook, ExitStack() as hooks:
             hook.edits = self.edits(cells, 0, 1)
@@ -304,19 +304,21 @@ class _Run:
             logits = self.forward([prompt.token_ids] * rows)
             for layer in self.heads.layers:
                 if (calls := hook.receipt.calls[layer.index]) != 1:
-                    raise InvalidReceipt(f"{layer.name} was called {calls} times in one forward, not once")
+                    raise AblationNotApplied(
+                        f"{layer.projection_name} was called {calls} times in one forward, not once"
+                    )
         if not logits[-1].isfinite().all():
             raise NonFiniteLogits("the model's clean logits are not finite")
         return _Cells(self, prompt, logits[-1], head_mean), logits[:-1]
 
-    def sequential(self, prompt: _Prompt, progress: Progress, **how: Any) -> Sweep:
+    def sequential(self, prompt: _Prompt, progress: Progress, **how: Any) -> SweepResult:
         """One forward for each cell."""
         found, _ = self.plain(prompt)
         with self.hook as hook:
             for done, cell in enumerate(self.cells, start=1):
                 hook.edits = self.edits([cell], 0, 1)
                 logits = self.forward([prompt.token_ids])
-                found.add([cell], logits, [hook.receipt.calls[cell.layer]], hook.receipt.fired[cell.layer])
+                found.add([cell], logits, [hook.receipt.calls[cell.layer]], hook.receipt.counts[cell.layer])
                 progress(done / len(self.cells))
         return found.result(method="sequential", **how)
 
@@ -329,7 +331,7 @@ class _Run:
             edits[cell.layer] = (*edits.get(cell.layer, ()), *here)
         return edits
 
-    def sweep(self, prompts: Sequence[_Prompt], max_rows: int | None, progress: Progress) -> list[Sweep]:
+    def sweep(self, prompts: Sequence[_Prompt], max_rows: int | None, progress: Progress) -> list[SweepResult]:
         """The prompts in one growing batch; each alone, if that does not suit the model; and at last sequentially."""
         for narrow in (True, False):
             try:
@@ -348,7 +350,7 @@ class _Run:
 
     def growing(
         self, prompts: Sequence[_Prompt], max_rows: int | None, progress: Progress, narrow: bool
-    ) -> list[Sweep]:
+    ) -> list[SweepResult]:
         """One forward for each pass: clean rows, one for each prompt, and, as the batch grows, one for each edit."""
         ids, several = [prompt.token_ids for prompt in prompts], len(prompts)
         places = self.rows(len(ids[0]), max_rows) // several - 1  # of a pass, for cells
@@ -365,13 +367,13 @@ class _Run:
             for cells in passes:
                 hook.edits = self.edits(cells, several, several)
                 added = {layer: len(edits) // several for layer, edits in hook.edits.items()}
-                with grown(self.heads, several, added, narrow, lambda: progress(next(done) / steps)):
+                with growing_batch(self.heads, several, added, narrow, lambda: progress(next(done) / steps)):
                     logits = self.forward(ids).unflatten(0, (-1, several))  # [1 + cells, prompts, vocabulary]
                 _agree(logits[0], torch.stack([of_prompt.clean for of_prompt in found]))
                 for row, cell in zip(logits[1:], cells, strict=True):
                     if cell in plain:
                         _agree(row, plain[cell])
-                fired = [f for layer in sorted(hook.receipt.fired) for f in hook.receipt.fired[layer]]
+                fired = [f for layer in sorted(hook.receipt.counts) for f in hook.receipt.counts[layer]]
                 calls = [hook.receipt.calls[cell.layer] for cell in cells]
                 for i, of_prompt in enumerate(found):
                     of_prompt.add(cells, logits[1:, i], calls, fired[i::several])
@@ -390,14 +392,14 @@ class _Run:
         return f"layer {cell.layer}, head {cell.head}, {self.imputations[cell.imputation].name} imputation"
 
 
-def _agree(grown: Tensor, plain: Tensor) -> None:
+def _agree(growing_batch: Tensor, plain: Tensor) -> None:
     """Raise Disagreement unless logits [rows, vocabulary] are alike, up to rounding."""
-    apart = (grown - plain).abs().max()
+    apart = (growing_batch - plain).abs().max()
     # How far logits are spread, by medians: what a model adds to all of them, or masks some tokens with, is not in it.
     spread = (plain - plain.median(dim=-1, keepdim=True).values).abs().median(dim=-1).values.max()
     # Half of the digits: far above rounding, far below what a row that has seen other rows looks like.
     if not apart <= torch.finfo(plain.dtype).eps ** 0.5 * 4 * spread:
-        raise Disagreement(f"a row differs from the same forward without growth by {apart:.2g}")
+        raise BatchMismatch(f"a row differs from the same forward without growth by {apart:.2g}")
 
 
 class _Cells:
@@ -412,7 +414,7 @@ class _Cells:
         self.argmax, self.calls, self.replaced, self.changed = np.full((4, *grid), -1, dtype=np.int64)
         self.margin = np.full(grid, np.nan)
 
-    def add(self, cells: Sequence[Ablation], logits: Tensor, calls: Sequence[int], fired: Sequence[Fired]) -> None:
+    def add(self, cells: Sequence[Ablation], logits: Tensor, calls: Sequence[int], fired: Sequence[EditCounts]) -> None:
         """What some ablations gave: last-token logits [cells, vocabulary], and the receipt of each."""
         after = _measure(logits, self.watched)
         if not after.finite.all():
@@ -423,16 +425,16 @@ class _Cells:
             self.argmax[cell], self.margin[cell] = after.argmax[row], after.margin[row]
             self.calls[cell], (self.replaced[cell], self.changed[cell]) = called, receipt
 
-    def result(self, **how: Any) -> Sweep:
+    def result(self, **how: Any) -> SweepResult:
         """The sweep. Raises InvalidReceipt unless every cell is there and was ablated."""
         run, before = self.run, self.before
         for cell in run.cells:
-            elements = len(self.prompt.token_ids) * run.heads.layer(cell.layer).width
+            elements = len(self.prompt.token_ids) * run.heads.layer(cell.layer).head_dim
             if self.calls[cell] != 1 or self.replaced[cell] != elements:
-                raise InvalidReceipt(
+                raise AblationNotApplied(
                     f"{run.name(cell)}: {self.calls[cell]} calls, {self.replaced[cell]} of {elements} elements replaced"
                 )
-        return Sweep(
+        return SweepResult(
             imputations=tuple(imputation.name for imputation in run.imputations),
             watched=self.watched.numpy(),
             clean_probability=before.probability[0],

@@ -35,7 +35,7 @@ from transformers.pytorch_utils import Conv1D
 from ablation import provenance
 from ablation.heads import find_heads
 from ablation.imputation import IMPUTATIONS
-from ablation.sweep import Sweep, sweep, sweep_prompts, sweep_sequential
+from ablation.sweep import SweepResult, sweep, sweep_prompts, sweep_sequential
 
 ROOT = Path(__file__).parent.parent
 README, PAGE = ROOT / "README.md", ROOT / "tests" / "benchmark.md"
@@ -132,7 +132,7 @@ def nnsight_invokes(model: PreTrainedModel, ids: list[int], cells: Sequence[Cell
             for imputation, index, head in cells[start : start + rows]:
                 layer = heads.layer(index)
                 with tracer.invoke(torch.tensor([ids])):
-                    projection = wrapped.get(layer.name)
+                    projection = wrapped.get(layer.projection_name)
                     z = projection.input.clone()
                     part = z[..., layer.channels(head)]
                     z[..., layer.channels(head)] = 0 if imputation == "zero" else part.mean()
@@ -157,14 +157,18 @@ def captum_features(model: PreTrainedModel, ids: list[int], cells: Sequence[Cell
 
         input_ids, where = torch.tensor([ids]), {"attribute_to_layer_input": True}
         z = LayerActivation(score, layer.projection).attribute(input_ids, **where)
-        features = torch.arange(layer.heads).repeat_interleave(layer.width)[None, None]
-        means = z.unflatten(-1, (layer.heads, layer.width)).mean(dim=(1, 3)).repeat_interleave(layer.width, dim=-1)
+        features = torch.arange(layer.num_heads).repeat_interleave(layer.head_dim)[None, None]
+        means = (
+            z.unflatten(-1, (layer.num_heads, layer.head_dim))
+            .mean(dim=(1, 3))
+            .repeat_interleave(layer.head_dim, dim=-1)
+        )
         baseline = torch.zeros_like(z) if imputation == "zero" else means[:, None].expand_as(z)
         runs.clear()
         LayerFeatureAblation(score, layer.projection).attribute(
-            input_ids, baseline, layer_mask=features, perturbations_per_eval=layer.heads, **where
+            input_ids, baseline, layer_mask=features, perturbations_per_eval=layer.num_heads, **where
         )
-        yield from torch.cat(runs)[-layer.heads :]  # the clean run comes before
+        yield from torch.cat(runs)[-layer.num_heads :]  # the clean run comes before
 
 
 def ours(way: Callable[..., Any], model: PreTrainedModel, ids: list[int], cells: Sequence[Cell]) -> Iterator[Tensor]:
@@ -189,7 +193,7 @@ SWEEP = next(iter(WAYS))
 # ---- the measuring
 
 
-def apart(swept: Sweep, cells: Sequence[Cell], rows: Iterable[Tensor]) -> float:
+def apart(swept: SweepResult, cells: Sequence[Cell], rows: Iterable[Tensor]) -> float:
     """The largest difference of a log-probability, of the watched tokens, between a sweep and the logits of a way."""
     worst = 0.0
     for (imputation, layer, head), logits in zip(cells, rows, strict=True):
@@ -246,7 +250,7 @@ def limit(model: PreTrainedModel, tokens: int) -> float:
     heads, seconds, above = find_heads(model), 0.0, 0
     products = multiplications(model)
     for layer in heads.layers:
-        here = above + layer.heads * len(IMPUTATIONS)  # rows that differ from the clean run behind its attention
+        here = above + layer.num_heads * len(IMPUTATIONS)  # rows that differ from the clean run behind its attention
         behind = here * (1 if layer is heads.layers[-1] else tokens)
         seconds += sum(
             _product(behind if m.behind else above * tokens, m.inner, m.columns) for m in products[layer.index]

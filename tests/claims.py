@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 
 from ablation.report import Decode, flips, trend
-from ablation.sweep import Sweep
+from ablation.sweep import SweepResult
 from tests.golden import FOLDER
 
 
@@ -20,14 +20,14 @@ def claims_of(model: str) -> dict[str, dict[str, Any]]:
     return {key: value for key, value in content.items() if isinstance(value, dict)}
 
 
-def clean_prediction(claim: Mapping[str, Any], sweep: Sweep, decode: Decode) -> None:
+def clean_prediction(claim: Mapping[str, Any], sweep: SweepResult, decode: Decode) -> None:
     found = decode(sweep.clean_argmax)
     assert found == claim["prediction"], f"the clean argmax is {found!r}"
 
 
-def argmax_robustness(claim: Mapping[str, Any], sweep: Sweep, decode: Decode) -> None:
+def argmax_robustness(claim: Mapping[str, Any], sweep: SweepResult, decode: Decode) -> None:
     turned = flips(sweep, claim["imputation"])
-    heads = int(sweep.present.sum())
+    heads = int(sweep.has_head.sum())
     kept = heads - len(turned)
     where = ", ".join(f"L{layer}H{head} to {decode(token)!r}" for layer, head, token in turned) or "none flips"
     assert heads == claim["of"], f"{heads} heads were ablated"
@@ -38,27 +38,27 @@ def argmax_robustness(claim: Mapping[str, Any], sweep: Sweep, decode: Decode) ->
         assert kept >= claim["kept_at_least"], f"kept {kept} of {heads}: {where}"
 
 
-def target_sensitivity(claim: Mapping[str, Any], sweep: Sweep, decode: Decode) -> None:
-    for name, change in zip(sweep.imputations, 100 * sweep.probability_change[0][:, sweep.present], strict=True):
+def target_sensitivity(claim: Mapping[str, Any], sweep: SweepResult, decode: Decode) -> None:
+    for name, change in zip(sweep.imputations, 100 * sweep.probability_change[0][:, sweep.has_head], strict=True):
         low, high = change.min(), change.max()
         found = f"{name}: from {low:+.2f} to {high:+.2f} pp"
         assert low < 0 < high and high - low >= claim["range_at_least_pp"], found
 
 
-def control_stability(claim: Mapping[str, Any], sweep: Sweep, decode: Decode) -> None:
-    worst = 100 * np.abs(sweep.probability_change[1][:, sweep.present]).max()
+def control_stability(claim: Mapping[str, Any], sweep: SweepResult, decode: Decode) -> None:
+    worst = 100 * np.abs(sweep.probability_change[1][:, sweep.has_head]).max()
     assert worst <= claim["at_most_pp"], f"the control changes by up to {worst:.2f} pp"
 
 
-def zero_mean_agreement(claim: Mapping[str, Any], sweep: Sweep, decode: Decode) -> None:
+def zero_mean_agreement(claim: Mapping[str, Any], sweep: SweepResult, decode: Decode) -> None:
     zero, mean = (sweep.imputations.index(name) for name in ("zero", "mean"))
     apart = sweep.probability_change[:, mean] - sweep.probability_change[:, zero]
-    worst = 100 * np.abs(apart[:, sweep.present]).max()
+    worst = 100 * np.abs(apart[:, sweep.has_head]).max()
     assert worst <= claim["at_most_pp"], f"mean - zero is up to {worst:.2f} pp"
 
 
-def head_means(claim: Mapping[str, Any], sweep: Sweep, decode: Decode) -> None:
-    means = sweep.head_mean[sweep.present]
+def head_means(claim: Mapping[str, Any], sweep: SweepResult, decode: Decode) -> None:
+    means = sweep.head_mean[sweep.has_head]
     average, size, spread = means.mean(), np.median(np.abs(means)), means.std()
     drift = trend(sweep.head_mean).drift
     assert size <= claim["size_at_most"], f"the median size of a head's mean is {size:.3f}"
@@ -66,7 +66,7 @@ def head_means(claim: Mapping[str, Any], sweep: Sweep, decode: Decode) -> None:
     assert abs(drift) < spread, f"head means drift by {drift:+.3f} over all layers; their spread is {spread:.3f}"
 
 
-CHECKS: dict[str, Callable[[Mapping[str, Any], Sweep, Decode], None]] = {
+CHECKS: dict[str, Callable[[Mapping[str, Any], SweepResult, Decode], None]] = {
     "clean_prediction": clean_prediction,
     "argmax_robustness_zero": argmax_robustness,
     "argmax_robustness_mean": argmax_robustness,
@@ -77,7 +77,7 @@ CHECKS: dict[str, Callable[[Mapping[str, Any], Sweep, Decode], None]] = {
 }
 
 
-def check(key: str, claim: Mapping[str, Any], sweep: Sweep, decode: Decode) -> None:
+def check(key: str, claim: Mapping[str, Any], sweep: SweepResult, decode: Decode) -> None:
     """Raise AssertionError, with the claim's own words, where a sweep contradicts it."""
     __tracebackhide__ = True
     try:

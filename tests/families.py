@@ -30,8 +30,8 @@ from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_N
 from ablation.checks.cases import close
 from ablation.checks.decoders import randomised
 from ablation.checks.oracles import columns
-from ablation.errors import InvalidReceipt, UnsupportedModel
-from ablation.heads import Heads, Layer, find_heads
+from ablation.errors import AblationNotApplied, UnsupportedModel
+from ablation.heads import AttentionLayer, HeadMap, find_heads
 from ablation.hook import HeadAblation
 from ablation.sweep import sweep, sweep_sequential
 from tests.test_sweep import ATOL, assert_equal
@@ -249,7 +249,7 @@ def logits(model: PreTrainedModel) -> Tensor:
 
 
 @contextmanager
-def received(heads: Heads) -> Iterator[dict[int, Tensor]]:
+def recorded_inputs(heads: HeadMap) -> Iterator[dict[int, Tensor]]:
     """What the projection of each layer is given, [1, tokens, channels]."""
     seen: dict[int, Tensor] = {}
 
@@ -262,34 +262,34 @@ def received(heads: Heads) -> Iterator[dict[int, Tensor]]:
         yield seen
 
 
-def blocks_of(model: PreTrainedModel, heads: Heads) -> Sequence[nn.Module]:
+def blocks_of(model: PreTrainedModel, heads: HeadMap) -> Sequence[nn.Module]:
     """All decoder layers, also those without heads."""
-    lists = (m for m in heads.decoder.modules() if isinstance(m, nn.ModuleList) and len(m) == heads.depth)
+    lists = (m for m in heads.decoder.modules() if isinstance(m, nn.ModuleList) and len(m) == heads.num_layers)
     return next(m for m in lists if heads.layers[0].block is m[heads.layers[0].index])
 
 
-def check_heads(model: PreTrainedModel, heads: Heads) -> bool:
+def check_heads(model: PreTrainedModel, heads: HeadMap) -> bool:
     """Assert that the heads found are those that attend. Returns whether each head's channels are its own.
 
     They are not where something between the heads and the projection mixes them, as a norm over all of them does.
     """
     blocks = blocks_of(model, heads)
     seen = Witness(blocks)
-    with received(heads) as clean:
+    with recorded_inputs(heads) as clean:
         seen.run(model)
-    found = {layer.index: layer.heads for layer in heads.layers}
+    found = {layer.index: layer.num_heads for layer in heads.layers}
     for index, counts in seen.heads.items():
         assert set(counts) == {found[index]} - {None} if index in found else not counts, (
             f"layer {index}: {found.get(index, 'no')} heads were found, but {counts or 'none'} attend"
         )
     own = True
     for layer in heads.layers:
-        for head in range(layer.heads):
-            with received(heads) as boosted:
+        for head in range(layer.num_heads):
+            with recorded_inputs(heads) as boosted:
                 Witness(blocks, (layer.index, head)).run(model)
-            changed = (boosted[layer.index] != clean[layer.index]).any(dim=(0, 1)).unflatten(-1, (layer.heads, -1))
+            changed = (boosted[layer.index] != clean[layer.index]).any(dim=(0, 1)).unflatten(-1, (layer.num_heads, -1))
             which = changed.any(dim=-1).nonzero().flatten().tolist()
-            if which == list(range(layer.heads)) and layer.heads > 1:
+            if which == list(range(layer.num_heads)) and layer.num_heads > 1:
                 own = False
             else:
                 assert which == [head], f"layer {layer.index}: head {head} writes to the channels of heads {which}"
@@ -329,21 +329,21 @@ def outcome(family: str) -> Outcome:
     try:
         check_zero_oracle(model, heads)
         how = check_sweeps(model, heads)
-    except (UnsupportedModel, InvalidReceipt) as error:
+    except (UnsupportedModel, AblationNotApplied) as error:
         return Outcome(family, name, "refused", one_line(error))
     own = check_heads(model, heads)
     return Outcome(family, name, "supported", described(heads), how, "its own" if own else "mixed")
 
 
-def check_zero_oracle(model: PreTrainedModel, heads: Heads) -> None:
+def check_zero_oracle(model: PreTrainedModel, heads: HeadMap) -> None:
     """Assert for every head that zeroing it is zeroing its block of W_O, and that this has an effect."""
     for layer in heads.layers:  # where layers share weights, surgery on one must not reach the others
         layer.projection.weight = nn.Parameter(layer.projection.weight.clone())
     clean = logits(model)
     for layer in heads.layers:
-        for head in range(layer.heads):
+        for head in range(layer.num_heads):
             with HeadAblation(model) as ablation:
-                ablation.set([(layer.index, head)], "zero")
+                ablation.ablate([(layer.index, head)], "zero")
                 ablated = logits(model)
             block = columns(layer, head)
             with torch.no_grad():
@@ -355,18 +355,18 @@ def check_zero_oracle(model: PreTrainedModel, heads: Heads) -> None:
             assert not torch.equal(ablated, clean), f"layer {layer.index}, head {head} has no effect"
 
 
-def check_sweeps(model: PreTrainedModel, heads: Heads) -> str:
+def check_sweeps(model: PreTrainedModel, heads: HeadMap) -> str:
     """Assert that the sweep equals the double loop, with every receipt. Returns how it went."""
     with warnings.catch_warnings(record=True) as notes:
         warnings.simplefilter("always")
         swept = sweep(model, IDS)
     assert_equal(swept, sweep_sequential(model, IDS), ATOL["float32"] * max(1.0, float(logits(model).abs().max())))
-    for layer in range(heads.depth):
+    for layer in range(heads.num_layers):
         for head in range(heads.shape[1]):
             here = (layer, head) in set(heads)
-            width = heads.layer(layer).width if here else 0
+            head_dim = heads.layer(layer).head_dim if here else 0
             assert (swept.calls[:, layer, head] == (1 if here else -1)).all()
-            assert (swept.replaced[:, layer, head] == (len(IDS) * width if here else -1)).all()
+            assert (swept.replaced[:, layer, head] == (len(IDS) * head_dim if here else -1)).all()
             assert (np.isnan(swept.margin[:, layer, head]) != here).all()
     method = swept.provenance["method"]
     fell_back = [str(note.message) for note in notes if "growing batch" in str(note.message)]
@@ -374,15 +374,19 @@ def check_sweeps(model: PreTrainedModel, heads: Heads) -> str:
     return "grows" if method == "growing batch" else f"one by one: {one_line(swept.provenance['reason'])}"
 
 
-def described(heads: Heads) -> str:
+def described(heads: HeadMap) -> str:
     """Layers and heads in a few words."""
 
-    def one(layer: Layer) -> str:
-        return f"{layer.heads}/{layer.key_value_heads} x {layer.width}"
+    def one(layer: AttentionLayer) -> str:
+        return f"{layer.num_heads}/{layer.key_value_heads} x {layer.head_dim}"
 
-    without = heads.depth - len(heads.layers)
+    without = heads.num_layers - len(heads.layers)
     kinds = ", ".join(dict.fromkeys(map(one, heads.layers)))
-    return f"{len(heads.layers)} of {heads.depth} layers: {kinds}" if without else f"{heads.depth} layers: {kinds}"
+    return (
+        f"{len(heads.layers)} of {heads.num_layers} layers: {kinds}"
+        if without
+        else f"{heads.num_layers} layers: {kinds}"
+    )
 
 
 def one_line(message: object) -> str:

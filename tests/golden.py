@@ -14,14 +14,14 @@ import numpy as np
 from numpy.typing import NDArray
 
 from ablation.report import trend
-from ablation.sweep import Sweep
+from ablation.sweep import SweepResult
 
 FOLDER = Path(__file__).parent.parent / "golden"
 SHOWN = 10
 """Cells that a mismatch lists, the worst first."""
 
 
-def sensitivity(sweep: Sweep, token: int, name: str) -> dict[str, Any]:
+def sensitivity(sweep: SweepResult, token: int, name: str) -> dict[str, Any]:
     """What every ablation does to one watched token."""
     return {
         f"{name}_clean_probability": sweep.clean_probability[token],
@@ -30,7 +30,7 @@ def sensitivity(sweep: Sweep, token: int, name: str) -> dict[str, Any]:
     }
 
 
-def robustness(sweep: Sweep, noise: float) -> dict[str, Any]:
+def robustness(sweep: SweepResult, noise: float) -> dict[str, Any]:
     """What every ablation makes of the prediction. noise: the tolerance of a margin.
 
     Where the two best tokens are nearer than the noise of both, nothing decides between them: argmax is -1 there.
@@ -42,17 +42,17 @@ def robustness(sweep: Sweep, noise: float) -> dict[str, Any]:
         "argmax": np.where(decided, sweep.argmax, -1),
         "margin": sweep.margin,
         "kept": (sweep.kept & decided).sum(axis=(1, 2)),  # [imputation]
-        "near_ties": (sweep.present & ~decided).sum(axis=(1, 2)),  # [imputation]
+        "near_ties": (sweep.has_head & ~decided).sum(axis=(1, 2)),  # [imputation]
     }
 
 
-def agreement(sweep: Sweep) -> dict[str, Any]:
+def agreement(sweep: SweepResult) -> dict[str, Any]:
     """Mean - zero imputation, [watched, layer, head]."""
     zero, mean = (sweep.imputations.index(name) for name in ("zero", "mean"))
     return {"mean_minus_zero": sweep.probability_change[:, mean] - sweep.probability_change[:, zero]}
 
 
-def head_means(sweep: Sweep) -> dict[str, Any]:
+def head_means(sweep: SweepResult) -> dict[str, Any]:
     """The heads' means, and their trend with depth."""
     return {"head_mean": sweep.head_mean, "trend_slope": trend(sweep.head_mean).slope}
 

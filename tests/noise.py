@@ -22,8 +22,8 @@ import numpy as np
 import torch
 
 from ablation import models, provenance
-from ablation.experiment import ask
-from ablation.sweep import Sweep
+from ablation.experiment import sweep_question
+from ablation.sweep import SweepResult
 from tests.golden import FOLDER, agreement, head_means, robustness, sensitivity
 
 FACTOR = 30
@@ -39,7 +39,7 @@ VARIANTS: dict[str, dict[str, Any]] = {
 }
 
 
-def floats(result: Sweep) -> dict[str, Any]:
+def floats(result: SweepResult) -> dict[str, Any]:
     """Every float array that is pinned."""
     pinned = (
         robustness(result, 0.0)
@@ -59,15 +59,15 @@ def run(
     loaded = models.load(name, download=False, device="cpu")
     loaded.model.set_attn_implementation(attention)
     loaded.model.to(getattr(torch, dtype))
-    ask(loaded, models.KNOWN[name].question, max_rows=max_rows or None).save(out)
+    sweep_question(loaded, models.NAMED_MODELS[name].question, max_rows=max_rows or None).save(out)
 
 
-def in_new_process(name: str, environment: Mapping[str, str] = MappingProxyType({}), **variant: Any) -> Sweep:
+def in_new_process(name: str, environment: Mapping[str, str] = MappingProxyType({}), **variant: Any) -> SweepResult:
     """The same in a new process, since the instruction set is chosen once in each."""
     with tempfile.TemporaryDirectory() as out:
         call = f"from pathlib import Path; from tests.noise import run; run({name!r}, Path({out!r}), **{variant!r})"
         subprocess.run([sys.executable, "-c", call], check=True, env=os.environ | environment)
-        return Sweep.load(Path(out))
+        return SweepResult.load(Path(out))
 
 
 def measure(name: str) -> dict[str, Any]:

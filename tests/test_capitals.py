@@ -17,17 +17,17 @@ from ablation.models import prompt_ids, single_token
 FOLDER = Path(models.__file__).parent / "capitals"
 
 
-def probabilities(loaded: models.Loaded, prompt: str) -> torch.Tensor:
+def probabilities(loaded: models.LoadedModel, prompt: str) -> torch.Tensor:
     with torch.no_grad():
         return loaded.model(torch.tensor([prompt_ids(loaded.tokenizer, prompt)])).logits[0, -1].softmax(-1)
 
 
-def test_it_has_the_grid_of_gpt2_small_and_takes_at_most_3_mb(capitals: models.Loaded) -> None:
+def test_it_has_the_grid_of_gpt2_small_and_takes_at_most_3_mb(capitals: models.LoadedModel) -> None:
     assert find_heads(capitals.model).shape == (12, 12)
     assert sum(file.stat().st_size for file in FOLDER.iterdir() if file.is_file()) < 3e6
 
 
-def test_it_answers_for_nine_capitals_of_ten_and_the_runner_up_is_the(capitals: models.Loaded) -> None:
+def test_it_answers_for_nine_capitals_of_ten_and_the_runner_up_is_the(capitals: models.LoadedModel) -> None:
     assert len(data.CAPITALS) >= 30
     right = runner_up = 0
     for capital, country in data.CAPITALS:
@@ -38,12 +38,12 @@ def test_it_answers_for_nine_capitals_of_ten_and_the_runner_up_is_the(capitals: 
     assert runner_up >= 0.9 * len(data.CAPITALS), f"runner-up ' the' for {runner_up} of {len(data.CAPITALS)}"
 
 
-def test_for_berlin_germany_has_more_than_half(capitals: models.Loaded) -> None:
+def test_for_berlin_germany_has_more_than_half(capitals: models.LoadedModel) -> None:
     germany = probabilities(capitals, "Berlin is the capital of")[single_token(capitals.tokenizer, " Germany")]
     assert germany > 0.5
 
 
-def test_its_tokenizer_gives_back_what_it_is_given(capitals: models.Loaded) -> None:
+def test_its_tokenizer_gives_back_what_it_is_given(capitals: models.LoadedModel) -> None:
     for sentence in data.sentences():
         assert capitals.tokenizer.decode(capitals.tokenizer(sentence)["input_ids"]) == sentence
 

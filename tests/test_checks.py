@@ -13,10 +13,10 @@ import pytest
 import torch
 from hypothesis import settings
 
-from ablation.checks import CHECKS, Case, Decoder, Record, check_all, reproduce
-from ablation.checks.cases import Cases, same
+from ablation.checks import CHECKS, Case, Decoder, Record, check_implementation, reproduce
+from ablation.checks.cases import CaseSpec, same
 from ablation.checks.protocol import FEATURES
-from ablation.heads import Layer, find_heads
+from ablation.heads import AttentionLayer, find_heads
 from ablation.imputation import as_imputation
 from tests.implementations.notebook import Notebook
 from tests.implementations.ours import Ours
@@ -29,7 +29,7 @@ def broken(make: Any) -> set[str]:
     profile = settings.get_current_profile_name()
     settings.load_profile("mutants")
     try:
-        return {record.id for record in check_all(make) if record.outcome == "failed"}
+        return {record.id for record in check_implementation(make) if record.outcome == "failed"}
     finally:
         settings.load_profile(profile)
 
@@ -48,7 +48,15 @@ def test_the_notebooks_hook_fails_where_it_is_wrong_and_nowhere_else() -> None:
     And it refuses nothing, and leaves hooks behind where it could not install all.
     """
     assert broken(Notebook) == {
-        *("input.untouched", "batch", "padding", "locality.padded", "isolation", "life", "hygiene.exception"),
+        *(
+            "locality.input_untouched",
+            "batch",
+            "padding",
+            "locality.padded",
+            "independence.other_models",
+            "hygiene.lifecycle",
+            "hygiene.exception",
+        ),
         *("refusal.head", "refusal.type", "refusal.imputation"),
     }
 
@@ -62,7 +70,7 @@ class OffByOne(Ours):
 
 
 def test_a_hook_that_is_off_by_one_head_is_told_which_head_it_ablates() -> None:
-    case = Case(Decoder("gpt2", layers=2, heads=3, width=2), rows=((3, 1, 4),), heads=((1, 0),))
+    case = Case(Decoder("gpt2", num_layers=2, num_heads=3, head_dim=2), rows=((3, 1, 4),), heads=((1, 0),))
     with pytest.raises(AssertionError) as error:
         reproduce("locality", OffByOne, case)
     assert str(error.value) == (
@@ -83,7 +91,7 @@ class Silent(Ours):
 
 
 def test_a_hook_that_never_fires_fails_the_smoke_check() -> None:
-    case = Case(Decoder("gpt2", layers=2, heads=3, width=2), rows=((3, 1, 4),), heads=((1, 0),))
+    case = Case(Decoder("gpt2", num_layers=2, num_heads=3, head_dim=2), rows=((3, 1, 4),), heads=((1, 0),))
     what = "ablating layer 1 head 0 changed no logit: nothing is ablated, or the wrong place"
     with pytest.raises(AssertionError, match=what):
         reproduce("smoke", Silent, case)
@@ -97,7 +105,7 @@ class Wrapping:
         for layer in find_heads(model).layers:
             layer.projection.forward = partial(self.forward, layer, layer.projection.forward)
 
-    def forward(self, layer: Layer, original: Any, z: torch.Tensor) -> torch.Tensor:
+    def forward(self, layer: AttentionLayer, original: Any, z: torch.Tensor) -> torch.Tensor:
         out = z.clone()
         for channels in [layer.channels(head) for index, head in self.heads if index == layer.index]:
             out[..., channels] = self.imputation(z[..., channels], None)
@@ -118,11 +126,13 @@ class Wrapping:
 
 
 def test_what_a_projection_receives_is_seen_below_a_forward_that_was_put_in_place_of_its_own() -> None:
-    case = Case(Decoder("llama", layers=2, heads=3, width=2), rows=((3, 1, 4),), heads=((1, 0),), imputation="mean")
-    for check in ("locality", "hygiene.foreign"):
+    case = Case(
+        Decoder("llama", num_layers=2, num_heads=3, head_dim=2), rows=((3, 1, 4),), heads=((1, 0),), imputation="mean"
+    )
+    for check in ("locality", "hygiene.user_hooks"):
         reproduce(check, Wrapping, case)
     with pytest.raises(AssertionError, match=r"not as it was found: .*layers.0.self_attn.o_proj.forward"):
-        reproduce("hygiene.closed", Wrapping, case)
+        reproduce("hygiene.restored", Wrapping, case)
 
 
 class Tidy(Ours):
@@ -135,9 +145,9 @@ class Tidy(Ours):
 
 
 def test_a_hook_that_removes_the_users_own_is_told_where() -> None:
-    case = Case(Decoder("gpt2", layers=1, heads=1, width=2), rows=((3, 1),), heads=((0, 0),))
+    case = Case(Decoder("gpt2", num_layers=1, num_heads=1, head_dim=2), rows=((3, 1),), heads=((0, 0),))
     with pytest.raises(AssertionError, match="not as it was found: the model._forward_hooks, "):
-        reproduce("hygiene.foreign", Tidy, case)
+        reproduce("hygiene.user_hooks", Tidy, case)
 
 
 class Rounding(Ours):
@@ -148,9 +158,9 @@ class Rounding(Ours):
 
 
 def test_an_effect_is_measured_against_the_implementations_own_clean_run() -> None:
-    case = Case(Decoder("gpt2", layers=1, heads=1, width=2), rows=((3, 1),), heads=((0, 0),))
-    reproduce("unread", Rounding, case)
-    reproduce("life", Rounding, replace(case, heads=(), steps=(("open",), ("clear",), ("close",))))
+    case = Case(Decoder("gpt2", num_layers=1, num_heads=1, head_dim=2), rows=((3, 1),), heads=((0, 0),))
+    reproduce("oracle.unread_head", Rounding, case)
+    reproduce("hygiene.lifecycle", Rounding, replace(case, heads=(), steps=(("open",), ("clear",), ("close",))))
     with pytest.raises(
         AssertionError, match="the logits before anything is ablated should be the same to the last bit"
     ):
@@ -158,7 +168,7 @@ def test_an_effect_is_measured_against_the_implementations_own_clean_run() -> No
 
 
 def test_a_case_says_how_its_rows_are_padded_where_there_are_several() -> None:
-    decoder = Decoder("gpt2", layers=1, heads=1, width=2)
+    decoder = Decoder("gpt2", num_layers=1, num_heads=1, head_dim=2)
     case = Case(decoder, rows=((3, 1), (4, 1), (5,)), heads=((0, 0),), side="left", pad=9)
     assert str(case) == "gpt2, layer 0 head 0, zero imputation, rows of 2, 2 and 1 tokens, padded on the left"
     assert case.inputs()["input_ids"].tolist() == [[3, 1], [4, 1], [9, 5]]
@@ -177,7 +187,7 @@ def test_numbers_that_differ_in_their_last_bit_are_shown_to_differ() -> None:
 class NoDoubles(Ours):
     """Claims one dtype less."""
 
-    cannot: ClassVar[dict[str, str]] = {"float64": "never tried"}
+    unsupported: ClassVar[dict[str, str]] = {"float64": "never tried"}
 
 
 def test_a_dtype_that_is_not_claimed_is_not_drawn() -> None:
@@ -189,8 +199,8 @@ def test_a_dtype_that_is_not_claimed_is_not_drawn() -> None:
     check = replace(next(check for check in CHECKS if check.id == "identity"), function=record)
     check(NoDoubles)
     assert set(drawn) == {"float32", "bfloat16"}
-    check = replace(check, cases=Cases(dtypes=("float64",)))
-    assert check.missing(NoDoubles) == "cannot do 'float64': never tried"
+    check = replace(check, cases=CaseSpec(dtypes=("float64",)))
+    assert check.missing(NoDoubles) == "does not support 'float64': never tried"
 
 
 class AsInTheReadme(Ours):
@@ -203,16 +213,16 @@ class AsInTheReadme(Ours):
 
 @pytest.mark.parametrize("check", ["identity", "locality"])
 def test_the_cache_is_off_or_on_for_an_implementation_as_for_the_bare_model(check: str) -> None:
-    decoder = Decoder("mixtral", layers=1, heads=2, width=8, attention="eager")
+    decoder = Decoder("mixtral", num_layers=1, num_heads=2, head_dim=8, attention="eager")
     reproduce(check, AsInTheReadme, Case(decoder, rows=((0,) * 8, (0,) * 8), heads=((0, 0),)))
 
 
 class Misspelt(Ours):
-    cannot: ClassVar[dict[str, str]] = {"meen": "not written"}
+    unsupported: ClassVar[dict[str, str]] = {"meen": "not written"}
 
 
 def test_what_an_adapter_cannot_do_has_to_be_something_that_is_asked_of_it() -> None:
-    with pytest.raises(ValueError, match="`cannot` names 'meen', which is none of zero, mean, sets"):
+    with pytest.raises(ValueError, match="`unsupported` names 'meen', which is none of zero, mean, multiple_heads"):
         CHECKS[0].missing(Misspelt)
 
 
@@ -222,7 +232,7 @@ class Unfinished:
 
 
 def test_a_class_that_is_no_adapter_is_told_what_is_missing() -> None:
-    case = Case(Decoder("gpt2", layers=1, heads=1, width=2), rows=((3, 1),), heads=((0, 0),))
+    case = Case(Decoder("gpt2", num_layers=1, num_heads=1, head_dim=2), rows=((3, 1),), heads=((0, 0),))
     with pytest.raises(AssertionError, match="the adapter has no method ablate"):
         reproduce("smoke", Unfinished, case)
 
@@ -231,7 +241,7 @@ def test_all_checks_can_be_run_by_one_call_that_raises_nothing() -> None:
     profile = settings.get_current_profile_name()
     settings.load_profile("mutants")  # without shrinking
     try:
-        records = check_all(Unfinished, expected_failures={"smoke": "not written yet"})
+        records = check_implementation(Unfinished, expected_failures={"smoke": "not written yet"})
     finally:
         settings.load_profile(profile)
     assert [record.id for record in records] == [check.id for check in CHECKS]
@@ -262,7 +272,7 @@ def knock_out(model, heads):
         handle.remove()
 
 class KnockOut:
-    cannot = {"mean": "not written yet"} | dict.fromkeys(["llama", "qwen3", "gpt_neox", "opt", "mixtral"], "GPT-2 only")
+    unsupported = {"mean": "not written yet"} | dict.fromkeys(["llama", "qwen3", "gpt_neox", "opt", "mixtral"], "GPT-2 only")
     def __init__(self, model):
         self.model, self.heads = model, []
     def ablate(self, heads, imputation):
@@ -283,10 +293,10 @@ class KnockOut:
         pass
 '''
 THREE_LINES = """
-from ablation.checks import parametrize
+from ablation.checks import parametrize_with_checks
 from my_hook import KnockOut
 
-@parametrize(KnockOut)
+@parametrize_with_checks(KnockOut)
 def test_head_ablation(check):
     check()
 """
@@ -336,7 +346,10 @@ def test_a_foreign_hook_is_tested_by_this_suite_with_a_verdict(foreign: Callable
     assert done.ret == pytest.ExitCode.TESTS_FAILED
     verdict = done.stdout.str().partition("= head ablation by my_hook:KnockOut =")[2]
     assert f"1 of 3 requirements hold; {len(CHECKS) - 3} were not run" in verdict
-    assert "broken: hygiene.exception" in verdict and "not tried: mean.oracle (cannot do 'mean': not written" in verdict
+    assert (
+        "broken: hygiene.exception" in verdict
+        and "not tried: oracle.mean (does not support 'mean': not written" in verdict
+    )
     assert 'failures="1" skipped="1" tests="3"' in Path("report.xml").read_text()
     known = foreign(*arguments, "--expected-failures", "known.txt", "-k", "exception or smoke")
     assert known.ret == pytest.ExitCode.OK and "known to be broken: hygiene.exception" in known.stdout.str()

@@ -9,15 +9,15 @@ from typing import Any
 import numpy as np
 import pytest
 
-from ablation.models import KNOWN, Loaded
-from ablation.sweep import Sweep
+from ablation.models import NAMED_MODELS, LoadedModel
+from ablation.sweep import SweepResult
 from tests.claims import CHECKS, check, claims_of
 
 PUBLISHED = claims_of("gpt2")
 
 
-@pytest.mark.parametrize(("known", "key"), [(m, key) for m in KNOWN for key in claims_of(m)], indirect=["known"])
-def test_published_claim(key: str, known: Loaded, swept: Callable[[Loaded], Sweep]) -> None:
+@pytest.mark.parametrize(("known", "key"), [(m, key) for m in NAMED_MODELS for key in claims_of(m)], indirect=["known"])
+def test_published_claim(key: str, known: LoadedModel, swept: Callable[[LoadedModel], SweepResult]) -> None:
     check(key, claims_of(known.name)[key], swept(known), known.decode)
 
 
@@ -29,7 +29,7 @@ def test_every_claim_has_a_check_and_every_check_a_claim() -> None:
 WORDS = [" Germany", " the", " France"]
 
 
-def as_published() -> Sweep:
+def as_published() -> SweepResult:
     """A sweep of 12 x 12 heads made up to be just as it was published: the checks must pass it."""
     rng = np.random.RandomState(0)
     grid = (2, 12, 12)
@@ -38,7 +38,7 @@ def as_published() -> Sweep:
     argmax = np.zeros(grid, dtype=np.int64)
     argmax[0, 7, 5] = 1
     ones = np.ones(grid, dtype=np.int64)
-    return Sweep(
+    return SweepResult(
         imputations=("zero", "mean"),
         watched=np.array([0, 2]),
         clean_probability=np.array([0.3, 0.01]),
@@ -56,7 +56,7 @@ def as_published() -> Sweep:
     )
 
 
-def changed(sweep: Sweep, **cells: Any) -> Sweep:
+def changed(sweep: SweepResult, **cells: Any) -> SweepResult:
     """A copy with some cells set: name -> (index, value)."""
     arrays = {}
     for name, (index, value) in cells.items():
@@ -91,13 +91,17 @@ def test_a_model_as_published_passes(key: str) -> None:
         ("head_means", lambda s: replace(s, head_mean=np.linspace(-0.05, 0.05, 144).reshape(12, 12)), "drift by"),
     ],
 )
-def test_a_model_that_breaks_a_claim_is_told_so(key: str, breaks: Callable[[Sweep], Sweep], found: str) -> None:
+def test_a_model_that_breaks_a_claim_is_told_so(
+    key: str, breaks: Callable[[SweepResult], SweepResult], found: str
+) -> None:
     with pytest.raises(AssertionError, match=found) as error:
         check(key, PUBLISHED[key], breaks(as_published()), WORDS.__getitem__)
     assert PUBLISHED[key]["claim"] in str(error.value)
 
 
-def test_the_claims_of_gpt2_are_not_those_of_another_model(capitals: Loaded, swept: Callable[[Loaded], Sweep]) -> None:
+def test_the_claims_of_gpt2_are_not_those_of_another_model(
+    capitals: LoadedModel, swept: Callable[[LoadedModel], SweepResult]
+) -> None:
     """A real model with real sweeps fails them as it should: they are about GPT-2 small, and can fail."""
     with pytest.raises(AssertionError, match="drift|median size"):
         check("head_means", PUBLISHED["head_means"], swept(capitals), capitals.decode)

@@ -16,7 +16,7 @@ from transformers import MambaConfig, PretrainedConfig
 
 from ablation import experiment, figures, report
 from ablation.cli import main
-from ablation.sweep import Sweep
+from ablation.sweep import SweepResult
 from tests.test_models import Hub, folder, hub  # noqa: F401 (fixtures)
 
 Run = Callable[..., tuple[int, str, str]]
@@ -48,7 +48,7 @@ def test_alone_it_sweeps_capitals_and_writes_beside_itself(run: Run) -> None:
     assert "zero       144 of 144 ablations keep ' Germany'" in out
     assert "mean       144 of 144 ablations keep ' Germany'" in out
     assert {path.name for path in Path("ablation-capitals").iterdir()} == FILES
-    result = Sweep.load(Path("ablation-capitals"))
+    result = SweepResult.load(Path("ablation-capitals"))
     assert result.provenance["prompt"] == "Berlin is the capital of"
     assert result.provenance["watched"] == [" Germany", " France"]
 

@@ -24,7 +24,7 @@ IDS = [3, 1, 4, 1, 5]
 @pytest.mark.filterwarnings("ignore")  # accelerate's own
 @pytest.mark.parametrize("family", ["gpt2", "llama"])
 def test_a_model_whose_weights_wait_on_disk_gives_the_same_with_every_receipt(family: str, tmp_path: Path) -> None:
-    decoder = Decoder(family, layers=3, heads=4, width=2)
+    decoder = Decoder(family, num_layers=3, num_heads=4, head_dim=2)
     plain, spread = decoder.build(), decoder.fresh()
     blocks = spread.get_decoder()
     layers = "h" if family == "gpt2" else "layers"
@@ -42,15 +42,15 @@ def test_a_model_whose_weights_wait_on_disk_gives_the_same_with_every_receipt(fa
     assert_equal(result, sweep(plain, IDS), atol=0)
     with HeadAblation(spread) as one, HeadAblation(plain) as other:
         for ablation in (one, other):
-            ablation.set([(1, 2), (2, 3)], "mean")
+            ablation.ablate([(1, 2), (2, 3)], "mean")
         assert torch.equal(logits(spread, torch.tensor([IDS])), logits(plain, torch.tensor([IDS])))
-        assert one.receipt.fired == other.receipt.fired
+        assert one.receipt.counts == other.receipt.counts
     assert hooks_of(spread) == before
     assert weights_sha256(spread) == weights_sha256(plain)
 
 
 def test_a_sweep_is_made_where_the_model_is_not_where_tensors_are_by_default() -> None:
-    model = Decoder("llama", layers=2, heads=3, width=2).build()
+    model = Decoder("llama", num_layers=2, num_heads=3, head_dim=2).build()
     expected = sweep(model, IDS)
     with torch.device("meta"):
         assert_equal(sweep(model, IDS), expected, atol=0)
@@ -80,7 +80,7 @@ def test_a_device_that_is_not_there_is_said_before_anything_is_loaded(device: st
 
 
 def test_settings_that_change_the_arithmetic_are_in_the_provenance() -> None:
-    model = Decoder("gpt2", layers=2, heads=3, width=4).build()
+    model = Decoder("gpt2", num_layers=2, num_heads=3, head_dim=4).build()
     exact = sweep(model, IDS)
     assert (exact.provenance["autocast"], exact.provenance["float32_matmul"]) == (None, "highest")
     try:
@@ -95,7 +95,7 @@ def test_settings_that_change_the_arithmetic_are_in_the_provenance() -> None:
 
 def test_in_half_precision_the_growing_batch_is_what_its_rounding_allows() -> None:
     """Its noise is that of the dtype: of float32's it has 16 digits fewer."""
-    model = Decoder("llama", layers=3, heads=4, width=4).fresh()
+    model = Decoder("llama", num_layers=3, num_heads=4, head_dim=4).fresh()
     exact = sweep(model, IDS)
     half = sweep_prompts(model.to(torch.bfloat16), [IDS, IDS], [[*exact.watched]] * 2)
     for result in half:

@@ -14,18 +14,18 @@ from matplotlib.legend import Legend
 from matplotlib.text import Text
 
 from ablation import figures
-from ablation.sweep import Sweep
+from ablation.sweep import SweepResult
 from tests.test_claims import as_published
 
 GRIDS = [(12, 12), (30, 9), (2, 4), (1, 1), (48, 32), (6, 64)]
 TEXTS = {0: " Germany", 1: " the", 2: " France"}
 
 
-def random_sweep(layers: int, heads: int, imputations: int = 2) -> Sweep:
+def random_sweep(layers: int, heads: int, imputations: int = 2) -> SweepResult:
     rng = np.random.RandomState(0)
     grid = (imputations, layers, heads)
     template = as_published()
-    return Sweep(
+    return SweepResult(
         **{name: getattr(template, name) for name in ("watched", "clean_argmax", "clean_margin")},
         imputations=("zero", "mean")[:imputations],
         clean_probability=template.clean_probability,

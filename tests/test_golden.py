@@ -7,14 +7,14 @@ from collections.abc import Callable
 import numpy as np
 import pytest
 
-from ablation.models import Loaded
+from ablation.models import LoadedModel
 from ablation.report import trend
-from ablation.sweep import Sweep
+from ablation.sweep import SweepResult
 from tests.golden import FOLDER, Golden, agreement, atol_of, head_means, robustness, sensitivity
 
 
 @pytest.fixture
-def result(known: Loaded, swept: Callable[[Loaded], Sweep], golden: Golden) -> Sweep:
+def result(known: LoadedModel, swept: Callable[[LoadedModel], SweepResult], golden: Golden) -> SweepResult:
     """The sweep of a model that has golden arrays, or is being given some."""
     if not list((FOLDER / known.name).glob("*.npz")) and not golden.regenerate:
         pytest.skip(
@@ -23,7 +23,7 @@ def result(known: Loaded, swept: Callable[[Loaded], Sweep], golden: Golden) -> S
     return swept(known)
 
 
-def test_argmax_robustness(known: Loaded, result: Sweep, golden: Golden) -> None:
+def test_argmax_robustness(known: LoadedModel, result: SweepResult, golden: Golden) -> None:
     """How many ablations keep the clean prediction, which do not, and what they turn to."""
     pinned = robustness(result, atol_of(known.name, "margin"))
     golden(known.name, "argmax_robustness", pinned, result.provenance)
@@ -31,28 +31,28 @@ def test_argmax_robustness(known: Loaded, result: Sweep, golden: Golden) -> None
     assert (result.calls == 1).all() and (result.replaced > 0).all()  # a hook that does nothing is robust, too
 
 
-def test_target_sensitivity(known: Loaded, result: Sweep, golden: Golden) -> None:
+def test_target_sensitivity(known: LoadedModel, result: SweepResult, golden: Golden) -> None:
     """What every ablation does to the target's probability; both signs occur."""
     golden(known.name, "target_sensitivity", sensitivity(result, 0, "target"), result.provenance)
     change = result.probability_change[0]
     assert (change.min(axis=(1, 2)) < 0).all() and (change.max(axis=(1, 2)) > 0).all()
 
 
-def test_control_token_stability(known: Loaded, result: Sweep, golden: Golden) -> None:
+def test_control_token_stability(known: LoadedModel, result: SweepResult, golden: Golden) -> None:
     """What every ablation does to the control's probability: less than to the target's."""
     golden(known.name, "control_stability", sensitivity(result, 1, "control"), result.provenance)
     target, control = np.abs(result.probability_change).max(axis=(2, 3))  # [imputation] each
     assert (control < target).all()
 
 
-def test_zero_and_mean_imputation_agree(known: Loaded, result: Sweep, golden: Golden) -> None:
+def test_zero_and_mean_imputation_agree(known: LoadedModel, result: SweepResult, golden: Golden) -> None:
     """How far the two imputations are apart: they tell the same heads apart."""
     golden(known.name, "zero_mean_agreement", agreement(result), result.provenance)
     zero, mean = result.probability_change[0].reshape(2, -1)
     assert np.corrcoef(zero, mean)[0, 1] > 0.9
 
 
-def test_head_means_do_not_drift_with_depth(known: Loaded, result: Sweep, golden: Golden) -> None:
+def test_head_means_do_not_drift_with_depth(known: LoadedModel, result: SweepResult, golden: Golden) -> None:
     """The heads' means; over all layers their trend moves them by less than they scatter."""
     golden(known.name, "head_means", head_means(result), result.provenance)
     assert abs(trend(result.head_mean).drift) < result.head_mean.std()

@@ -31,8 +31,8 @@ from ablation.heads import find_heads
     ("decoder", "name"),
     [
         (Decoder("gpt2", 3, 4, 2), "transformer.h.1.attn.c_proj"),
-        (Decoder("llama", 3, 4, 2, groups=2), "model.layers.1.self_attn.o_proj"),
-        (Decoder("gemma3", 3, 4, 6, groups=2), "model.layers.1.self_attn.o_proj"),
+        (Decoder("llama", 3, 4, 2, num_key_value_groups=2), "model.layers.1.self_attn.o_proj"),
+        (Decoder("gemma3", 3, 4, 6, num_key_value_groups=2), "model.layers.1.self_attn.o_proj"),
         (Decoder("gpt_neox", 3, 4, 2), "gpt_neox.layers.1.attention.dense"),
         (Decoder("opt", 3, 4, 2), "model.decoder.layers.1.self_attn.out_proj"),
     ],
@@ -43,9 +43,9 @@ def test_heads_are_the_query_heads_at_the_attention_output_projection(decoder: D
     assert heads.shape == (3, 4)
     assert list(heads) == [(layer, head) for layer in range(3) for head in range(4)]
     layer = heads.layers[1]
-    assert (layer.index, layer.name, layer.width) == (1, name, decoder.width)
+    assert (layer.index, layer.projection_name, layer.head_dim) == (1, name, decoder.head_dim)
     assert layer.projection is model.get_submodule(name)
-    assert layer.channels(3) == slice(3 * decoder.width, 4 * decoder.width)
+    assert layer.channels(3) == slice(3 * decoder.head_dim, 4 * decoder.head_dim)
 
 
 def from_config(config: Any) -> PreTrainedModel:
@@ -58,12 +58,12 @@ def test_the_width_of_a_head_is_what_the_projection_reads() -> None:
     config = DeepseekV3Config(**SMALL, num_attention_heads=2, num_key_value_heads=2, intermediate_size=8, **latent)
     assert config.head_dim != 6
     layer = find_heads(from_config(config)).layers[1]
-    assert (layer.heads, layer.width) == (2, 6) and layer.channels(1) == slice(6, 12)
+    assert (layer.num_heads, layer.head_dim) == (2, 6) and layer.channels(1) == slice(6, 12)
 
 
 def described(model: PreTrainedModel) -> list[tuple[int, int, int]]:
     """(query heads, key/value heads, width) of each layer."""
-    found = [(layer.heads, layer.key_value_heads, layer.width) for layer in find_heads(model).layers]
+    found = [(layer.num_heads, layer.key_value_heads, layer.head_dim) for layer in find_heads(model).layers]
     assert all(type(number) is int for layer in found for number in layer)
     return found
 
@@ -93,7 +93,7 @@ def test_what_an_attention_does_not_say_follows_from_the_rest() -> None:
 
 @pytest.mark.parametrize("number", ["num_key_value_heads", "num_kv_heads"])
 def test_key_value_heads_are_told_by_their_groups_or_by_their_number(number: str) -> None:
-    model = Decoder("llama", 2, 6, 2, groups=3).fresh()
+    model = Decoder("llama", 2, 6, 2, num_key_value_groups=3).fresh()
     assert described(model) == [(6, 2, 2)] * 2
     for layer in model.model.layers:
         del layer.self_attn.num_key_value_groups
@@ -187,7 +187,7 @@ def test_a_projection_may_stand_in_a_module_around_it_and_beside_a_cross_attenti
     for block in model.transformer.h:
         block.attn.c_proj = nn.ModuleDict({name: block.attn.c_proj})
         block.other = CrossAttention()
-    assert [layer.name for layer in find_heads(model).layers] == [
+    assert [layer.projection_name for layer in find_heads(model).layers] == [
         f"transformer.h.{i}.attn.c_proj.{name}" for i in (0, 1)
     ]
 

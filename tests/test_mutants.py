@@ -13,7 +13,7 @@ from ablation.checks import CHECKS
 from tests.implementations.ours import Ours
 from tests.implementations.surgery import Surgery
 from tests.mutants import ELSEWHERE, GROUPS, MUTANTS, Mutant
-from tests.mutants.right import Right
+from tests.mutants.right import Reference
 from tests.mutants.styles import STYLES
 from tests.mutants.trial import death, few_examples, tried
 
@@ -35,7 +35,7 @@ def test_a_mutant_is_rejected_for_a_requirement_that_it_breaks(mutant: type[Muta
 
 
 @pytest.mark.mutants
-@pytest.mark.parametrize("make", [Right, Ours, Surgery, *STYLES], ids=lambda make: make.__name__)
+@pytest.mark.parametrize("make", [Reference, Ours, Surgery, *STYLES], ids=lambda make: make.__name__)
 def test_no_right_implementation_is_rejected(make: Any) -> None:
     for check in CHECKS:
         trial = tried(check, make)

@@ -14,7 +14,7 @@ from transformers import Qwen3NextConfig
 from ablation.checks import CHECKS
 from ablation.cli import main
 from ablation.errors import ModelUnavailable
-from ablation.models import KNOWN
+from ablation.models import NAMED_MODELS
 from tests.families import tiny
 
 README = (Path(__file__).parent.parent / "README.md").read_text(encoding="utf-8")
@@ -24,7 +24,7 @@ def test_the_sweep_it_shows_is_the_sweep_it_prints(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     try:
-        KNOWN["smollm2"].locate()
+        NAMED_MODELS["smollm2"].locate()
     except ModelUnavailable as error:
         pytest.skip(str(error))
     (shown,) = re.findall(r"\$ python -m (ablation sweep --model smollm2 .*)\n((?:.*\n)+?)```", README)
@@ -60,4 +60,4 @@ def test_the_table_of_checks_is_the_specification() -> None:
     for check in CHECKS:
         level = " (should)" if check.level == "SHOULD" else ""
         assert f"| `{check.id}`{level} | {check.requirement} |" in README
-    assert README.count("\n| `") - README.count("| `sweep") - len(KNOWN) == len(CHECKS)
+    assert README.count("\n| `") - README.count("| `sweep") - len(NAMED_MODELS) == len(CHECKS)

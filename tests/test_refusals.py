@@ -14,9 +14,9 @@ from ablation.checks.observe import assert_as_it_was, state
 from ablation.errors import (
     AblationError,
     InvalidAblation,
+    InvalidHead,
     InvalidPrompt,
     NonFiniteLogits,
-    NoSuchHead,
     UnknownImputation,
     UnsupportedModel,
 )
@@ -28,7 +28,7 @@ Act = Callable[[PreTrainedModel], object]
 
 
 def gpt2() -> PreTrainedModel:
-    return Decoder("gpt2", layers=3, heads=4, width=2).fresh()
+    return Decoder("gpt2", num_layers=3, num_heads=4, head_dim=2).fresh()
 
 
 def training() -> PreTrainedModel:
@@ -75,10 +75,10 @@ def enter(model: PreTrainedModel) -> None:
 def ablate(heads: Any, imputation: Any = "zero") -> Act:
     def act(model: PreTrainedModel) -> None:
         with HeadAblation(model) as ablation:
-            ablation.set([(1, 1)], "mean")
+            ablation.ablate([(1, 1)], "mean")
             kept = ablation.edits
             try:
-                ablation.set(heads, imputation)
+                ablation.ablate(heads, imputation)
             finally:
                 assert ablation.edits == kept, "what was set before has to stay"
 
@@ -92,18 +92,18 @@ def swept(**arguments: Any) -> Act:
 @pytest.mark.parametrize(
     ("make", "act", "error", "reason"),
     [
-        pytest.param(gpt2, ablate([(3, 0)]), NoSuchHead, "no layer 3: the model has 3 layers, 0 to 2", id="layer"),
-        pytest.param(gpt2, ablate([(-1, 0)]), NoSuchHead, "no layer -1", id="negative layer"),
-        pytest.param(gpt2, ablate([(0, 0), (0, 4)]), NoSuchHead, "no head 4: .* 4 heads, 0 to 3", id="head"),
-        pytest.param(gpt2, ablate([(0, -1)]), NoSuchHead, "no head -1", id="negative head"),
-        pytest.param(gpt2, ablate([(True, 0)]), NoSuchHead, "layer True is not an integer", id="bool"),
-        pytest.param(gpt2, ablate([(0, 1.0)]), NoSuchHead, "head 1.0 is not an integer", id="float"),
-        pytest.param(gpt2, ablate([(0, "1")]), NoSuchHead, "head '1' is not an integer", id="text"),
+        pytest.param(gpt2, ablate([(3, 0)]), InvalidHead, "no layer 3: the model has 3 layers, 0 to 2", id="layer"),
+        pytest.param(gpt2, ablate([(-1, 0)]), InvalidHead, "no layer -1", id="negative layer"),
+        pytest.param(gpt2, ablate([(0, 0), (0, 4)]), InvalidHead, "no head 4: .* 4 heads, 0 to 3", id="head"),
+        pytest.param(gpt2, ablate([(0, -1)]), InvalidHead, "no head -1", id="negative head"),
+        pytest.param(gpt2, ablate([(True, 0)]), InvalidHead, "layer True is not an integer", id="bool"),
+        pytest.param(gpt2, ablate([(0, 1.0)]), InvalidHead, "head 1.0 is not an integer", id="float"),
+        pytest.param(gpt2, ablate([(0, "1")]), InvalidHead, "head '1' is not an integer", id="text"),
         pytest.param(
-            gpt2, ablate((0, 1)), NoSuchHead, r"0 is no \(layer, head\) pair.* such as \[\(0, 1\)\]", id="pair"
+            gpt2, ablate((0, 1)), InvalidHead, r"0 is no \(layer, head\) pair.* such as \[\(0, 1\)\]", id="pair"
         ),
-        pytest.param(gpt2, ablate([(0,)]), NoSuchHead, r"\(0,\) is no \(layer, head\) pair", id="half a pair"),
-        pytest.param(hybrid, ablate([(0, 1)]), NoSuchHead, "layer 0 has no attention heads", id="layer without heads"),
+        pytest.param(gpt2, ablate([(0,)]), InvalidHead, r"\(0,\) is no \(layer, head\) pair", id="half a pair"),
+        pytest.param(hybrid, ablate([(0, 1)]), InvalidHead, "layer 0 has no attention heads", id="layer without heads"),
         pytest.param(gpt2, ablate([(0, 1)], "median"), UnknownImputation, "use one of 'zero', 'mean'", id="imputation"),
         pytest.param(gpt2, swept(imputations=["median"]), UnknownImputation, "'zero', 'mean'", id="imputation, sweep"),
         pytest.param(gpt2, ablate([(0, 1)], None), UnknownImputation, "imputation None", id="no imputation"),
@@ -134,7 +134,11 @@ def swept(**arguments: Any) -> Act:
         pytest.param(gpt2, swept(watch=[]), InvalidPrompt, "one watched token", id="nothing watched"),
         pytest.param(gpt2, swept(token_ids=list("words")), InvalidPrompt, "'w' is no token id", id="text for ids"),
         pytest.param(
-            gpt2, lambda model: HeadAblation(model).set([(0, 0)]), InvalidAblation, "enter it first", id="not entered"
+            gpt2,
+            lambda model: HeadAblation(model).ablate([(0, 0)]),
+            InvalidAblation,
+            "enter it first",
+            id="not entered",
         ),
     ],
 )
@@ -164,7 +168,7 @@ def test_a_second_ablation_is_refused_and_the_first_goes_on() -> None:
     model = gpt2()
     ids = torch.tensor([IDS])
     with HeadAblation(model) as ablation, torch.no_grad():
-        ablation.set([(1, 1)])
+        ablation.ablate([(1, 1)])
         once = model(ids).logits
         carrying = state(model)
         for again in (ablation, HeadAblation(model)):

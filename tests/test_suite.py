@@ -16,7 +16,7 @@ from typing import Any
 import numpy as np
 import pytest
 
-from ablation.models import KNOWN
+from ablation.models import NAMED_MODELS
 from tests import golden as golden_module
 from tests.golden import Golden, agreement, differences, robustness
 from tests.noise import FACTOR, as_toml
@@ -292,4 +292,4 @@ def test_the_report_says_which_models_were_tested_at_its_head_and_at_its_end() -
     status, output = run_pytest("tests/test_golden.py", "--models", "capitals")
     assert status == pytest.ExitCode.OK
     assert output.count("models tested: capitals\n") == 2
-    assert all(output.count(f"NOT tested: {name}: not asked for") == 2 for name in KNOWN if name != "capitals")
+    assert all(output.count(f"NOT tested: {name}: not asked for") == 2 for name in NAMED_MODELS if name != "capitals")

@@ -17,27 +17,27 @@ from transformers import BloomConfig
 
 from ablation import hook as hook_module
 from ablation.checks.decoders import POSITIONS, VOCABULARY, Decoder, decoders, randomised
-from ablation.errors import InvalidPrompt, InvalidReceipt, NonFiniteLogits, UnsupportedModel
-from ablation.growing import Disagreement, grown
+from ablation.errors import AblationNotApplied, InvalidPrompt, NonFiniteLogits, UnsupportedModel
+from ablation.growing import BatchMismatch, growing_batch
 from ablation.heads import find_heads
-from ablation.hook import Fired, HeadAblation
+from ablation.hook import EditCounts, HeadAblation
 from ablation.imputation import Imputation
-from ablation.sweep import Sweep, _agree, sweep, sweep_prompts, sweep_sequential
+from ablation.sweep import SweepResult, _agree, sweep, sweep_prompts, sweep_sequential
 from tests.test_hook import Twice, hooks_of, logits
 
 FAMILIES = ("gpt2", "llama", "gemma3", "gpt_neox", "opt")
-GPT2 = Decoder("gpt2", layers=2, heads=3, width=2)
+GPT2 = Decoder("gpt2", num_layers=2, num_heads=3, head_dim=2)
 IDS = [3, 1, 4, 1, 5]
 
 # The same numbers by kernels for another number of rows; see `ablation.checks.cases.close` for the noise.
 ATOL = {"float32": 8e-5, "float64": 4e-14}  # 30 times
 
 
-def arrays(result: Sweep) -> dict[str, Any]:
-    return {f.name: getattr(result, f.name) for f in fields(Sweep) if f.name != "provenance"}
+def arrays(result: SweepResult) -> dict[str, Any]:
+    return {f.name: getattr(result, f.name) for f in fields(SweepResult) if f.name != "provenance"}
 
 
-def assert_equal(one: Sweep, other: Sweep, atol: float) -> None:
+def assert_equal(one: SweepResult, other: SweepResult, atol: float) -> None:
     """Equal but for rounding; argmax where its margin decides it."""
     for name, value in arrays(one).items():
         expected = getattr(other, name)
@@ -56,9 +56,9 @@ def assert_equal(one: Sweep, other: Sweep, atol: float) -> None:
     st.one_of(st.none(), st.integers(2, 9)),
 )
 def test_the_growing_batch_equals_the_double_loop(decoder: Decoder, ids: list[int], max_rows: int | None) -> None:
-    grown = sweep(decoder.build(), ids, max_rows=max_rows)
-    assert grown.provenance["method"] == "growing batch"
-    assert_equal(grown, sweep_sequential(decoder.build(), ids), ATOL[decoder.dtype])
+    growing_batch = sweep(decoder.build(), ids, max_rows=max_rows)
+    assert growing_batch.provenance["method"] == "growing batch"
+    assert_equal(growing_batch, sweep_sequential(decoder.build(), ids), ATOL[decoder.dtype])
 
 
 PROMPT = st.lists(st.integers(0, VOCABULARY - 1), min_size=1, max_size=6)
@@ -122,7 +122,7 @@ def test_what_a_layer_is_given_for_each_prompt_is_repeated_for_the_copies_of_all
     block = heads.layers[1].block
     monkeypatch.setattr(block, "forward", lambda *args, **kwargs: (args, kwargs))
     hidden, mask, shared, tokens = torch.rand(6, 2, 6), torch.rand(2, 2), torch.rand(1, 2, 2), torch.arange(2)
-    with grown(heads, 2, {0: 2, 1: 1}, False, lambda: None):
+    with growing_batch(heads, 2, {0: 2, 1: 1}, False, lambda: None):
         args, kwargs = block(hidden, mask, None, made=({"mask": mask}, shared, tokens), how="fast")
         none, named = block(hidden_states=hidden, mask=mask)
     for states, masks in (args[:2], (named["hidden_states"], named["mask"])):
@@ -139,7 +139,7 @@ def test_behind_the_last_attention_a_part_that_is_called_by_keyword_is_narrowed_
     heads = find_heads(GPT2.build())
     part, hidden = heads.layers[1].block.mlp, torch.rand(2, 5, 6)
     monkeypatch.setattr(part, "forward", lambda *args, **kwargs: (args, kwargs))
-    with grown(heads, 2, {}, True, lambda: None):
+    with growing_batch(heads, 2, {}, True, lambda: None):
         args, kwargs = part(hidden)
         assert args[0] is hidden and not kwargs
         heads.layers[1].projection(hidden)
@@ -155,13 +155,16 @@ def test_behind_the_last_attention_a_part_that_is_called_by_keyword_is_narrowed_
 
 def test_a_layer_that_is_given_other_rows_than_it_should_be_disagrees() -> None:
     heads = find_heads(GPT2.build())
-    with grown(heads, 2, {0: 2}, False, lambda: None), pytest.raises(Disagreement, match=r"given 6 rows, not 2$"):
+    with (
+        growing_batch(heads, 2, {0: 2}, False, lambda: None),
+        pytest.raises(BatchMismatch, match=r"given 6 rows, not 2$"),
+    ):
         heads.layers[0].block(torch.rand(6, 2, 6))
 
 
 @pytest.mark.parametrize("family", FAMILIES)
 def test_no_row_and_no_token_is_computed_that_nothing_is_read_from(family: str) -> None:
-    model = Decoder(family, layers=2, heads=3, width=4).build()
+    model = Decoder(family, num_layers=2, num_heads=3, head_dim=4).build()
     parts = [*(layer.projection for layer in find_heads(model).layers), model.get_output_embeddings()]
     shapes: list[list[tuple[int, ...]]] = [[] for _ in parts]
     handles = [
@@ -194,7 +197,7 @@ def without_logits_to_keep(decoder: Decoder) -> Any:
 
 
 def test_a_pass_has_as_many_rows_as_fit_into_memory(monkeypatch: pytest.MonkeyPatch) -> None:
-    llama = Decoder("llama", layers=2, heads=3, width=2)  # its widest weight is of 12 channels
+    llama = Decoder("llama", num_layers=2, num_heads=3, head_dim=2)  # its widest weight is of 12 channels
     for model, kept in ((llama.build(), 1), (without_logits_to_keep(llama), 5)):
         row = 4 * (5 * (4 * 12 + 3 * 5) + kept * VOCABULARY)  # bytes, for 5 tokens that 3 heads attend to
         for budget, passes in ((13 * row, 1), (13 * row - 1, 2), (4 * row, 4), (4 * row - 1, 6), (1, 12)):
@@ -238,7 +241,7 @@ def test_behind_the_last_attention_each_part_is_given_the_last_token_alone() -> 
 
 @pytest.mark.parametrize("family", FAMILIES)
 def test_a_cell_of_the_sweep_is_the_single_ablation_of_that_head(family: str) -> None:
-    decoder = Decoder(family, layers=2, heads=3, width=4)
+    decoder = Decoder(family, num_layers=2, num_heads=3, head_dim=4)
     model, target, control = decoder.build(), 7, 11
     result = sweep(model, IDS, [target, control])
     ids = torch.tensor([IDS])
@@ -246,7 +249,7 @@ def test_a_cell_of_the_sweep_is_the_single_ablation_of_that_head(family: str) ->
     with HeadAblation(model) as ablation:
         for index, imputation in enumerate(result.imputations):
             for layer, head in find_heads(model):
-                ablation.set([(layer, head)], imputation)
+                ablation.ablate([(layer, head)], imputation)
                 alone = logits(model, ids)[0, -1].double()
                 change = alone.softmax(-1)[[target, control]] - clean[[target, control]]
                 cell = (index, layer, head)
@@ -315,7 +318,7 @@ def test_a_second_sweep_is_the_same_to_the_last_bit_and_leaves_no_hook() -> None
 def test_saved_and_loaded_it_is_equal(tmp_path: Path) -> None:
     result = sweep(GPT2.build(), IDS)
     result.save(str(tmp_path))
-    loaded = Sweep.load(str(tmp_path))
+    loaded = SweepResult.load(str(tmp_path))
     assert loaded.provenance == json.loads(json.dumps(result.provenance))
     for name, value in arrays(result).items():
         again = getattr(loaded, name)
@@ -334,15 +337,17 @@ def test_a_pickled_array_is_refused(tmp_path: Path) -> None:
     with np.load(tmp_path / "sweep.npz") as arrays:
         np.savez(tmp_path / "sweep.npz", **dict(arrays) | {"margin": np.array([{}])})
     with pytest.raises(ValueError, match="allow_pickle=False"):
-        Sweep.load(tmp_path)
+        SweepResult.load(tmp_path)
 
 
 def test_a_hook_that_changes_nothing_is_not_taken_for_a_robust_model(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(hook_module, "replaced", lambda z, layer, edits, mask: (z, [Fired(0, 0) for _ in edits]))
+    monkeypatch.setattr(
+        hook_module, "apply_edits", lambda z, layer, edits, mask: (z, [EditCounts(0, 0) for _ in edits])
+    )
     for way in (sweep, sweep_sequential):
         model = GPT2.build()
         before = hooks_of(model)
-        with pytest.raises(InvalidReceipt, match="layer 0, head 0, zero imputation: 1 calls, 0 of 10 elements"):
+        with pytest.raises(AblationNotApplied, match="layer 0, head 0, zero imputation: 1 calls, 0 of 10 elements"):
             way(model, IDS)
         assert hooks_of(model) == before
 
@@ -389,7 +394,7 @@ def assert_noticed(model: Any, layer: int, hook: Any) -> None:
     try:
         with pytest.warns(UserWarning, match="differs from the same forward without growth"):
             result = sweep(model, IDS)
-        reason = "Disagreement: a row differs from the same forward without growth by "
+        reason = "BatchMismatch: a row differs from the same forward without growth by "
         assert result.provenance["reason"].startswith(reason)
         assert_equal(result, sweep_sequential(model, IDS), atol=0)
     finally:
@@ -412,7 +417,7 @@ def test_a_hook_that_was_written_for_one_row_is_noticed(row: slice) -> None:
 
 @pytest.mark.parametrize("max_rows", [2, 3, 4, 9])
 def test_no_forward_has_more_rows_than_were_allowed(max_rows: int) -> None:
-    model, rows = Decoder("gpt2", layers=4, heads=2, width=3).build(), []
+    model, rows = Decoder("gpt2", num_layers=4, num_heads=2, head_dim=3).build(), []
     handle = model.transformer.register_forward_hook(lambda _, args, out: rows.append(len(out[0])))
     try:
         assert sweep(model, IDS, max_rows=max_rows).provenance["method"] == "growing batch"
@@ -439,7 +444,7 @@ def test_a_projection_that_is_called_twice_is_refused() -> None:
     attention.c_proj = Twice(attention.c_proj).eval()
     for way in (sweep, sweep_sequential):
         called = r"^transformer.h.1.attn.c_proj.dense was called 2 times in one forward, not once"
-        with pytest.raises(InvalidReceipt, match=called):
+        with pytest.raises(AblationNotApplied, match=called):
             way(model, IDS)
 
 
@@ -486,7 +491,7 @@ def test_logits_agree_that_are_apart_by_less_than_half_of_their_digits(size: flo
     noise = torch.finfo(torch.float32).eps ** 0.5
     _agree(plain * (1 - noise / 2), plain)
     for apart in (plain * (1 - noise * 3), plain * torch.nan):
-        with pytest.raises(Disagreement, match=r"^a row differs from the same forward without growth by [^ ]+$"):
+        with pytest.raises(BatchMismatch, match=r"^a row differs from the same forward without growth by [^ ]+$"):
             _agree(apart, plain)
 
 
@@ -498,7 +503,7 @@ def test_neither_an_offset_nor_masked_tokens_hide_that_logits_are_apart(dtype: t
     masked = [row.index_fill(-1, torch.arange(20, 50), torch.finfo(dtype).min) for row in (apart, plain)]
     for one, other in ((apart, plain), (apart + 50, plain + 50), masked):
         _agree(other, other)
-        with pytest.raises(Disagreement):
+        with pytest.raises(BatchMismatch):
             _agree(one, other)
 
 
@@ -513,7 +518,7 @@ def test_a_mask_or_rows_are_no_prompt(ids: Any) -> None:
 
 def test_imputations_of_one_class_that_differ_are_not_taken_for_each_other() -> None:
     class Constant(Imputation):
-        pointwise = True
+        per_token = True
 
         def __init__(self, value: float) -> None:
             object.__setattr__(self, "value", value)
@@ -530,11 +535,11 @@ def test_imputations_of_one_class_that_differ_are_not_taken_for_each_other() -> 
 
 
 def test_logits_that_are_all_zero_are_no_disagreement() -> None:
-    model = Decoder("llama", layers=2, heads=3, width=2).fresh()
+    model = Decoder("llama", num_layers=2, num_heads=3, head_dim=2).fresh()
     torch.nn.init.zeros_(model.lm_head.weight)
     result = sweep(model, IDS)
     assert result.provenance["method"] == "growing batch"
-    assert result.clean_argmax == 0 and result.present.all() and result.kept.all() and not result.flipped.any()
+    assert result.clean_argmax == 0 and result.has_head.all() and result.kept.all() and not result.flipped.any()
 
 
 def test_the_first_token_and_the_longest_prompt_are_taken() -> None:

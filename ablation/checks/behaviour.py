@@ -10,10 +10,10 @@ from typing import Any
 import torch
 from transformers import PreTrainedModel
 
-from ablation.checks.cases import Case, Cases, close, run, same
+from ablation.checks.cases import Case, CaseSpec, close, run, same
 from ablation.checks.check import Check, Factory, declared
 from ablation.checks.decoders import VOCABULARY
-from ablation.checks.observe import received
+from ablation.checks.observe import recorded_inputs
 from ablation.checks.oracles import ablated_logits
 from ablation.checks.protocol import CACHE, Implementation
 from ablation.heads import find_heads
@@ -74,7 +74,7 @@ def _assert_local(make: Factory, case: Case, model: PreTrainedModel) -> None:
     inputs = case.inputs()
     layers = find_heads(model).layers
     real = inputs["attention_mask"].bool()
-    with received(model) as calls:  # before the implementation, which may wrap or replace the projections
+    with recorded_inputs(model) as calls:  # before the implementation, which may wrap or replace the projections
         run(model, inputs)
         clean = [layer.pop() for layer in calls]
         implementation = make(model)
@@ -87,12 +87,12 @@ def _assert_local(make: Factory, case: Case, model: PreTrainedModel) -> None:
     for layer, was, now in zip(layers, clean, calls, strict=True):
         assert len(now) == 1, f"the projection of layer {layer.index} was called {len(now)} times, not once"
         assert now[0].dtype == was.dtype, f"the projection of layer {layer.index} got {now[0].dtype}, not {was.dtype}"
-        old, new = (z.unflatten(-1, (layer.heads, layer.width)) for z in (was, now[0]))
+        old, new = (z.unflatten(-1, (layer.num_heads, layer.head_dim)) for z in (was, now[0]))
         targets = sorted(head for index, head in case.heads if index == layer.index)
         what = f"of layer {layer.index}, {', '.join(f'head {head}' for head in targets) or 'no head'} was to be ablated"
         if layer.index <= first:
             touched = (old != new).any(dim=-1).flatten(0, 1).any(dim=0)  # [heads]
-            others = [head for head in range(layer.heads) if touched[head] and head not in targets]
+            others = [head for head in range(layer.num_heads) if touched[head] and head not in targets]
             assert not others, f"{what}, but head {others[0]} was changed"
         for head in targets:
             for row, here in enumerate(real):  # what padding holds is nobody's concern
@@ -344,109 +344,109 @@ CHECKS = [
         id="identity",
         requirement="Unset, with an empty set, cleared or closed, the logits are the bare model's, bit for bit.",
         function=identity,
-        cases=Cases(heads=4, dtypes=EXACT),
+        cases=CaseSpec(heads=4, dtypes=EXACT),
     ),
     Check(
         id="identity.padded",
         requirement="So are those of a padded batch, whose mask and positions the model needs.",
         function=identity,
-        cases=Cases(rows=3, ragged=True, heads=4, dtypes=PADDED),
+        cases=CaseSpec(rows=3, ragged=True, heads=4, dtypes=PADDED),
         needs=("batch", "padding"),
     ),
     Check(
         id="locality",
         requirement="At the input of the projections, the target heads' slices and nothing else are replaced.",
         function=locality,
-        cases=Cases(dtypes=EXACT),
-        needs=("observe", "once"),
+        cases=CaseSpec(dtypes=EXACT),
+        needs=("observable", "single_forward"),
     ),
     Check(
         id="locality.padded",
         requirement="In a padded batch, each row's slice is replaced by what its own real tokens give.",
         function=locality,
-        cases=Cases(rows=3, ragged=True, heads=4, dtypes=PADDED),
-        needs=("observe", "once", "batch", "padding"),
+        cases=CaseSpec(rows=3, ragged=True, heads=4, dtypes=PADDED),
+        needs=("observable", "single_forward", "batch", "padding"),
     ),
     Check(
         id="locality.sets",
         requirement="Several heads are replaced at once, each by what its own output gives.",
         function=locality,
-        cases=Cases(rows=2, heads=4, dtypes=EXACT),
-        needs=("observe", "once", "sets"),
+        cases=CaseSpec(rows=2, heads=4, dtypes=EXACT),
+        needs=("observable", "single_forward", "multiple_heads"),
     ),
     Check(
-        id="locality.foreign",
+        id="locality.user_hooks",
         requirement="The same where a hook of the user's edits z: its edit is kept.",
         function=foreign_edit,
-        cases=Cases(dtypes=EXACT),
-        needs=("observe", "once"),
+        cases=CaseSpec(dtypes=EXACT),
+        needs=("observable", "single_forward"),
     ),
     Check(
-        id="input.untouched",
+        id="locality.input_untouched",
         requirement="The tensor that enters the projection is not written to, then or later: others may keep it.",
         function=input_untouched,
-        cases=Cases(dtypes=EXACT),
-        needs=("observe",),
+        cases=CaseSpec(dtypes=EXACT),
+        needs=("observable",),
     ),
     Check(  # before those that run an implementation more than once, and would blame what they vary
-        id="history",
+        id="independence.earlier_runs",
         requirement="What was run, ablated, cleared or interrupted before leaves no trace, to the last bit.",
         function=forgets,
-        cases=Cases(heads=4, dtypes=EXACT),
+        cases=CaseSpec(heads=4, dtypes=EXACT),
     ),
     Check(
-        id="history.padded",
+        id="independence.earlier_masks",
         requirement="Nor does an attention mask that a run before was given.",
         function=forgets,
-        cases=Cases(rows=2, ragged=True, heads=4, dtypes=PADDED),
+        cases=CaseSpec(rows=2, ragged=True, heads=4, dtypes=PADDED),
         needs=("batch", "padding"),
     ),
     Check(
-        id="isolation",
+        id="independence.other_models",
         requirement="What is ablated in one model changes nothing in another that is ablated at the same time.",
         function=isolation,
-        cases=Cases(heads=4, dtypes=EXACT),
+        cases=CaseSpec(heads=4, dtypes=EXACT),
     ),
     Check(
-        id="batch",
+        id="independence.rows",
         requirement="A row of a batch gives what it gives alone.",
         function=rows_stand_alone,
-        cases=Cases(rows=3),
+        cases=CaseSpec(rows=3),
         needs=("batch",),
     ),
     Check(
-        id="padding",
+        id="independence.padding",
         requirement="Padding, left or right, changes nothing.",
         function=rows_stand_alone,
-        cases=Cases(rows=9, ragged=True, heads=4, layers=2, dtypes=PADDED),
+        cases=CaseSpec(rows=9, ragged=True, heads=4, layers=2, dtypes=PADDED),
         needs=("batch", "padding"),
     ),
     Check(
-        id="sets.order",
+        id="independence.head_order",
         requirement="The order of the heads does not matter, nor that one is named twice.",
         function=order_is_irrelevant,
-        cases=Cases(heads=4, dtypes=EXACT),
-        needs=("sets",),
+        cases=CaseSpec(heads=4, dtypes=EXACT),
+        needs=("multiple_heads",),
     ),
     Check(
-        id="causality",
+        id="independence.later_tokens",
         requirement="Under zero imputation, earlier logits do not depend on later tokens.",
         function=causality,
-        cases=Cases(imputations=("zero",), tokens=2),
+        cases=CaseSpec(imputations=("zero",), tokens=2),
         needs=("zero",),
     ),
     Check(
-        id="cache",
+        id="independence.cache",
         requirement="Under zero imputation, decoding with a key/value cache gives what one forward gives.",
         function=cache,
-        cases=Cases(imputations=("zero",), tokens=3),
+        cases=CaseSpec(imputations=("zero",), tokens=3),
         needs=("zero", "cache"),
     ),
     Check(
-        id="cache.padded",
+        id="independence.cache_padded",
         requirement="The same for a padded batch, as in generation.",
         function=cache,
-        cases=Cases(imputations=("zero",), rows=3, ragged=True, tokens=3, dtypes=PADDED),
+        cases=CaseSpec(imputations=("zero",), rows=3, ragged=True, tokens=3, dtypes=PADDED),
         needs=("zero", "cache", "batch", "padding"),
     ),
 ]

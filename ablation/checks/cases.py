@@ -22,7 +22,7 @@ class Case:
     """One case of a check.
 
     rows: each prompt's token ids. heads: (layer, head) pairs to ablate. side: of padding. pad: the configuration's
-    padding token, which may be a word of the prompts; where it has none, token 0 pads. steps: of a `life`.
+    padding token, which may be a word of the prompts; where it has none, token 0 pads. steps: of a `hygiene.lifecycle`.
     """
 
     decoder: Decoder
@@ -55,7 +55,7 @@ class Case:
 
     def another(self) -> tuple[int, int]:
         """A head that is not the first of `heads`, unless the model has one only."""
-        layers, heads = self.decoder.layers, self.decoder.heads
+        layers, heads = self.decoder.num_layers, self.decoder.num_heads
         layer, head = self.heads[0]
         return divmod((layer * heads + head + 1) % (layers * heads), heads)
 
@@ -80,7 +80,7 @@ class Case:
 
 
 @dataclass(frozen=True)
-class Cases:
+class CaseSpec:
     """How the cases of a check are drawn: up to that many rows and heads, at least that many tokens and layers.
 
     in_layer: at least that many heads in a layer of the model.
@@ -96,16 +96,16 @@ class Cases:
     layers: int = 1
     in_layer: int = 1
 
-    def without(self, cannot: Container[str]) -> Cases:
+    def without(self, unsupported: Container[str]) -> CaseSpec:
         """The same, without imputations, families, dtypes, batches and sets that an implementation does not claim."""
         return replace(
             self,
-            rows=1 if "batch" in cannot else self.rows,
-            ragged=self.ragged and "padding" not in cannot,
-            heads=1 if "sets" in cannot else self.heads,
-            imputations=tuple(imputation for imputation in self.imputations if imputation not in cannot),
-            families=tuple(family for family in self.families if family not in cannot),
-            dtypes=tuple(dtype for dtype in self.dtypes if dtype not in cannot),
+            rows=1 if "batch" in unsupported else self.rows,
+            ragged=self.ragged and "padding" not in unsupported,
+            heads=1 if "multiple_heads" in unsupported else self.heads,
+            imputations=tuple(imputation for imputation in self.imputations if imputation not in unsupported),
+            families=tuple(family for family in self.families if family not in unsupported),
+            dtypes=tuple(dtype for dtype in self.dtypes if dtype not in unsupported),
         )
 
     def strategy(self) -> SearchStrategy[Case]:
@@ -120,13 +120,13 @@ class Cases:
         heads = ((1, 0), (0, 2), (1, 2), (0, 1))[: self.heads]
         family, dtype = self.families[0], self.dtypes[0]
         if (family, dtype) != ("mixtral", "float64"):
-            decoder = Decoder(family, max(2, self.layers), max(3, self.in_layer), width=8, dtype=dtype)
+            decoder = Decoder(family, max(2, self.layers), max(3, self.in_layer), head_dim=8, dtype=dtype)
             for imputation in self.imputations:
                 yield Case(decoder, rows, heads, imputation, "left" if self.ragged else "right", pad=1)
 
 
 @st.composite
-def _cases(draw: st.DrawFn, of: Cases) -> Case:
+def _cases(draw: st.DrawFn, of: CaseSpec) -> Case:
     decoder = draw(decoders(of.families, of.dtypes, of.layers, of.in_layer))
     count = draw(st.integers(1 if of.rows == 1 else 2, of.rows))
     token = st.integers(0, VOCABULARY - 1)
@@ -144,11 +144,11 @@ def _cases(draw: st.DrawFn, of: Cases) -> Case:
 
 def _sets(decoder: Decoder, most: int) -> SearchStrategy[Any]:
     """Heads anywhere; or, since bugs live there, several of one layer, or one of each. Seldom a single one."""
-    layer, head = st.integers(0, decoder.layers - 1), st.integers(0, decoder.heads - 1)
-    least = min(2, most, decoder.layers * decoder.heads)
+    layer, head = st.integers(0, decoder.num_layers - 1), st.integers(0, decoder.num_heads - 1)
+    least = min(2, most, decoder.num_layers * decoder.num_heads)
     anywhere = st.lists(st.tuples(layer, head), min_size=least, max_size=most, unique=True)
-    of_one = layer.map(lambda index: [(index, head) for head in range(decoder.heads)][:most])
-    of_each = st.tuples(*(st.tuples(st.just(index), head) for index in range(decoder.layers)[:most]))
+    of_one = layer.map(lambda index: [(index, head) for head in range(decoder.num_heads)][:most])
+    of_each = st.tuples(*(st.tuples(st.just(index), head) for index in range(decoder.num_layers)[:most]))
     return anywhere if most == 1 else anywhere | of_one | of_each
 
 

@@ -13,7 +13,7 @@ from hypothesis import HealthCheck, Phase, given, settings
 from hypothesis.errors import FlakyFailure
 from transformers import PreTrainedModel
 
-from ablation.checks.cases import Case, Cases
+from ablation.checks.cases import Case, CaseSpec
 from ablation.checks.decoders import DTYPES, FAMILIES
 from ablation.checks.protocol import FEATURES, Implementation
 
@@ -30,19 +30,19 @@ class Check:
     id: str
     requirement: str
     function: Callable[[Factory, Case], None]
-    cases: Cases
+    cases: CaseSpec
     needs: tuple[str, ...] = ()
     level: Literal["MUST", "SHOULD"] = "MUST"
 
     def missing(self, make: Factory) -> str | None:
         """Why this cannot be tried on an implementation, or None."""
-        cannot = declared(make)
-        needs = [feature for feature in self.needs if feature in cannot]
-        left = self.cases.without(cannot)
+        unsupported = declared(make)
+        needs = [feature for feature in self.needs if feature in unsupported]
+        left = self.cases.without(unsupported)
         if not needs and not (left.imputations and left.families and left.dtypes):
             drawn = (*self.cases.imputations, *self.cases.families, *self.cases.dtypes)
-            needs = [name for name in drawn if name in cannot]
-        return "; ".join(f"cannot do {name!r}: {cannot[name]}" for name in needs) or None
+            needs = [name for name in drawn if name in unsupported]
+        return "; ".join(f"does not support {name!r}: {unsupported[name]}" for name in needs) or None
 
     def __call__(self, make: Factory) -> None:
         """Run the check on drawn cases, under the hypothesis profile in force. Raises AssertionError."""
@@ -118,8 +118,8 @@ def apart() -> Iterator[None]:
 
 def declared(make: Factory) -> Mapping[str, str]:
     """What an implementation says that it cannot do. Raises ValueError for what nobody asks of it."""
-    cannot: Mapping[str, str] = getattr(make, "cannot", {})
+    unsupported: Mapping[str, str] = getattr(make, "unsupported", {})
     known = (*FEATURES, *FAMILIES, *DTYPES)
-    if unknown := [name for name in cannot if name not in known]:
-        raise ValueError(f"`cannot` names {unknown[0]!r}, which is none of {', '.join(known)}")
-    return cannot
+    if unknown := [name for name in unsupported if name not in known]:
+        raise ValueError(f"`unsupported` names {unknown[0]!r}, which is none of {', '.join(known)}")
+    return unsupported

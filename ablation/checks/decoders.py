@@ -32,10 +32,10 @@ class Decoder(NamedTuple):
     """A random decoder by its shape. groups: query heads that share one key/value head, where the family has them."""
 
     family: str
-    layers: int
-    heads: int
-    width: int
-    groups: int = 1
+    num_layers: int
+    num_heads: int
+    head_dim: int
+    num_key_value_groups: int = 1
     attention: str = "sdpa"
     dtype: str = "float32"
 
@@ -54,8 +54,8 @@ def _build(decoder: Decoder) -> PreTrainedModel:
 
 
 def _config(decoder: Decoder) -> PretrainedConfig:
-    layers, heads, width = decoder[1:4]
-    hidden = heads * width
+    layers, heads, head_dim = decoder[1:4]
+    hidden = heads * head_dim
     common: dict[str, Any] = dict(vocab_size=VOCABULARY, bos_token_id=None, eos_token_id=None, pad_token_id=None)
     llama: dict[str, Any] = dict(
         num_hidden_layers=layers,
@@ -64,16 +64,16 @@ def _config(decoder: Decoder) -> PretrainedConfig:
         max_position_embeddings=POSITIONS,
         **common,
     )
-    grouped = llama | {"num_key_value_heads": heads // decoder.groups}
+    grouped = llama | {"num_key_value_heads": heads // decoder.num_key_value_groups}
     match decoder.family:
         case "gpt2":
             return GPT2Config(n_layer=layers, n_head=heads, n_embd=hidden, n_positions=POSITIONS, **common)
         case "llama":
             return LlamaConfig(hidden_size=hidden, attention_bias=True, **grouped)
         case "qwen3":  # hidden / heads is not the width of a head, here and in gemma3
-            return Qwen3Config(hidden_size=hidden + 2 * heads, head_dim=width, attention_bias=True, **grouped)
+            return Qwen3Config(hidden_size=hidden + 2 * heads, head_dim=head_dim, attention_bias=True, **grouped)
         case "gemma3":
-            return Gemma3TextConfig(hidden_size=hidden + heads, head_dim=width, sliding_window=3, **grouped)
+            return Gemma3TextConfig(hidden_size=hidden + heads, head_dim=head_dim, sliding_window=3, **grouped)
         case "gpt_neox":
             return GPTNeoXConfig(hidden_size=hidden, rope_parameters=ROTARY, **llama)
         case "mixtral":
@@ -131,9 +131,9 @@ def decoders(
     heads = groups * draw(st.integers(least, least + 2))
     # Even, for rotary positions; experts are multiplied in blocks of 16 bytes.
     # And six channels at least: a norm of few that are close to each other blows up the noise.
-    width = 8 if family == "mixtral" else draw(st.sampled_from([w for w in (2, 4, 6) if heads * w >= 6]))
+    head_dim = 8 if family == "mixtral" else draw(st.sampled_from([w for w in (2, 4, 6) if heads * w >= 6]))
     layers = draw(st.integers(least_layers, least_layers + 2))
     dtype = draw(st.sampled_from([d for d in dtypes if (family, d) != ("mixtral", "float64")]))
     # Eager attention takes its softmax in float32 in most families, also in float64: what is then left of it is noise.
     attention = draw(st.sampled_from(["eager", "sdpa"])) if dtype != "float64" else "sdpa"
-    return Decoder(family, layers, heads, width, groups, attention, dtype)
+    return Decoder(family, layers, heads, head_dim, groups, attention, dtype)

@@ -10,7 +10,7 @@ import numpy as np
 import torch
 
 from ablation.checks.behaviour import other_ids
-from ablation.checks.cases import Case, Cases, run, same
+from ablation.checks.cases import Case, CaseSpec, run, same
 from ablation.checks.check import Check, Factory, declared
 from ablation.checks.observe import assert_as_it_was, assert_none, changes, hooks, state
 from ablation.checks.oracles import ablated_logits
@@ -123,9 +123,9 @@ def _process() -> dict[str, Any]:
 
 
 BAD_HEADS: dict[str, Any] = {
-    "head too large": lambda d: (0, d.heads),
+    "head too large": lambda d: (0, d.num_heads),
     "head negative": lambda d: (0, -1),
-    "layer too large": lambda d: (d.layers, 0),
+    "layer too large": lambda d: (d.num_layers, 0),
     "layer negative": lambda d: (-1, 0),
 }
 UNKNOWN: tuple[Any, ...] = ("median", "", "Zero", "zer", None)
@@ -139,7 +139,7 @@ BAD_TYPES: dict[str, Any] = {
 
 def refuses_heads(make: Factory, case: Case) -> None:
     """A head that is not there is an error, not another head and not nothing; also before or behind one that is."""
-    good = list(case.heads) if "sets" not in declared(make) else []
+    good = list(case.heads) if "multiple_heads" not in declared(make) else []
     before, behind = {0: ([], []), 1: (good, []), 2: ([], good)}[case.rows[0][0] % 3]
     for what, bad in BAD_HEADS.items():
         _refused(make, case, [*before, bad(case.decoder), *behind], case.imputation, what)
@@ -160,7 +160,7 @@ def refuses_imputation(make: Factory, case: Case) -> None:
 def refusal_forgotten(make: Factory, case: Case) -> None:
     """Where `ablate` refuses, the set before stays in force; in any case, the next is taken as ever."""
     good, inputs = list(case.heads), case.inputs()
-    beside = [] if "sets" in declared(make) else [case.another()]
+    beside = [] if "multiple_heads" in declared(make) else [case.another()]
     refused: dict[str, Any] = {what: ([*beside, bad(case.decoder)], case.imputation) for what, bad in BAD_HEADS.items()}
     imputations = [i for i in ("zero", "mean") if i != case.imputation and i not in declared(make)]
     for other in imputations:
@@ -211,55 +211,55 @@ def _refused(make: Factory, case: Case, heads: list[Any], imputation: str, what:
 
 CHECKS = [
     Check(
-        id="hygiene.closed",
+        id="hygiene.restored",
         requirement="After close, the model is as it was found, and can be taken again.",
         function=closed,
-        cases=Cases(heads=4),
-        needs=("restore",),
+        cases=CaseSpec(heads=4),
+        needs=("restores",),
     ),
     Check(
-        id="hygiene.foreign",
+        id="hygiene.user_hooks",
         requirement="The user's own hooks stay, in their order, and fire once a forward.",
         function=foreign_hooks,
-        cases=Cases(dtypes=("float32",)),
-        needs=("observe", "once"),
+        cases=CaseSpec(dtypes=("float32",)),
+        needs=("observable", "single_forward"),
     ),
     Check(
-        id="hygiene.process",
+        id="hygiene.global_state",
         requirement="Gradient mode, default dtype, random numbers and what is passed in are left alone.",
         function=process_untouched,
-        cases=Cases(rows=3, ragged=True, heads=4),
+        cases=CaseSpec(rows=3, ragged=True, heads=4),
     ),
     Check(
         id="refusal.head",
         requirement="A layer or head that is not there is refused, with a reason, before any forward.",
         function=refuses_heads,
-        cases=Cases(dtypes=("float32",)),
-        needs=("refusal",),
+        cases=CaseSpec(dtypes=("float32",)),
+        needs=("validation",),
         level="SHOULD",
     ),
     Check(
         id="refusal.type",
         requirement="A layer or head that is not an integer is refused, with a reason, before any forward.",
         function=refuses_types,
-        cases=Cases(dtypes=("float32",)),
-        needs=("refusal",),
+        cases=CaseSpec(dtypes=("float32",)),
+        needs=("validation",),
         level="SHOULD",
     ),
     Check(
         id="refusal.imputation",
         requirement="An unknown imputation is refused, with a reason, before any forward.",
         function=refuses_imputation,
-        cases=Cases(dtypes=("float32",)),
-        needs=("refusal",),
+        cases=CaseSpec(dtypes=("float32",)),
+        needs=("validation",),
         level="SHOULD",
     ),
     Check(
-        id="refusal.forgotten",
+        id="refusal.no_side_effect",
         requirement="What was refused leaves the set before in force, and the next is taken as ever.",
         function=refusal_forgotten,
-        cases=Cases(heads=4, dtypes=("float32",)),
-        needs=("refusal",),
+        cases=CaseSpec(heads=4, dtypes=("float32",)),
+        needs=("validation",),
         level="SHOULD",
     ),
 ]

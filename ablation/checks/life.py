@@ -20,12 +20,12 @@ from hypothesis.stateful import (
 )
 
 from ablation.checks.behaviour import other_ids
-from ablation.checks.cases import Case, Cases, close, run, same
+from ablation.checks.cases import Case, CaseSpec, close, run, same
 from ablation.checks.check import Check, Factory, apart, declared, examples
 from ablation.checks.decoders import Decoder
 from ablation.checks.observe import assert_none, changes, hooks, state
 from ablation.checks.oracles import ablated_logits, expected
-from ablation.heads import Layer, find_heads
+from ablation.heads import AttentionLayer, find_heads
 
 Pair = tuple[int, int]
 Steps = tuple[tuple[Any, ...], ...]
@@ -54,7 +54,7 @@ WHERE = ("before", "behind the projection of", "behind", "registering hooks in")
 
 
 @contextmanager
-def _broken(layer: Layer, where: str, error: type[BaseException]) -> Iterator[None]:
+def _broken(layer: AttentionLayer, where: str, error: type[BaseException]) -> Iterator[None]:
     """Raise in a forward, at this layer; or where a hook is registered in it."""
 
     def fail(*_: Any, **__: Any) -> None:
@@ -77,17 +77,19 @@ def _broken(layer: Layer, where: str, error: type[BaseException]) -> Iterator[No
         yield
 
 
-class Life(RuleBasedStateMachine):
+class LifecycleMachine(RuleBasedStateMachine):
     """Opening, ablating, clearing, nesting, replacing, closing and the user's hooking in any order; a run after each.
 
     failing: forwards and installs fail, too; what else may be wrong is then left to the other check.
     Hypothesis draws the rules; `play` takes the steps of a case again.
     """
 
-    def __init__(self, make: Factory, cases: Cases, failing: bool) -> None:
+    def __init__(self, make: Factory, cases: CaseSpec, failing: bool) -> None:
         super().__init__()
         self.make, self.cases, self.failing = make, cases, failing
-        self.most = 1 if "once" in declared(make) else cases.heads  # measured beforehand, means of a set are others
+        self.most = (
+            1 if "single_forward" in declared(make) else cases.heads
+        )  # measured beforehand, means of a set are others
         self.implementation: Any = None
         self.ablated: Case | None = None  # the case that a run should give, None where nothing is ablated
         self.hooks: list[Any] = []
@@ -155,7 +157,7 @@ class Life(RuleBasedStateMachine):
     def fail(self, where: str, layer: int, error: str) -> None:
         """Run, after opening if need be, with an error that strikes in a layer."""
         self._note("fail", where, layer, error)
-        raised, observed = False, "observe" not in declared(self.make)
+        raised, observed = False, "observable" not in declared(self.make)
         before = hooks(self.model) if self.implementation is not None else None
         if self.implementation is None and not observed:  # a copy that is made now would keep what breaks it
             self.implementation = self.make(self.model)
@@ -238,7 +240,7 @@ class Life(RuleBasedStateMachine):
                 heads = ", ".join(f"layer {layer} head {head}" for layer, head in self.ablated.heads)
                 what = f"the logits with {heads} ablated by {self.ablated.imputation}"
                 close(got, expected(self.ablated), what)
-        if self.implementation is None or not {"observe", "once"} & set(declared(self.make)):
+        if self.implementation is None or not {"observable", "single_forward"} & set(declared(self.make)):
             assert self.fired == len(self.hooks), f"{len(self.hooks)} hooks of the user's fired {self.fired} times"
 
     def teardown(self) -> None:
@@ -253,7 +255,7 @@ class Life(RuleBasedStateMachine):
 
 def of_a_life(family: str, steps: Steps = ()) -> Case:
     """The case of a life: its model and its prompt are always these."""
-    return Case(Decoder(family, layers=2, heads=3, width=8), rows=((3, 1, 4),), heads=(), steps=steps)
+    return Case(Decoder(family, num_layers=2, num_heads=3, head_dim=8), rows=((3, 1, 4),), heads=(), steps=steps)
 
 
 @dataclass(frozen=True)
@@ -269,11 +271,11 @@ class LifeCheck(Check):
     def __call__(self, make: Factory) -> None:
         """Run the machine, under the hypothesis profile in force. Raises AssertionError."""
         __tracebackhide__ = True
-        lives: list[Life] = []
+        lives: list[LifecycleMachine] = []
         cases = self.cases.without(declared(make))
 
-        def birth() -> Life:
-            lives[:] = [Life(make, cases, self.failing)]
+        def birth() -> LifecycleMachine:
+            lives[:] = [LifecycleMachine(make, cases, self.failing)]
             return lives[0]
 
         phases = [phase for phase in settings().phases if phase is not Phase.shrink]  # takes minutes: see `_shortest`
@@ -315,7 +317,7 @@ def _by(imputation: str, steps: Steps) -> Steps:
 
 def live(make: Factory, case: Case) -> None:
     """Play the steps of a case."""
-    Life(make, Cases().without(declared(make)), failing=False).play(case)
+    LifecycleMachine(make, CaseSpec().without(declared(make)), failing=False).play(case)
 
 
 ABLATED: Steps = (("open",), ("ablate", ((0, 1),), "zero"))
@@ -326,7 +328,7 @@ CHECKS = [
         id="hygiene.exception",
         requirement="An exception, in a forward or where hooks are registered, leaves nothing behind, and it goes on.",
         function=live,
-        cases=Cases(heads=2),
+        cases=CaseSpec(heads=2),
         failing=True,
         always=(
             (("fail", "registering hooks in", 1, "Raised"),),
@@ -334,10 +336,10 @@ CHECKS = [
         ),
     ),
     LifeCheck(
-        id="life",
+        id="hygiene.lifecycle",
         requirement="Opened, set, cleared, nested and closed in any order, it does what was asked last.",
         function=live,
-        cases=Cases(heads=2),
+        cases=CaseSpec(heads=2),
         always=(
             (*ABLATED, ("nest", (0, 0))),
             (*ABLATED, ("succeed", (1, 0)), ("close",)),

@@ -13,7 +13,7 @@ from ablation.heads import find_heads
 
 
 @contextmanager
-def received(model: PreTrainedModel) -> Iterator[list[list[Tensor]]]:
+def recorded_inputs(model: PreTrainedModel) -> Iterator[list[list[Tensor]]]:
     """Per layer, copies of the inputs [rows, tokens, heads * width] with which its projection is called.
 
     The projection's own `forward` is wrapped: that comes after every hook, and no hook is needed to see it. Entered

@@ -15,23 +15,23 @@ from torch import nn
 from transformers import PreTrainedModel
 from transformers.pytorch_utils import Conv1D
 
-from ablation.checks.cases import Case, Cases, close, run, same
+from ablation.checks.cases import Case, CaseSpec, close, run, same
 from ablation.checks.check import Check, Factory
-from ablation.checks.observe import received
-from ablation.heads import Layer, find_heads
+from ablation.checks.observe import recorded_inputs
+from ablation.heads import AttentionLayer, find_heads
 
 Array = Any  # a numpy array of float64
 Pair = tuple[int, int]
 
 
-def columns(layer: Layer, head: int) -> torch.Tensor:
+def columns(layer: AttentionLayer, head: int) -> torch.Tensor:
     """The block of W_O that reads one head, [width, hidden]: a view into the weight."""
     weight: torch.Tensor = layer.projection.weight  # type: ignore[assignment]  # Conv1D [in, out], Linear [out, in]
     by_input = weight if isinstance(layer.projection, Conv1D) else weight.T
     return by_input[layer.channels(head)]
 
 
-def operated(model: PreTrainedModel, heads: Iterable[Pair], means: Mapping[Pair, float] | None = None) -> None:
+def apply_surgery(model: PreTrainedModel, heads: Iterable[Pair], means: Mapping[Pair, float] | None = None) -> None:
     """Ablate by surgery: W_O's block becomes 0; a mean, times the sum of the block's rows, joins the bias."""
     layers = find_heads(model).layers
     with torch.no_grad():
@@ -63,15 +63,15 @@ def expected(case: Case) -> torch.Tensor:
     """
     model = case.model()
     if case.imputation == "zero":
-        operated(model, case.heads)
+        apply_surgery(model, case.heads)
     else:
         layers = find_heads(model).layers
         for index, group in groupby(sorted(case.heads), key=itemgetter(0)):
-            with received(model) as calls:
+            with recorded_inputs(model) as calls:
                 run(model, case.inputs())
             z = calls[index][0].double()
             means = {(index, head): z[..., layers[index].channels(head)].mean().item() for _, head in group}
-            operated(model, means, means)
+            apply_surgery(model, means, means)
     return run(model, case.inputs())
 
 
@@ -83,7 +83,7 @@ def weight_oracle(make: Factory, case: Case) -> None:
 def last_head_oracle(make: Factory, case: Case) -> None:
     """The same, for the last head of the last layer as well."""
     weight_oracle(make, case)
-    weight_oracle(make, replace(case, heads=((case.decoder.layers - 1, case.decoder.heads - 1),)))
+    weight_oracle(make, replace(case, heads=((case.decoder.num_layers - 1, case.decoder.num_heads - 1),)))
 
 
 def numpy_oracle(make: Factory, case: Case) -> None:
@@ -132,7 +132,7 @@ def gpt2(model: PreTrainedModel, ids: tuple[int, ...], ablated: dict[tuple[int, 
 def unread_head(make: Factory, case: Case) -> None:
     """A head that W_O does not read has no effect, to the last bit."""
     model = case.model()
-    operated(model, case.heads)
+    apply_surgery(model, case.heads)
     implementation = make(model)
     try:
         clean = implementation.run(**case.inputs())
@@ -147,12 +147,12 @@ def relabelled(make: Factory, case: Case) -> None:
     ((layer, head),) = case.heads
     model = case.model()
     attention: Any = model.get_submodule(f"transformer.h.{layer}.attn")
-    heads, width = case.decoder.heads, case.decoder.width
+    heads, head_dim = case.decoder.num_heads, case.decoder.head_dim
     with torch.no_grad():
         for tensor in (attention.c_attn.weight, attention.c_attn.bias):  # [..., 3 * heads * width]
-            tensor.copy_(tensor.unflatten(-1, (3, heads, width)).flip(-2).flatten(-3))
+            tensor.copy_(tensor.unflatten(-1, (3, heads, head_dim)).flip(-2).flatten(-3))
         weight = attention.c_proj.weight  # [heads * width, hidden]
-        weight.copy_(weight.unflatten(0, (heads, width)).flip(0).flatten(0, 1))
+        weight.copy_(weight.unflatten(0, (heads, head_dim)).flip(0).flatten(0, 1))
     implementation = make(model)
     try:
         implementation.ablate([(layer, heads - 1 - head)], case.imputation)
@@ -168,56 +168,56 @@ def relabelled(make: Factory, case: Case) -> None:
 
 CHECKS = [
     Check(
-        id="zero.oracle",
+        id="oracle.zero",
         requirement="Zero imputation equals the model whose W_O has zeros where it reads the head, bias kept.",
         function=weight_oracle,
-        cases=Cases(imputations=("zero",)),
+        cases=CaseSpec(imputations=("zero",)),
         needs=("zero",),
     ),
     Check(
-        id="zero.oracle.sets",
+        id="oracle.zero_sets",
         requirement="Zero imputation of several heads equals the model whose W_O has zeros where it reads any of them.",
         function=weight_oracle,
-        cases=Cases(imputations=("zero",), rows=2, heads=4),
-        needs=("zero", "sets"),
+        cases=CaseSpec(imputations=("zero",), rows=2, heads=4),
+        needs=("zero", "multiple_heads"),
     ),
     Check(
-        id="zero.oracle.deep",
+        id="oracle.zero_deep",
         requirement="The same for the last of more than twelve heads, and in more than ten layers, as names sort them.",
         function=last_head_oracle,
-        cases=Cases(imputations=("zero",), dtypes=("float32",), layers=11, in_layer=13),
+        cases=CaseSpec(imputations=("zero",), dtypes=("float32",), layers=11, in_layer=13),
         needs=("zero",),
     ),
     Check(
-        id="mean.oracle",
+        id="oracle.mean",
         requirement="Mean imputation equals that model with the mean of z, times the sum of the block, in the bias.",
         function=weight_oracle,
-        cases=Cases(imputations=("mean",)),
+        cases=CaseSpec(imputations=("mean",)),
         needs=("mean",),
     ),
     Check(
-        id="mean.oracle.sets",
+        id="oracle.mean_sets",
         requirement="The same for several heads, each by the mean of its z in that very forward.",
         function=weight_oracle,
-        cases=Cases(imputations=("mean",), heads=4),
-        needs=("mean", "sets", "once"),
+        cases=CaseSpec(imputations=("mean",), heads=4),
+        needs=("mean", "multiple_heads", "single_forward"),
     ),
     Check(
-        id="numpy.oracle",
+        id="oracle.numpy",
         requirement="A GPT-2 written out in numpy, with the head's output replaced in a list of heads, agrees.",
         function=numpy_oracle,
-        cases=Cases(families=("gpt2",)),
+        cases=CaseSpec(families=("gpt2",)),
     ),
     Check(
-        id="unread",
+        id="oracle.unread_head",
         requirement="Ablating a head that W_O does not read changes no bit of the logits.",
         function=unread_head,
-        cases=Cases(),
+        cases=CaseSpec(),
     ),
     Check(
-        id="relabelled",
+        id="oracle.permuted_heads",
         requirement="A head has the same effect under another number, where the weights are stored in another order.",
         function=relabelled,
-        cases=Cases(families=("gpt2",)),
+        cases=CaseSpec(families=("gpt2",)),
     ),
 ]

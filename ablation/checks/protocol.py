@@ -3,7 +3,7 @@
 A complete adapter, for a hook of one's own that is a context manager:
 
     class Mine:
-        cannot = {"mean": "not implemented", "cache": "not supported"}
+        unsupported = {"mean": "not implemented", "cache": "not supported"}
 
         def __init__(self, model):
             self.model, self.heads = model, []
@@ -34,15 +34,15 @@ from transformers import GPT2LMHeadModel, PreTrainedModel
 FEATURES = {
     "zero": "zero imputation",
     "mean": "imputation by the mean of the head's z in that forward, over its real tokens and channels, row by row",
-    "sets": "several heads at once",
+    "multiple_heads": "several heads at once",
     "batch": "several rows at once",
     "padding": "batches with padding, given an attention mask",
     "cache": "decoding with a key/value cache, unset and under zero imputation",
-    "observe": "running the very modules of the model it was given, with z changed before their `forward`, so that "
+    "observable": "running the very modules of the model it was given, with z changed before their `forward`, so that "
     "what they receive can be seen; a `forward` that is put on their class comes too late for that",
-    "restore": "leaving the model as it was found, once closed",
-    "once": "running the model once for one ablation",
-    "refusal": "refusing heads and imputations that are not there",
+    "restores": "leaving the model as it was found, once closed",
+    "single_forward": "running the model once for one ablation",
+    "validation": "refusing heads and imputations that are not there",
 }
 
 
@@ -56,11 +56,11 @@ class Implementation(Protocol):
     A second one on the same model may be refused; where it is not, either may be closed first. Other models, and what
     belongs to the process, are left alone.
 
-    cannot: feature -> reason, for features of FEATURES, families (`gpt2`, ...) and dtypes (`float64`, ...) that it does
+    unsupported: feature -> reason, for features of FEATURES, families (`gpt2`, ...) and dtypes (`float64`, ...) that it does
     not claim. Checks that need one are skipped with that reason. May be left out.
     """
 
-    cannot: Mapping[str, str]
+    unsupported: Mapping[str, str]
 
     def __init__(self, model: PreTrainedModel) -> None: ...
 

@@ -25,7 +25,7 @@ class Record:
     reason: str = ""
 
 
-def check_all(make: Factory, *, expected_failures: Mapping[str, str] | None = None) -> list[Record]:
+def check_implementation(make: Factory, *, expected_failures: Mapping[str, str] | None = None) -> list[Record]:
     """Run every check; nothing is raised. expected_failures: check id -> reason."""
     return [_record(check, make, expected_failures or {}) for check in CHECKS]
 
@@ -57,10 +57,10 @@ def reproduce(check_id: str, make: Factory, case: Case) -> None:
     {check.id: check for check in CHECKS}[check_id].on(make, case)
 
 
-def parametrize(*factories: Factory, expected_failures: Mapping[str, str] | None = None) -> Any:
+def parametrize_with_checks(*factories: Factory, expected_failures: Mapping[str, str] | None = None) -> Any:
     """Make a pytest test of every check of these implementations; the test takes `check` and calls it.
 
-    @parametrize(Mine, expected_failures={"cache": "see issue 12"})
+    @parametrize_with_checks(Mine, expected_failures={"cache": "see issue 12"})
     def test_head_ablation(check):
         check()
     """

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import torch
 
-from ablation.checks.cases import Case, Cases, run
+from ablation.checks.cases import Case, CaseSpec, run
 from ablation.checks.check import Check, Factory
 
 
@@ -35,6 +35,6 @@ CHECKS = [
         requirement="An adapter is made from a model, ablates, runs, clears and closes.",
         function=opens_and_ablates,
         # Two tokens at least: a single one is its own mean where heads are one channel wide.
-        cases=Cases(tokens=2, dtypes=("float32",)),
+        cases=CaseSpec(tokens=2, dtypes=("float32",)),
     ),
 ]

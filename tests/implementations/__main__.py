@@ -22,7 +22,7 @@ from typing import Any
 
 from hypothesis import Phase, settings
 
-from ablation.checks import CHECKS, check_all
+from ablation.checks import CHECKS, check_implementation
 
 NAMES = ("ours", "surgery", "notebook", "nnsight", "captum", "pyvene", "transformer_lens")
 """The modules of this folder, one class each, in the order of the columns."""
@@ -54,8 +54,8 @@ def run(name: str) -> Result:
     settings.load_profile("implementations")
     logging.disable(logging.WARNING)
     make = adapter(name)
-    records = {record.id: [record.outcome, record.reason] for record in check_all(make)}
-    return {"cannot": dict(make.cannot), "records": records}
+    records = {record.id: [record.outcome, record.reason] for record in check_implementation(make)}
+    return {"unsupported": dict(make.unsupported), "records": records}
 
 
 def apart(name: str) -> Result:
@@ -90,7 +90,7 @@ def reasons(results: dict[str, Result]) -> str:
             if outcome == "failed":
                 found = re.search(r"^  found: (.*)$", reason, re.MULTILINE)
                 lines.append(f"- {name} fails `{check}`: {found[1] if found else reason}")
-        lines += [f"- {name} cannot `{feature}`: {reason}" for feature, reason in result["cannot"].items()]
+        lines += [f"- {name} cannot `{feature}`: {reason}" for feature, reason in result["unsupported"].items()]
     return "\n".join(lines)
 
 

@@ -19,11 +19,11 @@ from ablation.imputation import as_imputation
 
 
 class Captum:
-    cannot: ClassVar[dict[str, str]] = {
-        "sets": "it ablates in one layer at a time",
+    unsupported: ClassVar[dict[str, str]] = {
+        "multiple_heads": "it ablates in one layer at a time",
         "cache": "it runs the model several times for one ablation, and each run would extend the cache",
-        "once": "it runs the model several times for one ablation",
-        "refusal": "it knows features, not heads: what an index means is the adapter's",
+        "single_forward": "it runs the model several times for one ablation",
+        "validation": "it knows features, not heads: what an index means is the adapter's",
     }
 
     def __init__(self, model: PreTrainedModel) -> None:

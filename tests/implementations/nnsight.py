@@ -20,9 +20,9 @@ from ablation.imputation import as_imputation
 
 
 class Nnsight:
-    cannot: ClassVar[dict[str, str]] = {
-        "restore": "an object in place of every module's `forward` stays, by design",
-        "refusal": "it knows modules, not heads: what an index means is the adapter's",
+    unsupported: ClassVar[dict[str, str]] = {
+        "restores": "an object in place of every module's `forward` stays, by design",
+        "validation": "it knows modules, not heads: what an index means is the adapter's",
     }
 
     def __init__(self, model: PreTrainedModel) -> None:
@@ -39,7 +39,7 @@ class Nnsight:
             for layer in self.layers:  # a trace reads the model in the order in which it runs
                 targets = [layer.channels(head) for index, head in self.heads if index == layer.index]
                 if targets:
-                    projection = self.model.get(layer.name)
+                    projection = self.model.get(layer.projection_name)
                     z = projection.input
                     replaced = z.clone()
                     for channels in targets:

@@ -16,11 +16,11 @@ head_to_ablate = -1
 replace_zero = True
 
 
-def make_hook(layer: int, width: int) -> Callable[[nn.Module, tuple[Tensor, ...]], tuple[Tensor, ...]]:
+def make_hook(layer: int, head_dim: int) -> Callable[[nn.Module, tuple[Tensor, ...]], tuple[Tensor, ...]]:
     def hook(module: nn.Module, args: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
         z, *rest = args
         if layer == layer_to_ablate:
-            head = z[..., head_to_ablate * width : (head_to_ablate + 1) * width]
+            head = z[..., head_to_ablate * head_dim : (head_to_ablate + 1) * head_dim]
             head[...] = 0 if replace_zero else head.mean()
         return (z, *rest)
 
@@ -28,13 +28,13 @@ def make_hook(layer: int, width: int) -> Callable[[nn.Module, tuple[Tensor, ...]
 
 
 class Notebook:
-    cannot: ClassVar[dict[str, str]] = {"sets": "its globals name one head"}
+    unsupported: ClassVar[dict[str, str]] = {"multiple_heads": "its globals name one head"}
 
     def __init__(self, model: PreTrainedModel) -> None:
         self.model = model
         self.clear()
         self.handles = [
-            layer.projection.register_forward_pre_hook(make_hook(layer.index, layer.width))
+            layer.projection.register_forward_pre_hook(make_hook(layer.index, layer.head_dim))
             for layer in find_heads(model).layers
         ]
 

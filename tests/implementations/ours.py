@@ -13,14 +13,14 @@ from ablation.hook import HeadAblation
 
 
 class Ours:
-    cannot: ClassVar[dict[str, str]] = {}
+    unsupported: ClassVar[dict[str, str]] = {}
 
     def __init__(self, model: PreTrainedModel) -> None:
         self.model, self.ablation = model, HeadAblation(model)
         self.ablation.__enter__()
 
     def ablate(self, heads: Sequence[tuple[int, int]], imputation: str) -> None:
-        self.ablation.set(heads, imputation)
+        self.ablation.ablate(heads, imputation)
 
     def run(self, input_ids: Tensor, attention_mask: Tensor | None = None, **inputs: Any) -> Tensor:
         with torch.no_grad():

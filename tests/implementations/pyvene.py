@@ -15,14 +15,14 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedModel
 
-from ablation.heads import Layer, find_heads
+from ablation.heads import AttentionLayer, find_heads
 from ablation.imputation import as_imputation
 
 
 class Pyvene:
-    cannot: ClassVar[dict[str, str]] = {
-        "observe": "it removes every hook of the model that it is given and freezes it, so it is given a copy",
-        "refusal": "the function that replaces z picks the head: what an index means is the adapter's",
+    unsupported: ClassVar[dict[str, str]] = {
+        "observable": "it removes every hook of the model that it is given and freezes it, so it is given a copy",
+        "validation": "the function that replaces z picks the head: what an index means is the adapter's",
     }
 
     def __init__(self, model: PreTrainedModel) -> None:
@@ -35,7 +35,7 @@ class Pyvene:
 
     def run(self, input_ids: Tensor, attention_mask: Tensor | None = None, **inputs: Any) -> Tensor:
         representations = [
-            {"component": f"{layer.name}.input", "intervention": self.intervention(layer, attention_mask)}
+            {"component": f"{layer.projection_name}.input", "intervention": self.intervention(layer, attention_mask)}
             for layer in self.layers
             if any(index == layer.index for index, _ in self.heads)
         ]
@@ -44,7 +44,7 @@ class Pyvene:
             bare, ablated = pyvene.IntervenableModel(representations, self.model)(base)
         return (ablated if representations else bare).logits
 
-    def intervention(self, layer: Layer, mask: Tensor | None) -> Callable[[Tensor, Any], Tensor]:
+    def intervention(self, layer: AttentionLayer, mask: Tensor | None) -> Callable[[Tensor, Any], Tensor]:
         """A function of z [rows, tokens, heads * width] and of a source, of which there is none."""
 
         def replace(z: Tensor, source: Any) -> Tensor:

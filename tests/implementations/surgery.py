@@ -15,9 +15,9 @@ from ablation.heads import find_heads
 
 
 class Surgery:
-    cannot: ClassVar[dict[str, str]] = {
+    unsupported: ClassVar[dict[str, str]] = {
         "mean": "the mean depends on the prompt, the weights do not",
-        "observe": "z stays as it is; what reads it changes",
+        "observable": "z stays as it is; what reads it changes",
     }
 
     def __init__(self, model: PreTrainedModel) -> None:
@@ -29,7 +29,7 @@ class Surgery:
             raise ValueError(f"no imputation {imputation!r}: surgery writes zeros")
         model = copy.deepcopy(self.original)
         found = find_heads(model)
-        for layer, head in map(found.check, heads):
+        for layer, head in map(found.validate, heads):
             projection, channels = found.layers[layer].projection, found.layers[layer].channels(head)
             with torch.no_grad():
                 if isinstance(projection, Conv1D):

@@ -30,13 +30,13 @@ from ablation.imputation import Imputation, as_imputation
 
 
 class TransformerLens:
-    cannot: ClassVar[dict[str, str]] = {
-        "observe": "a bridge replaces the modules of the model that it is given, for good, so it is given a copy",
+    unsupported: ClassVar[dict[str, str]] = {
+        "observable": "a bridge replaces the modules of the model that it is given, for good, so it is given a copy",
         "float64": "it takes the softmax in float32 for some families whose model does not, and the other way round",
-        "refusal": "hook_z gives all heads to a function that picks one: what an index means is the adapter's",
+        "validation": "hook_z gives all heads to a function that picks one: what an index means is the adapter's",
     }
     if CACHE != "past_key_values":
-        cannot["cache"] = "its attention takes a cache by the name that it had before transformers 5.24 only"
+        unsupported["cache"] = "its attention takes a cache by the name that it had before transformers 5.24 only"
 
     def __init__(self, model: PreTrainedModel) -> None:
         copied = copy.deepcopy(model)

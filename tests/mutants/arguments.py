@@ -119,7 +119,7 @@ class MaskDropped(Mutant):
     """Does not pass the attention mask on to the model."""
 
     source = "huggingface/transformers#41620"
-    killer = "padding"
+    killer = "independence.padding"
 
     def forward(self, input_ids: Tensor, **inputs: Any) -> Tensor:
         return super().forward(input_ids, **inputs | {"attention_mask": None})
@@ -180,7 +180,7 @@ class UnsetDropsCache(Mutant):
 class HalfRefused(Mutant):
     """Replaces the set before head by head, until it meets one that it refuses."""
 
-    killer = "refusal.forgotten"
+    killer = "refusal.no_side_effect"
 
     def ablate(self, heads: Sequence[tuple[int, int]], imputation: str) -> None:
         super().ablate([], imputation)
@@ -192,7 +192,7 @@ class HalfRefused(Mutant):
 class RefusedForGood(Mutant):
     """Keeps a head that it has refused in the list of those to be checked."""
 
-    killer = "refusal.forgotten"
+    killer = "refusal.no_side_effect"
 
     def ablate(self, heads: Sequence[tuple[int, int]], imputation: str) -> None:
         asked = self.__dict__.setdefault("asked", [])
@@ -204,7 +204,7 @@ class RefusedForGood(Mutant):
 class SortsTheCallersList(Mutant):
     """Sorts the list of heads that it is given, in place."""
 
-    killer = "hygiene.process"
+    killer = "hygiene.global_state"
 
     def ablate(self, heads: Sequence[tuple[int, int]], imputation: str) -> None:
         super().ablate(heads, imputation)
@@ -214,7 +214,7 @@ class SortsTheCallersList(Mutant):
 class WritesIntoTheIds(Mutant):
     """Writes token 0 over the padding of the ids that it is given, in place."""
 
-    killer = "hygiene.process"
+    killer = "hygiene.global_state"
 
     def forward(self, input_ids: Tensor, **inputs: Any) -> Tensor:
         if self.real.shape == input_ids.shape:
@@ -245,7 +245,7 @@ class ImputationInString(Mutant):
 class RefusedSwitchesImputation(Mutant):
     """Takes the imputation over before it refuses the heads."""
 
-    killer = "refusal.forgotten"
+    killer = "refusal.no_side_effect"
 
     def ablate(self, heads: Sequence[tuple[int, int]], imputation: str) -> None:
         if imputation in ("zero", "mean"):
@@ -256,7 +256,7 @@ class RefusedSwitchesImputation(Mutant):
 class CallersList(Mutant):
     """Keeps the list that it was given, which its owner changes later."""
 
-    killer = "history"
+    killer = "independence.earlier_runs"
 
     def ablate(self, heads: Sequence[tuple[int, int]], imputation: str) -> None:
         super().ablate(heads, imputation)
@@ -266,7 +266,7 @@ class CallersList(Mutant):
 class NeedsAList(Mutant):
     """Takes a list of heads, and no other sequence."""
 
-    killer = "sets.order"
+    killer = "independence.head_order"
     crashes = AttributeError
 
     def ablate(self, heads: Sequence[tuple[int, int]], imputation: str) -> None:
@@ -276,7 +276,7 @@ class NeedsAList(Mutant):
 class PaddingScrubbed(Mutant):
     """Writes the padding token into the ids that it was given, where the mask says padding."""
 
-    killer = "hygiene.process"
+    killer = "hygiene.global_state"
 
     def forward(self, input_ids: Tensor, **inputs: Any) -> Tensor:
         mask = inputs.get("attention_mask")

@@ -61,7 +61,7 @@ class EveryLayer(Mutant):
 class LayersAbove(Mutant):
     """Ablates the head of that number in its layer and in all above: `>=` for `==`."""
 
-    killer = "zero.oracle"
+    killer = "oracle.zero"
 
     def targets(self, layer: int) -> list[int]:
         return sorted({head for index, head in self.heads if layer >= index})
@@ -107,28 +107,28 @@ class UpToTheHead(Mutant):
     """Starts the slice at channel 0."""
 
     def channels(self, head: int, z: Tensor) -> slice:
-        return slice(0, (head + 1) * self.width(z))
+        return slice(0, (head + 1) * self.head_dim(z))
 
 
 class FromTheHead(Mutant):
     """Does not end the slice."""
 
     def channels(self, head: int, z: Tensor) -> slice:
-        return slice(head * self.width(z), None)
+        return slice(head * self.head_dim(z), None)
 
 
 class LastChannelLeft(Mutant):
     """Ends the slice one channel early."""
 
     def channels(self, head: int, z: Tensor) -> slice:
-        return slice(head * self.width(z), (head + 1) * self.width(z) - 1)
+        return slice(head * self.head_dim(z), (head + 1) * self.head_dim(z) - 1)
 
 
 class OneChannelMore(Mutant):
     """Ends the slice one channel late."""
 
     def channels(self, head: int, z: Tensor) -> slice:
-        return slice(head * self.width(z), (head + 1) * self.width(z) + 1)
+        return slice(head * self.head_dim(z), (head + 1) * self.head_dim(z) + 1)
 
 
 class HeadForRow(Mutant):
@@ -173,7 +173,7 @@ class LayerZeroLeft(Mutant):
 class NamesSorted(Mutant):
     """Sorts layers by name: layer 10 comes before layer 2."""
 
-    killer = "zero.oracle.deep"
+    killer = "oracle.zero_deep"
 
     def projections(self) -> list[Any]:
         names = sorted(str(layer) for layer in range(len(self.blocks())))
@@ -184,7 +184,7 @@ class NamesSorted(Mutant):
 class FirstLayerOnly(Mutant):
     """Leaves out the heads of all layers but the first that is named."""
 
-    killer = "zero.oracle.sets"
+    killer = "oracle.zero_sets"
 
     def targets(self, layer: int) -> list[int]:
         return super().targets(layer) if self.heads and layer == self.heads[0][0] else []
@@ -202,7 +202,7 @@ class LastLayerLeft(Mutant):
 class TwelveHeads(Mutant):
     """Numbers the heads of all layers in one row, twelve a layer, as GPT-2 small has them."""
 
-    killer = "zero.oracle.deep"
+    killer = "oracle.zero_deep"
 
     def targets(self, layer: int) -> list[int]:
         numbers = [12 * index + head for index, head in self.heads]

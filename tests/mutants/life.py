@@ -76,7 +76,7 @@ class BlanketRemoval(Mutant):
     """Removes all hooks of a projection, the user's as well."""
 
     source = "TransformerLensOrg/TransformerLens#1636"
-    killer = "hygiene.foreign"
+    killer = "hygiene.user_hooks"
 
     def remove(self) -> None:
         for projection in self.projections():
@@ -87,7 +87,7 @@ class LostHandle(Mutant):
     """Keeps one handle for all its hooks, that of the last."""
 
     source = "TransformerLensOrg/TransformerLens#1426"
-    killer = "hygiene.closed"
+    killer = "hygiene.restored"
 
     def remove(self) -> None:
         for handle in self.handles[-1:]:
@@ -98,7 +98,7 @@ class NoHandle(Mutant):
     """Keeps no handle, and only stops editing."""
 
     source = "TransformerLensOrg/TransformerLens#1425"
-    killer = "hygiene.closed"
+    killer = "hygiene.restored"
 
     def remove(self) -> None:
         pass
@@ -108,7 +108,7 @@ class WrongKind(Mutant):
     """Removes its hooks of one kind, and leaves those of another."""
 
     source = "TransformerLensOrg/TransformerLens#1323"
-    killer = "hygiene.closed"
+    killer = "hygiene.restored"
 
     def install(self) -> None:
         super().install()
@@ -141,7 +141,7 @@ class InstalledTwice(Mutant):
     """Installs its hooks again with every set, over the old ones, and knows only the new."""
 
     source = "TransformerLensOrg/TransformerLens#1098"
-    killer = "hygiene.closed"
+    killer = "hygiene.restored"
 
     def ablate(self, heads: Sequence[tuple[int, int]], imputation: str) -> None:
         super().ablate(heads, imputation)
@@ -182,7 +182,7 @@ class DirectForward(Mutant):
     """Calls the projection's `forward`, past every hook that the user has on it."""
 
     source = "pytorch/pytorch#78109"
-    killer = "hygiene.foreign"
+    killer = "hygiene.user_hooks"
 
     def install(self) -> None:
         super().install()
@@ -202,7 +202,7 @@ class DirectForward(Mutant):
 class MovesToTheFront(Mutant):
     """Moves the user's hooks behind its own, and leaves them in another order."""
 
-    killer = "hygiene.foreign"
+    killer = "hygiene.user_hooks"
 
     def install(self) -> None:
         for layer, block in enumerate(self.blocks()):
@@ -229,7 +229,7 @@ class ForeignEditLost(Mutant):
     """Edits what it captured before all other hooks, and so undoes what they edit."""
 
     source = "TransformerLensOrg/TransformerLens#1722"
-    killer = "locality.foreign"
+    killer = "locality.user_hooks"
 
     def install(self) -> None:
         for projection in self.projections():
@@ -246,7 +246,7 @@ class ForeignEditLost(Mutant):
 class AttributeLeft(Mutant):
     """Keeps notes on the modules themselves."""
 
-    killer = "hygiene.closed"
+    killer = "hygiene.restored"
 
     def hook(self, layer: int, module: nn.Module, args: tuple[Any, ...]) -> Any:
         module.last_input = args[0]
@@ -256,7 +256,7 @@ class AttributeLeft(Mutant):
 class CopyLeft(Mutant):
     """Puts an equal copy of each parameter back, which no optimiser knows."""
 
-    killer = "hygiene.closed"
+    killer = "hygiene.restored"
 
     def remove(self) -> None:
         super().remove()
@@ -267,7 +267,7 @@ class CopyLeft(Mutant):
 class WeightsLeft(Mutant):
     """Zeroes the weights that read the head, and never puts them back."""
 
-    killer = "hygiene.closed"
+    killer = "hygiene.restored"
 
     def hook(self, layer: int, module: nn.Module, args: tuple[Any, ...]) -> Any:
         for head in self.targets(layer) if self.imputation == "zero" else []:
@@ -281,7 +281,7 @@ class ModelCast(Mutant):
     """Casts the model to float32 to read its activations."""
 
     source = "TransformerLensOrg/TransformerLens#1345"
-    killer = "hygiene.closed"
+    killer = "hygiene.restored"
 
     def __init__(self, model: PreTrainedModel) -> None:
         super().__init__(model.float())
@@ -290,7 +290,7 @@ class ModelCast(Mutant):
 class Trains(Mutant):
     """Puts the model into training mode, where dropout is on."""
 
-    killer = "hygiene.closed"
+    killer = "hygiene.restored"
 
     def __init__(self, model: PreTrainedModel) -> None:
         super().__init__(model.train())
@@ -299,7 +299,7 @@ class Trains(Mutant):
 class Frozen(Mutant):
     """Freezes the parameters, and leaves them so."""
 
-    killer = "hygiene.closed"
+    killer = "hygiene.restored"
 
     def __init__(self, model: PreTrainedModel) -> None:
         super().__init__(model.requires_grad_(False))
@@ -308,7 +308,7 @@ class Frozen(Mutant):
 class EagerLeft(Mutant):
     """Switches to another attention implementation, and not back."""
 
-    killer = "hygiene.closed"
+    killer = "hygiene.restored"
 
     def __init__(self, model: PreTrainedModel) -> None:
         super().__init__(model)
@@ -318,7 +318,7 @@ class EagerLeft(Mutant):
 class ConfigLeft(Mutant):
     """Switches the cache off in the configuration, and leaves it so."""
 
-    killer = "hygiene.closed"
+    killer = "hygiene.restored"
 
     def __init__(self, model: PreTrainedModel) -> None:
         super().__init__(model)
@@ -328,7 +328,7 @@ class ConfigLeft(Mutant):
 class BufferLeft(Mutant):
     """Keeps its state in a buffer of the model."""
 
-    killer = "hygiene.closed"
+    killer = "hygiene.restored"
 
     def ablate(self, heads: Sequence[tuple[int, int]], imputation: str) -> None:
         super().ablate(heads, imputation)
@@ -338,7 +338,7 @@ class BufferLeft(Mutant):
 class GradientsLeft(Mutant):
     """Runs a backward pass for attributions, and leaves its gradients."""
 
-    killer = "hygiene.closed"
+    killer = "hygiene.restored"
 
     def forward(self, input_ids: Tensor, **inputs: Any) -> Tensor:
         with torch.enable_grad():
@@ -350,7 +350,7 @@ class GradientsLeft(Mutant):
 class OneHandle(Mutant):
     """Registers hooks when heads are named, and keeps the handle of the last layer only."""
 
-    killer = "hygiene.closed"
+    killer = "hygiene.restored"
 
     def install(self) -> None:
         pass
@@ -365,7 +365,7 @@ class OneHandle(Mutant):
 class ClosedBeforeRun(Mutant):
     """Leaves it to the run to note its hooks for removal, and so keeps those of a set that was never run."""
 
-    killer = "hygiene.closed"
+    killer = "hygiene.restored"
     pending: tuple[Any, ...] = ()
 
     def install(self) -> None:
@@ -416,7 +416,7 @@ class LeftUntilNextRun(Mutant):
 class PatchedInTurn(Mutant, WrappedForward):
     """Puts `forward` back as it found it, which is right only where the last to come is the first to go."""
 
-    killer = "life"
+    killer = "hygiene.lifecycle"
 
     def taken(self) -> bool:
         return False
@@ -425,7 +425,7 @@ class PatchedInTurn(Mutant, WrappedForward):
 class ClosedAgain(Mutant, WrappedForward):
     """Closes once more when it is collected, and takes the patch of its successor away."""
 
-    killer = "hygiene.closed"
+    killer = "hygiene.restored"
 
     def __del__(self) -> None:
         self.close()
@@ -434,7 +434,7 @@ class ClosedAgain(Mutant, WrappedForward):
 class HooksAsTheyWere(Mutant):
     """Puts back the tables of hooks as they were: one that the user has registered since is lost."""
 
-    killer = "life"
+    killer = "hygiene.lifecycle"
 
     def install(self) -> None:
         self.before = [dict(projection._forward_pre_hooks) for projection in self.projections()]
@@ -449,7 +449,7 @@ class HooksAsTheyWere(Mutant):
 class HookTablesReplaced(Mutant):
     """Puts copies in the place of the tables of hooks, from which the user's handles remove nothing."""
 
-    killer = "hygiene.foreign"
+    killer = "hygiene.user_hooks"
 
     def forward(self, input_ids: Tensor, **inputs: Any) -> Tensor:
         tables = [projection._forward_pre_hooks.copy() for projection in self.projections()]
@@ -468,7 +468,7 @@ class HookTablesReplaced(Mutant):
 class ModelsHooksCleared(Mutant):
     """Has a hook on the model itself, and removes all that are there, the user's as well."""
 
-    killer = "hygiene.foreign"
+    killer = "hygiene.user_hooks"
 
     def install(self) -> None:
         super().install()
@@ -482,7 +482,7 @@ class ModelsHooksCleared(Mutant):
 class AttentionHooksCleared(Mutant):
     """Removes all hooks of the attention modules before each run, so that none is left: the user's as well."""
 
-    killer = "hygiene.foreign"
+    killer = "hygiene.user_hooks"
 
     def forward(self, input_ids: Tensor, **inputs: Any) -> Tensor:
         for block in self.blocks():
@@ -496,7 +496,7 @@ class CallsForward(Mutant):
     """Calls the model's `forward`, past every hook that the user has on the model."""
 
     source = "pytorch/pytorch#78109"
-    killer = "hygiene.foreign"
+    killer = "hygiene.user_hooks"
 
     def forward(self, input_ids: Tensor, **inputs: Any) -> Tensor:
         return self.model.forward(input_ids, **{"use_cache": False} | inputs).logits
@@ -505,7 +505,7 @@ class CallsForward(Mutant):
 class AttentionBypassed(Mutant):
     """Has the attention's `forward` called, past every hook that the user has on it."""
 
-    killer = "hygiene.foreign"
+    killer = "hygiene.user_hooks"
 
     def install(self) -> None:
         super().install()
@@ -524,7 +524,7 @@ class AttentionBypassed(Mutant):
 class HalfBackup(Mutant, InPlaceSurgery):
     """Keeps the weights that it puts back in float16."""
 
-    killer = "hygiene.closed"
+    killer = "hygiene.restored"
 
     def kept(self, block: Tensor) -> Tensor:
         return block.half()
@@ -533,7 +533,7 @@ class HalfBackup(Mutant, InPlaceSurgery):
 class FirstBackup(Mutant, InPlaceSurgery):
     """Puts back the weights that the model had when it was first opened, whatever it has learnt since."""
 
-    killer = "hygiene.closed"
+    killer = "hygiene.restored"
     backups: ClassVar[WeakKeyDictionary[nn.Module, list[Tensor]]] = WeakKeyDictionary()
 
     def __init__(self, model: PreTrainedModel) -> None:
@@ -552,7 +552,7 @@ class FirstBackup(Mutant, InPlaceSurgery):
 class OtherStorage(Mutant, InPlaceSurgery):
     """Puts equal weights back into the same parameter, but elsewhere in memory than its views."""
 
-    killer = "hygiene.closed"
+    killer = "hygiene.restored"
 
     def forward(self, input_ids: Tensor, **inputs: Any) -> Tensor:
         kept = [projection.weight.data.clone() for projection in self.projections()]
@@ -577,7 +577,7 @@ class Kept(nn.Module):
 class Parametrized(Mutant, InPlaceSurgery):
     """Parametrizes W_O for a run: the weight comes back behind the bias, and `parameters()` has another order."""
 
-    killer = "hygiene.closed"
+    killer = "hygiene.restored"
 
     def forward(self, input_ids: Tensor, **inputs: Any) -> Tensor:
         chosen = [self.projections()[layer] for layer in dict(self.heads)]
@@ -599,7 +599,7 @@ class Parametrized(Mutant, InPlaceSurgery):
 class Reordered(Mutant, WrappedModule):
     """Takes each projection out of its module before it puts its own there: back again, it is the last of them."""
 
-    killer = "hygiene.closed"
+    killer = "hygiene.restored"
 
     def install(self) -> None:
         super().install()
@@ -612,7 +612,7 @@ class Reordered(Mutant, WrappedModule):
 class GenerationConfigLeft(Mutant):
     """Switches the cache of generation off, and leaves it so."""
 
-    killer = "hygiene.closed"
+    killer = "hygiene.restored"
 
     def __init__(self, model: PreTrainedModel) -> None:
         super().__init__(model)
@@ -622,7 +622,7 @@ class GenerationConfigLeft(Mutant):
 class DropoutOff(Mutant):
     """Takes every dropout out of the model, also for the training that comes after it."""
 
-    killer = "hygiene.closed"
+    killer = "hygiene.restored"
 
     def __init__(self, model: PreTrainedModel) -> None:
         super().__init__(model)
@@ -634,7 +634,7 @@ class DropoutOff(Mutant):
 class GradientsOff(Mutant):
     """Switches gradients off for the whole process, and leaves them so."""
 
-    killer = "hygiene.process"
+    killer = "hygiene.global_state"
 
     def run(self, input_ids: Tensor, attention_mask: Tensor | None = None, **inputs: Any) -> Tensor:
         torch.set_grad_enabled(False)
@@ -644,7 +644,7 @@ class GradientsOff(Mutant):
 class Reseeds(Mutant):
     """Seeds torch's generator in each run, so that the user's random numbers repeat."""
 
-    killer = "hygiene.process"
+    killer = "hygiene.global_state"
 
     def run(self, input_ids: Tensor, attention_mask: Tensor | None = None, **inputs: Any) -> Tensor:
         torch.manual_seed(0)
@@ -654,7 +654,7 @@ class Reseeds(Mutant):
 class DefaultDtypeLeft(Mutant):
     """Makes the model's type torch's default, and leaves it so."""
 
-    killer = "hygiene.process"
+    killer = "hygiene.global_state"
 
     def __init__(self, model: PreTrainedModel) -> None:
         torch.set_default_dtype(model.dtype)
@@ -664,7 +664,7 @@ class DefaultDtypeLeft(Mutant):
 class FlagsOfDefault(Mutant):
     """Freezes the weights while it is on the model, and then unfreezes them all."""
 
-    killer = "hygiene.closed"
+    killer = "hygiene.restored"
 
     def install(self) -> None:
         self.model.requires_grad_(False)
@@ -678,7 +678,7 @@ class FlagsOfDefault(Mutant):
 class CacheOfDefault(Mutant):
     """Switches the cache off in the configuration, and then on, whatever it was."""
 
-    killer = "hygiene.closed"
+    killer = "hygiene.restored"
 
     def install(self) -> None:
         self.config.use_cache = False
@@ -692,7 +692,7 @@ class CacheOfDefault(Mutant):
 class GradientsZeroed(Mutant):
     """Sets the gradients that it finds to nothing."""
 
-    killer = "hygiene.closed"
+    killer = "hygiene.restored"
 
     def install(self) -> None:
         self.model.zero_grad()
@@ -702,7 +702,7 @@ class GradientsZeroed(Mutant):
 class GradientsOn(Mutant):
     """Switches gradients off for a forward, and then on, whatever they were."""
 
-    killer = "hygiene.process"
+    killer = "hygiene.global_state"
 
     def run(self, *args: Any, **kwargs: Any) -> Tensor:
         try:
@@ -733,7 +733,7 @@ class GradientsOffAfterException(Mutant):
 class DrawsNumbers(Mutant):
     """Tries the model on random tokens when it is made, and so moves everybody's random numbers on."""
 
-    killer = "hygiene.process"
+    killer = "hygiene.global_state"
 
     def install(self) -> None:
         torch.randint(0, 41, (1, 4))
@@ -743,7 +743,7 @@ class DrawsNumbers(Mutant):
 class SeedsOthers(Mutant):
     """Seeds Python's and numpy's random numbers."""
 
-    killer = "hygiene.process"
+    killer = "hygiene.global_state"
 
     def install(self) -> None:
         random.seed(0)
@@ -754,7 +754,7 @@ class SeedsOthers(Mutant):
 class HooksOnAllModules(Mutant):
     """Leaves a hook on every module of the process, that does nothing any more."""
 
-    killer = "hygiene.process"
+    killer = "hygiene.global_state"
 
     def install(self) -> None:
         super().install()
@@ -779,7 +779,7 @@ class HooksClearedAfterException(Mutant):
 class HooksByName(Mutant):
     """Removes, on closing, every hook that has the name that its own have."""
 
-    killer = "hygiene.foreign"
+    killer = "hygiene.user_hooks"
 
     def close(self) -> None:
         super().close()

@@ -46,7 +46,7 @@ class MeanOfBatch(Mutant):
 class MeanOfFirstRow(Mutant):
     """Takes the first row's mean for all rows."""
 
-    killer = "batch"
+    killer = "independence.rows"
 
     def mean(self, z: Tensor, real: Tensor) -> Tensor:
         return super().mean(z, real)[:1]
@@ -204,7 +204,7 @@ class HalfWay(Mutant):
 class MeanOfUnmaskedBatch(Mutant):
     """Takes one mean for all rows of a batch that has no attention mask."""
 
-    killer = "batch"
+    killer = "independence.rows"
 
     def run(self, input_ids: Tensor, attention_mask: Tensor | None = None, **inputs: Any) -> Tensor:
         self.masked = attention_mask is not None
@@ -217,7 +217,7 @@ class MeanOfUnmaskedBatch(Mutant):
 class PaddingByToken(Mutant):
     """Takes every padding token of the configuration for padding, whatever the mask says."""
 
-    killer = "mean.oracle"
+    killer = "oracle.mean"
 
     def forward(self, input_ids: Tensor, **inputs: Any) -> Tensor:
         if self.config.pad_token_id is not None:
@@ -228,7 +228,7 @@ class PaddingByToken(Mutant):
 class MaskUsedUp(Mutant):
     """Takes the mask out of its state in the first layer that needs it, and has none in those above."""
 
-    killer = "padding"
+    killer = "independence.padding"
 
     def edited(self, z: Tensor, heads: list[int]) -> Tensor:
         out = super().edited(z, heads)

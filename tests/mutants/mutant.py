@@ -4,10 +4,10 @@ from __future__ import annotations
 
 from typing import ClassVar
 
-from tests.mutants.right import Right
+from tests.mutants.right import Reference
 
 
-class Mutant(Right):
+class Mutant(Reference):
     """Differs from `Right` in one way; the first line of its docstring says in which.
 
     source: the thread where code was wrong in this way, where there is one. killer: the check to try first.

@@ -19,10 +19,10 @@ PLACES = {  # family -> its list of layers, and the attention output projection 
 LLAMA = ("model.layers", "self_attn.o_proj")
 
 
-class Right:
+class Reference:
     """One hook a projection, from `__init__` to `close`; it replaces slices of a copy."""
 
-    cannot: ClassVar[Mapping[str, str]] = {}
+    unsupported: ClassVar[Mapping[str, str]] = {}
 
     def __init__(self, model: PreTrainedModel) -> None:
         self.model, self.config = model, model.config
@@ -49,11 +49,11 @@ class Right:
         count: int = self.config.num_attention_heads
         return count
 
-    def width(self, z: Tensor) -> int:
+    def head_dim(self, z: Tensor) -> int:
         return z.shape[-1] // self.count()
 
     def channels(self, head: int, z: Tensor) -> slice:
-        return slice(head * self.width(z), (head + 1) * self.width(z))
+        return slice(head * self.head_dim(z), (head + 1) * self.head_dim(z))
 
     def targets(self, layer: int) -> list[int]:
         return [head for index, head in self.heads if index == layer]

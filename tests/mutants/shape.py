@@ -15,7 +15,7 @@ class WidthFromHidden(Mutant):
 
     source = "stanfordnlp/pyvene#229"
 
-    def width(self, z: Tensor) -> int:
+    def head_dim(self, z: Tensor) -> int:
         return self.config.hidden_size // self.count()
 
 
@@ -34,7 +34,7 @@ class GuessedHeads(Mutant):
 
     source = "interp-reasoning/thought-anchors#7"
 
-    def width(self, z: Tensor) -> int:
+    def head_dim(self, z: Tensor) -> int:
         return z.shape[-1] // self.config.to_dict().get("n_head", 2)
 
 
@@ -43,7 +43,7 @@ class KeyValueWidth(Mutant):
 
     source = "TransformerLensOrg/TransformerLens#980"
 
-    def width(self, z: Tensor) -> int:
+    def head_dim(self, z: Tensor) -> int:
         return z.shape[-1] // getattr(self.config, "num_key_value_heads", self.count())
 
 
@@ -99,7 +99,7 @@ class FirstRowOnly(Mutant):
     """Ablates the first row of a batch, as where all rows' tokens lie in one dimension and the slice ends early."""
 
     source = "ndif-team/nnsight#722"
-    killer = "batch"
+    killer = "independence.rows"
 
     def edited(self, z: Tensor, heads: list[int]) -> Tensor:
         out = z.clone()
@@ -110,7 +110,7 @@ class FirstRowOnly(Mutant):
 class OneRowOnly(Mutant):
     """Ablates nothing in a batch of several rows."""
 
-    killer = "batch"
+    killer = "independence.rows"
 
     def hook(self, layer: int, module: nn.Module, args: tuple[Any, ...]) -> Any:
         return super().hook(layer, module, args) if len(args[0]) == 1 else None
@@ -142,8 +142,8 @@ class RightPaddingOnly(Mutant):
 class ChunksOfFour(Mutant):
     """Runs four rows at a time, to save memory, each time with the mask of the first four."""
 
-    killer = "padding"
-    cannot: ClassVar[dict[str, str]] = {"once": "it runs four rows at a time"}
+    killer = "independence.padding"
+    unsupported: ClassVar[dict[str, str]] = {"single_forward": "it runs four rows at a time"}
 
     def run(self, input_ids: Tensor, attention_mask: Tensor | None = None, **inputs: Any) -> Tensor:
         if len(input_ids) <= 4:

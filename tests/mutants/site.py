@@ -11,7 +11,7 @@ from torch.nn import functional
 from transformers.pytorch_utils import Conv1D
 
 from tests.mutants.mutant import Mutant
-from tests.mutants.right import Right
+from tests.mutants.right import Reference
 from tests.mutants.styles import AttentionFunctions
 
 
@@ -53,8 +53,11 @@ class TransposedWeight(Mutant):
     """Cuts the head out of W_O as if every projection kept its weight as [out, in]; a Conv1D keeps [in, out]."""
 
     source = "goodfire-ai/causalab#61"
-    killer = "numpy.oracle"
-    cannot: ClassVar[dict[str, str]] = {"mean": "weights do not depend on prompts", "observe": "z stays as it is"}
+    killer = "oracle.numpy"
+    unsupported: ClassVar[dict[str, str]] = {
+        "mean": "weights do not depend on prompts",
+        "observable": "z stays as it is",
+    }
 
     def install(self) -> None:
         pass
@@ -107,7 +110,7 @@ class BiasGone(Mutant):
     """Takes the projection's whole bias away with the head."""
 
     source = "ArthurConmy/Automatic-Circuit-Discovery#52"
-    killer = "zero.oracle"
+    killer = "oracle.zero"
     share = 1.0
 
     def install(self) -> None:
@@ -156,7 +159,7 @@ class KeyValueHead(Mutant):
 class Queries(Mutant):
     """Zeroes the head's queries, which leaves an even mean over the tokens it sees."""
 
-    killer = "zero.oracle"
+    killer = "oracle.zero"
 
     def projections(self) -> list[nn.Module]:
         if self.config.model_type in ("gpt2", "gpt_neox"):
@@ -195,7 +198,7 @@ class MatchesTooMuch(Mutant):
 class MlpToo(Mutant):
     """Edits the same channels of the MLP's input as well."""
 
-    killer = "zero.oracle"
+    killer = "oracle.zero"
 
     def install(self) -> None:
         super().install()
@@ -208,7 +211,7 @@ class MlpToo(Mutant):
 class WholeAttention(Mutant):
     """Switches off the attention of the whole layer with the head."""
 
-    killer = "zero.oracle"
+    killer = "oracle.zero"
 
     def install(self) -> None:
         super().install()
@@ -222,7 +225,7 @@ class WholeAttention(Mutant):
 class EveryModel(Mutant, AttentionFunctions):
     """Replaces transformers' attention functions, for every model that has a layer of that number."""
 
-    killer = "isolation"
+    killer = "independence.other_models"
 
     def install(self) -> None:
         self.replace()
@@ -234,4 +237,4 @@ class EveryModel(Mutant, AttentionFunctions):
         return attention.layer_idx
 
     def forward(self, input_ids: Tensor, **inputs: Any) -> Tensor:
-        return Right.forward(self, input_ids, **inputs)
+        return Reference.forward(self, input_ids, **inputs)

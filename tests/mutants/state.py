@@ -19,7 +19,7 @@ class StaleMean(Mutant):
     """Uses the mean that it captured in the run before."""
 
     source = "TransformerLensOrg/TransformerLens#1687"
-    killer = "history"
+    killer = "independence.earlier_runs"
 
     def hook(self, layer: int, module: nn.Module, args: tuple[Any, ...]) -> Any:
         self.layer = layer
@@ -36,7 +36,7 @@ class StaleMean(Mutant):
 class FirstMeanKept(Mutant):
     """Measures the mean in the first run, and uses it in all others."""
 
-    killer = "history"
+    killer = "independence.earlier_runs"
 
     def hook(self, layer: int, module: nn.Module, args: tuple[Any, ...]) -> Any:
         self.place = layer, len(args[0])
@@ -50,7 +50,7 @@ class FirstMeanKept(Mutant):
 class MeanKeptByPrompt(Mutant):
     """Keeps the means of a prompt, and forgets that they are of one head."""
 
-    killer = "history"
+    killer = "independence.earlier_runs"
 
     def hook(self, layer: int, module: nn.Module, args: tuple[Any, ...]) -> Any:
         self.layer = layer
@@ -68,7 +68,7 @@ class MeanKeptByPrompt(Mutant):
 class StaleMask(Mutant):
     """Keeps the attention mask of the run before where a run has none."""
 
-    killer = "history.padded"
+    killer = "independence.earlier_masks"
 
     def run(self, input_ids: Tensor, attention_mask: Tensor | None = None, **inputs: Any) -> Tensor:
         before = self.real
@@ -101,7 +101,7 @@ class OneRunLate(Mutant):
 class FirstRunOnly(Mutant):
     """Takes its hooks off in the first run."""
 
-    killer = "history"
+    killer = "independence.earlier_runs"
 
     def hook(self, layer: int, module: nn.Module, args: tuple[Any, ...]) -> Any:
         if self.targets(layer):
@@ -113,7 +113,7 @@ class EveryOtherRun(Mutant):
     """Counts calls, and takes every other one for a backward pass that computes the forward again."""
 
     source = "huggingface/peft#2826"
-    killer = "history"
+    killer = "independence.earlier_runs"
     runs = 0
 
     def forward(self, input_ids: Tensor, **inputs: Any) -> Tensor:
@@ -127,7 +127,7 @@ class EveryOtherRun(Mutant):
 class SetsAdd(Mutant):
     """Adds the heads that are named to those that were."""
 
-    killer = "history"
+    killer = "independence.earlier_runs"
 
     def ablate(self, heads: Sequence[tuple[int, int]], imputation: str) -> None:
         super().ablate([*self.heads, *heads], imputation)
@@ -136,7 +136,7 @@ class SetsAdd(Mutant):
 class FirstSetKept(Mutant):
     """Ignores a second set until it is cleared."""
 
-    killer = "history"
+    killer = "independence.earlier_runs"
 
     def ablate(self, heads: Sequence[tuple[int, int]], imputation: str) -> None:
         before = self.heads
@@ -147,7 +147,7 @@ class FirstSetKept(Mutant):
 class FirstImputationKept(Mutant):
     """Ignores a second imputation."""
 
-    killer = "history"
+    killer = "independence.earlier_runs"
 
     def ablate(self, heads: Sequence[tuple[int, int]], imputation: str) -> None:
         super().ablate(
@@ -188,7 +188,7 @@ class ClearsNothing(Mutant):
 class ClearsOneLayer(Mutant):
     """Clears the heads of one layer only."""
 
-    killer = "history"
+    killer = "independence.earlier_runs"
 
     def clear(self) -> None:
         self.heads = [(layer, head) for layer, head in self.heads if layer]
@@ -197,7 +197,7 @@ class ClearsOneLayer(Mutant):
 class NotAfterClear(Mutant):
     """Takes its hooks off in `clear`, and never puts them back."""
 
-    killer = "history"
+    killer = "independence.earlier_runs"
 
     def clear(self) -> None:
         super().clear()
@@ -207,7 +207,7 @@ class NotAfterClear(Mutant):
 class NotAfterInterrupt(Mutant):
     """Switches itself off for good when a forward raises."""
 
-    killer = "history"
+    killer = "independence.earlier_runs"
 
     def forward(self, input_ids: Tensor, **inputs: Any) -> Tensor:
         try:
@@ -220,7 +220,7 @@ class NotAfterInterrupt(Mutant):
 class CountsLayers(Mutant):
     """Counts its calls to know the layer, and is out of step after a forward that stopped half way."""
 
-    killer = "history"
+    killer = "independence.earlier_runs"
     calls = 0
 
     def hook(self, layer: int, module: nn.Module, args: tuple[Any, ...]) -> Any:
@@ -232,7 +232,7 @@ class CountsLayers(Mutant):
 class TwiceIsNotAtAll(Mutant):
     """Toggles a head each time that it is named."""
 
-    killer = "sets.order"
+    killer = "independence.head_order"
 
     def ablate(self, heads: Sequence[tuple[int, int]], imputation: str) -> None:
         super().ablate([pair for pair in dict.fromkeys(heads) if list(heads).count(pair) % 2], imputation)
@@ -263,7 +263,7 @@ class InPlace(Mutant):
     """Writes into the tensor that it is given, which others may have kept."""
 
     source = "TransformerLensOrg/TransformerLens#336"
-    killer = "input.untouched"
+    killer = "locality.input_untouched"
 
     def edited(self, z: Tensor, heads: list[int]) -> Tensor:
         z.copy_(super().edited(z, heads))
@@ -283,7 +283,7 @@ class CleanPrefix(Mutant):
     """Fills the cache with a clean prefix, and ablates only what is decoded after it."""
 
     source = "UFO-101/auto-circuit@a50da28"
-    killer = "cache"
+    killer = "independence.cache"
 
     def forward(self, input_ids: Tensor, **inputs: Any) -> Tensor:
         past = inputs.get(CACHE)
@@ -297,7 +297,7 @@ class CleanPrefix(Mutant):
 class PrefixOnly(Mutant):
     """Ablates the first forward, and not the tokens that are decoded from its cache."""
 
-    killer = "cache"
+    killer = "independence.cache"
 
     def forward(self, input_ids: Tensor, **inputs: Any) -> Tensor:
         past = inputs.get(CACHE)
@@ -311,7 +311,7 @@ class PrefixOnly(Mutant):
 class PiecesLeft(Mutant):
     """Takes a piece of several tokens that follows a cache for a prompt that was ablated already."""
 
-    killer = "cache"
+    killer = "independence.cache"
 
     def forward(self, input_ids: Tensor, **inputs: Any) -> Tensor:
         past = inputs.get(CACHE)
@@ -338,7 +338,7 @@ class RemembersLogits(Mutant):
 class Noise(Mutant):
     """Draws a new number each time."""
 
-    killer = "history"
+    killer = "independence.earlier_runs"
 
     def value(self, z: Tensor) -> Tensor | float:
         return super().value(z) + 1e-4 * torch.rand(()).item()
@@ -374,7 +374,7 @@ class MeanKeptByHead(MeanKeptByPrompt):
 class MaskKeptByShape(Mutant):
     """Prepares a mask once for each shape, and uses it for every other of that shape."""
 
-    killer = "history.padded"
+    killer = "independence.earlier_masks"
 
     def forward(self, input_ids: Tensor, **inputs: Any) -> Tensor:
         kept: dict[Any, Tensor] = self.__dict__.setdefault("kept", {})
@@ -386,7 +386,7 @@ class MaskKeptByShape(Mutant):
 class MaskQueued(Mutant):
     """Queues the mask before each layer, where that of a forward that was interrupted waits for the next."""
 
-    killer = "history.padded"
+    killer = "independence.earlier_masks"
 
     def install(self) -> None:
         self.queues: list[deque[Any]] = [deque() for _ in self.blocks()]
@@ -404,8 +404,8 @@ class MaskQueued(Mutant):
 class OutputQueued(Mutant):
     """Queues z to correct what the attention gives, where that of a forward that was interrupted waits for the next."""
 
-    killer = "history"
-    cannot: ClassVar[dict[str, str]] = {"observe": "it corrects what the attention gives"}
+    killer = "independence.earlier_runs"
+    unsupported: ClassVar[dict[str, str]] = {"observable": "it corrects what the attention gives"}
 
     def install(self) -> None:
         for layer, (block, projection) in enumerate(zip(self.blocks(), self.projections(), strict=True)):
@@ -429,7 +429,7 @@ class OutputQueued(Mutant):
 class LogitsOverwritten(Mutant):
     """Puts the logits into one tensor for each set of heads, as CUDA graphs do: the next run overwrites the last."""
 
-    killer = "history"
+    killer = "independence.earlier_runs"
 
     def forward(self, input_ids: Tensor, **inputs: Any) -> Tensor:
         logits = super().forward(input_ids, **inputs)
@@ -441,7 +441,7 @@ class LogitsOverwritten(Mutant):
 class BufferReused(Mutant):
     """Puts the ablated z of a layer into one tensor: who has kept it sees that of the next run."""
 
-    killer = "input.untouched"
+    killer = "locality.input_untouched"
 
     def hook(self, layer: int, module: nn.Module, args: tuple[Any, ...]) -> Any:
         self.layer = layer
@@ -455,7 +455,7 @@ class BufferReused(Mutant):
 class PaddedDecoding(Mutant):
     """Takes the first columns of the mask for those of the tokens that are decoded."""
 
-    killer = "cache.padded"
+    killer = "independence.cache_padded"
 
     def edited(self, z: Tensor, heads: list[int]) -> Tensor:
         return super().edited(z, heads).where(self.real[:, : z.shape[1], None], z)
@@ -464,7 +464,7 @@ class PaddedDecoding(Mutant):
 class OneSetForAll(Mutant):
     """Keeps its heads on the class: a second implementation changes the first."""
 
-    killer = "isolation"
+    killer = "independence.other_models"
     shared: list[tuple[int, int]] = []  # noqa: RUF012 (the bug)
 
     @property
@@ -479,7 +479,7 @@ class OneSetForAll(Mutant):
 class OneStackForAll(Mutant):
     """Keeps its heads on top of a stack of the class: a second implementation is on top of it."""
 
-    killer = "isolation"
+    killer = "independence.other_models"
     stack: list[list[tuple[int, int]]] = []  # noqa: RUF012 (the bug)
 
     def __init__(self, model: PreTrainedModel) -> None:
@@ -502,7 +502,7 @@ class OneStackForAll(Mutant):
 class MeansWithoutMask(Mutant):
     """Keeps the means of a prompt, and takes them again for the same tokens under another mask."""
 
-    killer = "history.padded"
+    killer = "independence.earlier_masks"
 
     def run(self, input_ids: Tensor, attention_mask: Tensor | None = None, **inputs: Any) -> Tensor:
         self.prompt = str(input_ids.tolist())
@@ -521,7 +521,7 @@ class MeansWithoutMask(Mutant):
 class SetInConfiguration(Mutant):
     """Keeps what is ablated in the configuration, which other models may share."""
 
-    killer = "isolation"
+    killer = "independence.other_models"
 
     def ablate(self, heads: Sequence[tuple[int, int]], imputation: str) -> None:
         super().ablate(heads, imputation)

@@ -15,10 +15,10 @@ from transformers import PreTrainedModel
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 from transformers.pytorch_utils import Conv1D
 
-from tests.mutants.right import Right
+from tests.mutants.right import Reference
 
 
-class Where(Right):
+class Where(Reference):
     """Chooses between old and new by a mask of channels; writes nothing."""
 
     def edited(self, z: Tensor, heads: list[int]) -> Tensor:
@@ -29,17 +29,17 @@ class Where(Right):
         return torch.where(chosen[:, None], values.movedim(0, -2), per_head).flatten(-2)
 
 
-class Concatenated(Right):
+class Concatenated(Reference):
     """Puts the heads together anew."""
 
     def edited(self, z: Tensor, heads: list[int]) -> Tensor:
-        parts = list(z.split(self.width(z), dim=-1))
+        parts = list(z.split(self.head_dim(z), dim=-1))
         for head in heads:
             parts[head] = torch.as_tensor(self.value(parts[head])).to(z).expand_as(parts[head])
         return torch.cat(parts, dim=-1)
 
 
-class Multiplied(Right):
+class Multiplied(Reference):
     """Zeros by a factor, which leaves -0.0 where z is negative."""
 
     def edited(self, z: Tensor, heads: list[int]) -> Tensor:
@@ -49,7 +49,7 @@ class Multiplied(Right):
         return (z.unflatten(-1, (self.count(), -1)) * gates[:, None]).flatten(-2)
 
 
-class RealTokensOnly(Right):
+class RealTokensOnly(Reference):
     """Leaves the padding as it is."""
 
     def edited(self, z: Tensor, heads: list[int]) -> Tensor:
@@ -58,17 +58,17 @@ class RealTokensOnly(Right):
         return super().edited(z, heads).where(self.real[..., None], z)
 
 
-class OwnPrecision(Right):
+class OwnPrecision(Reference):
     """Takes the mean in the type of z, row by row."""
 
     def mean(self, z: Tensor, real: Tensor) -> Tensor:
         return torch.stack([row[here].mean() for row, here in zip(z, real, strict=True)])[:, None, None]
 
 
-class CleanMeans(Right):
+class CleanMeans(Reference):
     """Takes the means of all heads from a clean forward of the same inputs, beforehand."""
 
-    cannot: ClassVar[dict[str, str]] = {"once": "it measures first"}
+    unsupported: ClassVar[dict[str, str]] = {"single_forward": "it measures first"}
 
     def forward(self, input_ids: Tensor, **inputs: Any) -> Tensor:
         if self.imputation == "mean" and self.heads:
@@ -87,7 +87,7 @@ class CleanMeans(Right):
 
     def measure(self, module: nn.Module, args: tuple[Any, ...]) -> None:
         z = args[0]
-        self.means.append([super(CleanMeans, self).mean(head, self.real) for head in z.split(self.width(z), dim=-1)])
+        self.means.append([super(CleanMeans, self).mean(head, self.real) for head in z.split(self.head_dim(z), dim=-1)])
 
     def hook(self, layer: int, module: nn.Module, args: tuple[Any, ...]) -> Any:
         self.layer = layer
@@ -102,7 +102,7 @@ class CleanMeans(Right):
         return out
 
 
-class PerRun(Right):
+class PerRun(Reference):
     """Installs its hooks for each run, before all others, also to be called when a forward raises."""
 
     def install(self) -> None:
@@ -119,7 +119,7 @@ class PerRun(Right):
             self.remove()
 
 
-class PerSet(Right):
+class PerSet(Reference):
     """Installs hooks on the layers that it ablates, when they are named."""
 
     def install(self) -> None:
@@ -137,7 +137,7 @@ class PerSet(Right):
         self.remove()
 
 
-class GlobalHook(Right):
+class GlobalHook(Reference):
     """One hook on all modules there are; the model itself is not touched."""
 
     def install(self) -> None:
@@ -149,7 +149,7 @@ class GlobalHook(Right):
         self.handles.append(register_module_forward_pre_hook(hook))
 
 
-class WrappedForward(Right):
+class WrappedForward(Reference):
     """Puts a function in the place of each projection's `forward`, of which there can be one only."""
 
     def taken(self) -> bool:
@@ -187,7 +187,7 @@ class Wrapper(nn.Module):
         return out
 
 
-class WrappedModule(Right):
+class WrappedModule(Reference):
     """Puts a module of its own around each projection, but none around that of another."""
 
     def install(self) -> None:
@@ -210,10 +210,10 @@ class WrappedModule(Right):
             setattr(place, name, projection)
 
 
-class Subtracted(Right):
+class Subtracted(Reference):
     """Leaves z alone, and corrects what the projection makes of it."""
 
-    cannot: ClassVar[dict[str, str]] = {"observe": "it corrects the projection's output"}
+    unsupported: ClassVar[dict[str, str]] = {"observable": "it corrects the projection's output"}
 
     def install(self) -> None:
         for layer, projection in enumerate(self.projections()):
@@ -245,10 +245,10 @@ class PatchedPerRun(WrappedForward):
         pass
 
 
-class ClassSwapped(Right):
+class ClassSwapped(Reference):
     """Makes each projection an instance of a class of its own, for each run."""
 
-    cannot: ClassVar[dict[str, str]] = {"observe": "z changes in a `forward` of a class"}
+    unsupported: ClassVar[dict[str, str]] = {"observable": "z changes in a `forward` of a class"}
 
     def install(self) -> None:
         pass
@@ -271,7 +271,7 @@ class ClassSwapped(Right):
         return kind.forward(projection, self.edited(z, heads) if heads else z)
 
 
-class AttentionFunctions(Right):
+class AttentionFunctions(Reference):
     """Edits what transformers' attention functions give, for the attention modules of this model, for each run."""
 
     functions: ClassVar[Any] = ALL_ATTENTION_FUNCTIONS
@@ -310,10 +310,13 @@ class AttentionFunctions(Right):
             self.restore()
 
 
-class InPlaceSurgery(Right):
+class InPlaceSurgery(Reference):
     """Writes zeros into W_O for each run, and puts back what was there."""
 
-    cannot: ClassVar[dict[str, str]] = {"mean": "weights do not depend on prompts", "observe": "z stays as it is"}
+    unsupported: ClassVar[dict[str, str]] = {
+        "mean": "weights do not depend on prompts",
+        "observable": "z stays as it is",
+    }
 
     def install(self) -> None:
         pass
@@ -355,7 +358,7 @@ class FunctionalCall(InPlaceSurgery):
         return logits
 
 
-class Masked(Right):
+class Masked(Reference):
     """Keeps a mask [layers, heads]."""
 
     def __init__(self, model: PreTrainedModel) -> None:
