@@ -19,7 +19,7 @@ from ablation.errors import AblationError, InvalidPrompt
 
 if TYPE_CHECKING:
     from ablation.models import LoadedModel, Question
-    from ablation.sweep import SweepResult
+    from ablation.results import SweepResult
 
 EPILOG = """\
 examples:

@@ -1,4 +1,4 @@
-"""Every error that the package raises on purpose. All say what is wrong and what to do about it."""
+"""Every error that the package raises on purpose. Each message says what is wrong and what to do about it."""
 
 
 class AblationError(Exception):
@@ -6,7 +6,7 @@ class AblationError(Exception):
 
 
 class UnsupportedModel(AblationError, TypeError):
-    """The model has no heads that can be ablated honestly; the message says why."""
+    """The model has no heads that a hook can ablate correctly; the message says why."""
 
 
 class InvalidHead(AblationError, IndexError):
@@ -18,20 +18,20 @@ class UnknownImputation(AblationError, ValueError):
 
 
 class InvalidAblation(AblationError, RuntimeError):
-    """The ablation cannot be carried out in this state of the hook or of the model."""
+    """An ablation that is impossible in the present state of the hook or of the model."""
 
 
 class AblationNotApplied(AblationError, RuntimeError):
-    """A forward ran, but the ablation that it should have carried did not take place as asked."""
+    """A forward pass ran, but its receipt does not show the ablation that was asked for."""
 
 
 class NonFiniteLogits(AblationError, ArithmeticError):
-    """A forward gave NaN or infinite logits: their argmax means nothing."""
+    """A forward pass gave NaN or infinite logits, whose argmax means nothing."""
 
 
 class ModelUnavailable(AblationError, OSError):
-    """A model cannot be loaded: unknown, not on this machine, or damaged."""
+    """A model that cannot be loaded: unknown, not on this machine, or damaged."""
 
 
 class InvalidPrompt(AblationError, ValueError):
-    """A prompt or a token that cannot be used as it stands."""
+    """A prompt or a token that cannot be used as given."""

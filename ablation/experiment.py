@@ -9,7 +9,9 @@ from ablation.errors import InvalidPrompt
 from ablation.imputation import IMPUTATIONS
 from ablation.models import LoadedModel, Question, prompt_ids, single_token
 from ablation.provenance import weights_sha256
-from ablation.sweep import Progress, SweepResult, sweep
+from ablation.engine import Progress
+from ablation.results import SweepResult
+from ablation.sweep import sweep
 
 
 def sweep_question(

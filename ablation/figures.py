@@ -20,7 +20,7 @@ from matplotlib.ticker import MaxNLocator
 from numpy.typing import NDArray
 
 from ablation.report import trend
-from ablation.sweep import SweepResult
+from ablation.results import SweepResult
 
 Floats = NDArray[np.float64]
 

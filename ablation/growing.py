@@ -1,104 +1,190 @@
-"""The growing batch: hooks that let one forward carry every ablation, each from the layer on at which it differs."""
+"""The growing batch: one forward pass that carries many ablations, each from the first layer that it changes."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+import itertools
+from collections.abc import Callable, Sequence
 from contextlib import ExitStack
-from functools import partial
-from typing import Any
+from dataclasses import dataclass
+from functools import cached_property, partial
+from typing import Any, Self
 
+import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch import Tensor, nn
 
 from ablation.heads import HeadMap
+from ablation.hook import Ablation, Edit, Receipt, edits_by_layer
 
 Arguments = tuple[tuple[Any, ...], dict[str, Any]]
-"""Of a module's forward: by position, by keyword."""
+"""Positional and keyword arguments of a module's forward."""
 
 
 class BatchMismatch(Exception):
-    """A row of a growing batch is not what the same forward gives without growth."""
+    """A batch of several rows fails in the model, or does not give what a forward pass of its own gives."""
+
+
+@dataclass(frozen=True)
+class RowLayout:
+    """Which row of a batch carries which ablation. No other code computes row indices.
+
+    ablations: one for each ablated row. first_row: the row of ablations[0]; the others follow in order. clean_row: the
+    row that is not ablated, if there is one.
+
+    A growing batch starts as the clean row alone. Before each layer, a copy of the clean row joins at the end for every
+    ablation whose first head is in that layer, so the ablations have to be sorted by `first_layer`. A plain batch has
+    all rows from the start, and its clean row last: code that treats the first or the last row in a special way then
+    gives other results than in a growing batch, and is noticed.
+    """
+
+    ablations: tuple[Ablation, ...]
+    first_row: int
+    clean_row: int | None
+
+    @classmethod
+    def growing(cls, ablations: Sequence[Ablation]) -> Self:
+        """The layout of a growing batch. ablations: sorted by `first_layer`."""
+        return cls(tuple(ablations), first_row=1, clean_row=0)
+
+    @classmethod
+    def plain(cls, ablations: Sequence[Ablation]) -> Self:
+        """The layout of a batch that has all its rows from the start."""
+        return cls(tuple(ablations), first_row=0, clean_row=len(ablations))
+
+    @classmethod
+    def single(cls, ablation: Ablation) -> Self:
+        """The layout of a batch of one ablated row."""
+        return cls((ablation,), first_row=0, clean_row=None)
+
+    @property
+    def num_rows(self) -> int:
+        """Rows of the whole batch."""
+        return len(self.ablations) + (self.clean_row is not None)
+
+    @property
+    def ablated_rows(self) -> slice:
+        """The rows of the ablations, in their order."""
+        return slice(self.first_row, self.first_row + len(self.ablations))
+
+    @cached_property
+    def edits(self) -> dict[int, list[Edit]]:
+        """{layer: the edits of that layer's projection}."""
+        return edits_by_layer(zip(self.ablations, itertools.count(self.first_row), strict=False))
+
+    @cached_property
+    def _first_layers(self) -> NDArray[np.int64]:
+        return np.array([first_layer(ablation) for ablation in self.ablations], dtype=np.int64)
+
+    def rows_in_layer(self, layer: int) -> int:
+        """Rows that a growing batch has in this layer: the clean row, and those that have joined."""
+        return 1 + int(np.count_nonzero(self._first_layers <= layer))
+
+    def receipts(self, receipt: Receipt) -> NDArray[np.int64]:
+        """What the hook did for each ablation, [ablations, 3]: calls, elements replaced, elements changed.
+
+        calls: of the projections that the ablation edits; 1 if each was called once.
+        """
+        found = np.zeros((len(self.ablations), 3), dtype=np.int64)
+        found[:, 0] = 1
+        for layer, edits in self.edits.items():
+            numbers = [edit.row - self.first_row for edit in edits if edit.row is not None]
+            if receipt.calls[layer] != 1:
+                found[numbers, 0] = receipt.calls[layer]
+            if layer in receipt.edited:
+                np.add.at(found[:, 1:], numbers, receipt.edited[layer].cpu().numpy())
+        return found
+
+
+def first_layer(ablation: Ablation) -> int:
+    """The first layer that an ablation changes: the sort key of a growing batch; 0 without heads."""
+    return min((layer for layer, _ in ablation.heads), default=0)
 
 
 def growing_batch(
-    heads: HeadMap, clean: int, added: Mapping[int, int], narrow: bool, step: Callable[[], object]
+    heads: HeadMap, layout: RowLayout, *, last_token_only: bool, on_layer: Callable[[], object]
 ) -> ExitStack:
-    """While entered, the batch of a forward grows from layer to layer; with `narrow`, it ends with the last token.
+    """While entered, a forward pass of one row grows by the layout's rows.
 
-    clean: rows that the model is given, one for each prompt. added: {layer: how many copies of all these rows join
-    before that layer, behind the rows that are there}. step: called before each layer with heads.
-
-    narrow: what comes behind the attention of the last layer is computed for the last token only, and the logits of
-    other tokens mean nothing. That is right where its parts, but for the attention, look at each token by itself; like
-    the growth, it has to be checked against a forward without.
+    last_token_only: after the attention of the last layer, only the last token is computed; the logits of other tokens
+    mean nothing. This is right if all other parts of that layer treat each token by itself. Like the growth itself, it
+    has to be compared with an ordinary forward pass. on_layer: called before each layer with heads.
     """
     with ExitStack() as hooks:
-        rows = clean
+        rows_before = 1
         for layer in heads.layers:
-            copies = added.get(layer.index, 0)
-            grow = partial(_grow, clean, rows, copies, step)
+            rows = layout.rows_in_layer(layer.index)
+            grow = partial(_grow, rows_before, rows, on_layer)
             hooks.callback(layer.block.register_forward_pre_hook(grow, with_kwargs=True).remove)
-            rows += clean * copies
+            rows_before = rows
         last = heads.layers[-1]
-        if narrow and last.index == heads.num_layers - 1:
-            token = _LastToken()
-            hooks.callback(last.projection.register_forward_pre_hook(token.at_projection, with_kwargs=True).remove)
+        if last_token_only and last.index == heads.num_layers - 1:
+            narrowing = _LastToken()
+            hooks.callback(last.projection.register_forward_pre_hook(narrowing.at_projection, with_kwargs=True).remove)
             for part in last.block.children():
-                hooks.callback(part.register_forward_pre_hook(token.at_part, with_kwargs=True).remove)
+                hooks.callback(part.register_forward_pre_hook(narrowing.at_part, with_kwargs=True).remove)
         return hooks.pop_all()
 
 
 def _grow(
-    clean: int, rows: int, copies: int, step: Callable[[], object], block: nn.Module, args: Any, kwargs: Any
+    rows_before: int, rows: int, on_layer: Callable[[], object], block: nn.Module, args: Any, kwargs: Any
 ) -> Arguments:
-    """Before a decoder layer: copies of the clean rows join its hidden states, [rows, tokens, ...]."""
-    step()
+    """Layer pre-hook: copies of the clean row join the hidden states, [rows_before, ...] -> [rows, ...]."""
+    on_layer()
 
-    def longer(hidden: Tensor) -> Tensor:
-        if len(hidden) != rows:  # its first dimension is another
-            raise BatchMismatch(f"a layer was given {len(hidden)} rows, not {rows}")
-        return torch.cat([hidden, *[hidden[:clean]] * copies])
+    def grown(hidden: Any) -> Tensor:
+        if not isinstance(hidden, Tensor) or len(hidden) != rows_before:
+            raise BatchMismatch(f"a layer received {_size(hidden)}, not {rows_before} rows")
+        return torch.cat([hidden, hidden[:1].expand(rows - rows_before, *hidden.shape[1:])])
 
-    args, kwargs = _with_hidden(longer, args, kwargs)
-    groups = rows // clean + copies  # for all of which it takes what the model has made for its own rows
-    return _tiled(args, clean, groups), _tiled(kwargs, clean, groups)
+    args, kwargs = _change_hidden_states(grown, args, kwargs)
+    return _repeat_rows(args, rows), _repeat_rows(kwargs, rows)
 
 
-def _tiled(value: Any, clean: int, groups: int) -> Any:
-    """The same, with tensors of a row for each prompt, such as masks and positions, repeated for groups of rows."""
-    if isinstance(value, Tensor) and value.ndim > 1 and len(value) == clean:
-        return value.repeat(groups, *[1] * (value.ndim - 1))
+def _size(hidden: object) -> str:
+    return f"{len(hidden)} rows" if isinstance(hidden, Tensor) else f"a {type(hidden).__name__}"
+
+
+def _repeat_rows(value: Any, rows: int) -> Any:
+    """Return a layer's arguments, with every tensor of one row (mask, positions) repeated for all rows of the batch."""
+    if isinstance(value, Tensor) and value.ndim > 1 and len(value) == 1:
+        return value.repeat(rows, *[1] * (value.ndim - 1))
     if isinstance(value, tuple):
-        return tuple(_tiled(part, clean, groups) for part in value)
+        return tuple(_repeat_rows(part, rows) for part in value)
     if isinstance(value, dict):
-        return {name: _tiled(part, clean, groups) for name, part in value.items()}
+        return {name: _repeat_rows(part, rows) for name, part in value.items()}
     return value
 
 
 class _LastToken:
-    """Narrows what comes behind an attention to the last token. Where all tokens are added to it, it broadcasts."""
+    """Narrows everything after the attention of a layer to the last token.
+
+    The residual stream of all tokens is later added to it, by broadcasting, and only its last token is read.
+    """
 
     def __init__(self) -> None:
-        self.is_behind = False
+        self.after_attention = False
 
     def at_projection(self, projection: nn.Module, args: Any, kwargs: Any) -> Arguments:
-        """Before the projection: the attention has seen all tokens."""
-        self.is_behind = True
+        """Projection pre-hook: the attention has read all tokens."""
+        self.after_attention = True
         return self.at_part(projection, args, kwargs)
 
     def at_part(self, part: nn.Module, args: Any, kwargs: Any) -> Arguments:
-        """Before a part of the layer: [rows, tokens, channels] -> [rows, 1, channels], behind the attention."""
-        if not self.is_behind or not (args or "hidden_states" in kwargs):
+        """Pre-hook of a part of the layer: [rows, tokens, channels] -> [rows, 1, channels], after the attention."""
+        if not self.after_attention or not (args or "hidden_states" in kwargs):
             return args, kwargs
-        return _with_hidden(_last_token, args, kwargs)
+        return _change_hidden_states(_last_token, args, kwargs)
 
 
 def _last_token(hidden: Any) -> Any:
     return hidden[:, -1:] if isinstance(hidden, Tensor) and hidden.ndim == 3 else hidden
 
 
-def _with_hidden(change: Callable[[Any], Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Arguments:
-    """The arguments, the hidden states among them changed: by position the first."""
+def _change_hidden_states(change: Callable[[Any], Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Arguments:
+    """Return the arguments with the hidden states changed: the first positional one, or the keyword hidden_states."""
     if args:
         return (change(args[0]), *args[1:]), kwargs
+    if "hidden_states" not in kwargs:
+        raise BatchMismatch(f"a layer received no hidden states, only {', '.join(kwargs) or 'nothing'}")
     return args, kwargs | {"hidden_states": change(kwargs["hidden_states"])}

@@ -1,8 +1,8 @@
 """Where the attention heads of a Hugging Face decoder are.
 
-The outputs z of a layer's heads lie side by side in the input of its attention output projection (W_O): head h is
-channels [h * width, (h + 1) * width). Everything here is read from the modules themselves, so that a model is either
-understood or refused, never guessed.
+The z of a layer's heads lie side by side in the input of the layer's attention output projection (W_O): head h is the
+channels [h * head_dim, (h + 1) * head_dim). All facts are read from the modules themselves. A model whose heads cannot
+be determined is refused, never guessed.
 """
 
 from __future__ import annotations
@@ -20,13 +20,13 @@ from transformers.pytorch_utils import Conv1D
 
 from ablation.errors import InvalidHead, UnsupportedModel
 
-# What transformers' modules cannot say but by a name. An attention, by its class; one that reads another sequence, by
-# its place in the layer; its output projection, by its place in the attention.
+# The modules of transformers tell these three only by a name: an attention by its class, a cross-attention by its class
+# or its place in the layer, an output projection by its place in the attention.
 ATTENTION = re.compile(r"Attention|MLA$")
 CROSS_ATTENTION = re.compile(r"cross|encoder", re.IGNORECASE)
 PROJECTION = re.compile(r"(attention_)?o(ut|utput)?(_proj|_lin|_linear)?|Wo|c_proj|dense")
 
-# An attention's own word, the first that it has: channels of one head's z, and query heads.
+# Attributes of an attention, in order of preference: channels of one head's z, and the number of query heads.
 HEAD_DIM_ATTRIBUTES = ("v_head_dim", "head_dim", "head_size", "attention_head_size", "dim_head")
 HEAD_COUNT_ATTRIBUTES = ("num_heads", "num_attention_heads", "num_attn_heads", "n_heads", "n_head")
 
@@ -35,9 +35,9 @@ HEAD_COUNT_ATTRIBUTES = ("num_heads", "num_attention_heads", "num_attn_heads", "
 class AttentionLayer:
     """The heads of one decoder layer.
 
-    index: among all decoder layers. block: the decoder layer. projection: its attention output projection, of dotted
-    name `name` in the model. heads: number of query heads. key_value_heads: of key/value heads. width: channels of
-    one head's z.
+    index: position among all decoder layers, from 0. block: the decoder layer. projection: its attention output
+    projection; projection_name: the dotted name of the projection in the model. num_heads: query heads.
+    key_value_heads: key/value heads. head_dim: channels of one head's z.
     """
 
     index: int
@@ -49,16 +49,16 @@ class AttentionLayer:
     head_dim: int
 
     def channels(self, head: int) -> slice:
-        """The channels of one head in the projection's input."""
+        """Return the channels of one head in the projection's input."""
         return slice(head * self.head_dim, (head + 1) * self.head_dim)
 
 
 @dataclass(frozen=True, eq=False)
 class HeadMap:
-    """All heads of a model.
+    """All heads of a model. Iterating over it gives every (layer, head), layer by layer.
 
-    decoder: the module that runs the layers (it is called once a forward). depth: number of its layers. layers: those
-    that have attention heads; in a hybrid model, some do not.
+    decoder: the module that runs the layers; a forward pass calls it once. num_layers: all decoder layers. layers:
+    those with attention heads, in order; in a hybrid model some decoder layers have none.
     """
 
     decoder: nn.Module
@@ -67,41 +67,39 @@ class HeadMap:
 
     @property
     def shape(self) -> tuple[int, int]:
-        """(decoder layers, heads of the layer that has the most)."""
+        """(decoder layers, largest number of heads in a layer)."""
         return self.num_layers, max(layer.num_heads for layer in self.layers)
 
     def __iter__(self) -> Iterator[tuple[int, int]]:
-        """Every (layer, head), layer by layer."""
         return ((layer.index, head) for layer in self.layers for head in range(layer.num_heads))
 
     def layer(self, index: Any) -> AttentionLayer:
-        """The layer of that index. Raises NoSuchHead if there is none, or if it has no heads."""
-        index = _index(index, "layer", self.num_layers, "the model")
+        """Return the layer with that index. Raises InvalidHead if it does not exist or has no heads."""
+        index = _checked_index(index, "layer", self.num_layers, "the model")
         for layer in self.layers:
             if layer.index == index:
                 return layer
         raise InvalidHead(f"layer {index} has no attention heads")
 
     def validate(self, pair: Any) -> tuple[int, int]:
-        """A (layer, head) pair as two ints. Raises NoSuchHead unless both are integers, not bools, and it exists."""
+        """Return a (layer, head) pair as two ints. Raises InvalidHead unless both are integers and the head exists."""
         try:
             layer, head = pair
         except (TypeError, ValueError):
-            raise InvalidHead(
-                f"{pair!r} is no (layer, head) pair; what is asked for is a list of them, such as [(0, 1)]"
-            ) from None
+            raise InvalidHead(f"{pair!r} is not a (layer, head) pair: pass a list of pairs, such as [(0, 1)]") from None
         found = self.layer(layer)
-        return found.index, _index(head, "head", found.num_heads, f"layer {found.index}")
+        return found.index, _checked_index(head, "head", found.num_heads, f"layer {found.index}")
 
 
 def as_index(value: Any) -> int:
-    """An integer. Raises TypeError for what else Python takes for one: True, and a tensor that is a row of one."""
+    """Return an integer. Raises TypeError for anything else, also for True and for a tensor with dimensions."""
     if isinstance(value, bool) or getattr(value, "dtype", None) == torch.bool or getattr(value, "ndim", 0):
         raise TypeError
     return operator.index(value)
 
 
-def _index(value: Any, what: str, count: int, owner: str) -> int:
+def _checked_index(value: Any, what: str, count: int, owner: str) -> int:
+    """Return an integer in [0, count). Raises InvalidHead."""
     try:
         index = as_index(value)
     except TypeError:
@@ -112,45 +110,44 @@ def _index(value: Any, what: str, count: int, owner: str) -> int:
 
 
 def find_heads(model: PreTrainedModel) -> HeadMap:
-    """The heads of a causal language model of transformers.
+    """Find the heads of a causal language model of transformers.
 
-    Of a model of several parts (vision, speech) it is the text decoder. Layers without attention, or with linear
-    attention, a convolution or a state-space model in its place, have no heads; cross-attention is left alone.
+    In a model of several parts (vision, speech), the heads are those of the text decoder. A layer with linear
+    attention, a convolution or a state-space model in place of attention has no heads. Cross-attention is ignored.
 
-    Raises UnsupportedModel, with the reason, where a head's z cannot be told from the modules, or where replacing it
-    at the projection's input would not be an ablation of that head.
+    Raises UnsupportedModel, with the reason, if the modules do not determine z, or if replacing a slice of the
+    projection's input would not be an ablation of one head.
     """
     if not isinstance(model, PreTrainedModel):
         raise UnsupportedModel(
-            f"{_class_name(model)} is not a transformers model; for a compiled one, pass the original"
+            f"{_class_name(model)} is not a transformers model; if it is compiled, pass the original model"
         )
     config = model.config.get_text_config(decoder=True)
     decoder, blocks = _decoder_layers(model, config)
     names = {module: name for name, module in model.named_modules()}
-    kinds = getattr(config, "layer_types", None) or []
-    if len(kinds) != len(blocks):
-        kinds = [""] * len(blocks)
+    layer_types = getattr(config, "layer_types", None) or []
+    if len(layer_types) != len(blocks):
+        layer_types = [""] * len(blocks)
     layers = []
-    for index, (block, kind) in enumerate(zip(blocks, kinds, strict=True)):
-        if kind == "linear_attention":  # whatever its class is called: a recurrence, whose state is not a head's z
+    for index, (block, layer_type) in enumerate(zip(blocks, layer_types, strict=True)):
+        if layer_type == "linear_attention":  # a recurrence, also if its class is called an attention: it has no z
             continue
         attentions = _attentions(block)
-        if not attentions and "attention" not in kind:
+        if not attentions and "attention" not in layer_type:
             continue
         projection, attention = _projection(attentions, block, index)
-        heads, head_dim = _head_count_and_dim(attention, projection, config, index)
-        layers.append(
-            AttentionLayer(index, block, names[projection], projection, heads, _key_values(attention, heads), head_dim)
-        )
-    found = HeadMap(decoder, len(blocks), tuple(layers))
-    _check_supported(model, found)
-    return found
+        num_heads, head_dim = _head_count_and_dim(attention, projection, config, index)
+        groups = _key_value_heads(attention, num_heads)
+        layers.append(AttentionLayer(index, block, names[projection], projection, num_heads, groups, head_dim))
+    heads = HeadMap(decoder, len(blocks), tuple(layers))
+    _check_supported(model, heads)
+    return heads
 
 
 def _decoder_layers(model: PreTrainedModel, config: PretrainedConfig) -> tuple[PreTrainedModel, nn.ModuleList]:
-    """The text decoder, and the one list of layers with attention that it runs."""
+    """Return the text decoder, and its one list of layers with attention."""
     root = model.get_decoder()
-    if not isinstance(root, PreTrainedModel):  # where the name `decoder` is that of the unembedding
+    if not isinstance(root, PreTrainedModel):  # some models call their unembedding `decoder`
         root = model
     found: list[tuple[str, PreTrainedModel, nn.ModuleList]] = []
     _find_layer_lists(root, root, "", found)
@@ -158,12 +155,10 @@ def _decoder_layers(model: PreTrainedModel, config: PretrainedConfig) -> tuple[P
     if len(text) == 1:
         return text[0][1:]
     if not found:
-        raise UnsupportedModel(f"{_class_name(model)} has no attention heads: none of its layers has an attention")
+        raise UnsupportedModel(f"{_class_name(model)} has no attention heads: no layer has an attention module")
     lists = ", ".join(name for name, *_ in text or found)
     if not text:
-        raise UnsupportedModel(
-            f"{_class_name(model)} has no text decoder of its own, only parts with attention: {lists}"
-        )
+        raise UnsupportedModel(f"{_class_name(model)} has attention only outside a text decoder: {lists}")
     raise UnsupportedModel(
         f"{_class_name(model)} has {len(text)} lists of layers with attention ({lists}), not one decoder"
     )
@@ -172,7 +167,7 @@ def _decoder_layers(model: PreTrainedModel, config: PretrainedConfig) -> tuple[P
 def _find_layer_lists(
     module: nn.Module, owner: PreTrainedModel, prefix: str, found: list[tuple[str, PreTrainedModel, nn.ModuleList]]
 ) -> None:
-    """Append every outermost list of layers with attention, with the model that it is part of."""
+    """Append each outermost list of layers with attention to `found`, with its name and the model that owns it."""
     for name, child in module.named_children():
         path = f"{prefix}{name}"
         if isinstance(child, nn.ModuleList) and any(_attentions(block) for block in child):
@@ -182,7 +177,7 @@ def _find_layer_lists(
 
 
 def _attentions(block: nn.Module) -> dict[str, nn.Module]:
-    """The self-attentions of a decoder layer, and what they consist of, by their place in it."""
+    """Return the self-attentions of a decoder layer and the attention modules within them, by their dotted name."""
     return {
         name: module
         for name, module in block.named_modules()
@@ -191,9 +186,9 @@ def _attentions(block: nn.Module) -> dict[str, nn.Module]:
 
 
 def _projection(attentions: dict[str, nn.Module], block: nn.Module, index: int) -> tuple[nn.Linear | Conv1D, nn.Module]:
-    """The one attention output projection of a decoder layer, and the attention that knows its heads.
+    """Return the one attention output projection of a decoder layer, and the attention that knows its heads.
 
-    It is a Linear or Conv1D, or stands as `dense` or `linear` in a module around it (`output.dense` of BERT).
+    The projection is a Linear or Conv1D, or the `dense` or `linear` of a module around it (BERT's `output.dense`).
     """
     found: dict[nn.Linear | Conv1D, str] = {}
     for place, attention in attentions.items():
@@ -204,79 +199,74 @@ def _projection(attentions: dict[str, nn.Module], block: nn.Module, index: int) 
                         found.setdefault(linear, place)
     if len(found) != 1:
         raise UnsupportedModel(
-            f"layer {index} ({_class_name(block)}) has {len(found)} attention output projections that are "
-            "Linear or Conv1D; exactly one can be ablated"
+            f"layer {index} ({_class_name(block)}) has {len(found)} attention output projections that are Linear or "
+            "Conv1D; exactly one can be ablated"
         )
     ((projection, place),) = found.items()
-    inside = [
-        m
-        for name, m in attentions.items()
-        if name.startswith(place) and _int_attribute(m, HEAD_DIM_ATTRIBUTES + HEAD_COUNT_ATTRIBUTES) is not None
-    ]
-    return projection, inside[0] if inside else attentions[place]
+    attributes = HEAD_DIM_ATTRIBUTES + HEAD_COUNT_ATTRIBUTES
+    within = (module for name, module in attentions.items() if name.startswith(place))
+    knowing = (module for module in within if _int_attribute(module, attributes) is not None)
+    return projection, next(knowing, attentions[place])
 
 
 def _head_count_and_dim(
     attention: nn.Module, projection: nn.Linear | Conv1D, config: PretrainedConfig, index: int
 ) -> tuple[int, int]:
-    """Number and width of a layer's query heads, that together fill the projection's input."""
-    # Conv1D keeps its weight as [in, out]; a Linear says so itself, also where its weight is packed.
+    """Return the number of query heads of a layer and their head_dim, which together fill the projection's input."""
+    # Conv1D keeps its weight as [in, out]. A Linear has in_features, also if its weight is packed.
     channels = projection.weight.shape[0] if isinstance(projection, Conv1D) else projection.in_features
-    if hasattr(attention, "lambda_init"):  # differential attention: two heads make one output, of twice the width
-        raise UnsupportedModel(f"layer {index} ({_class_name(attention)}) subtracts heads from each other before W_O")
-    heads, head_dim = _int_attribute(attention, HEAD_COUNT_ATTRIBUTES), _int_attribute(attention, HEAD_DIM_ATTRIBUTES)
-    if heads is None:
+    layer = f"layer {index} ({_class_name(attention)})"
+    if hasattr(attention, "lambda_init"):  # differential attention: two heads make one output of twice the size
+        raise UnsupportedModel(f"{layer} subtracts heads from each other before W_O")
+    num_heads = _int_attribute(attention, HEAD_COUNT_ATTRIBUTES)
+    head_dim = _int_attribute(attention, HEAD_DIM_ATTRIBUTES)
+    if num_heads is None:
         try:
-            heads = int(config.num_attention_heads)
-        except Exception:  # it has none, or one for each layer, which a configuration by layer refuses to say
-            heads = None
-    if heads is None and head_dim is not None:
-        heads = channels // head_dim
-    if heads is None:
-        raise UnsupportedModel(
-            f"layer {index} ({_class_name(attention)}) says neither how many heads it has nor how wide"
-        )
+            num_heads = int(config.num_attention_heads)
+        except Exception:  # missing, or different in each layer: such a configuration raises when asked for one value
+            num_heads = None
+    if num_heads is None and head_dim is not None:
+        num_heads = channels // head_dim
+    if num_heads is None:
+        raise UnsupportedModel(f"{layer} states neither its number of heads nor their size")
     if head_dim is None:
-        head_dim = channels // heads
-    if heads * head_dim != channels:
+        head_dim = channels // num_heads
+    if num_heads * head_dim != channels:
         raise UnsupportedModel(
-            f"layer {index} ({_class_name(attention)}): its projection takes {channels} channels, "
-            f"which are not {heads} heads of {head_dim}"
+            f"{layer}: its projection takes {channels} channels, which are not {num_heads} heads of {head_dim}"
         )
-    return heads, head_dim
+    return num_heads, head_dim
 
 
 def _int_attribute(module: nn.Module, names: tuple[str, ...]) -> int | None:
-    """The first of these attributes of a module that is an int."""
+    """Return the first of these attributes of a module that is an int."""
     values = (getattr(module, name, None) for name in names)
     return next((v for v in values if isinstance(v, int) and not isinstance(v, bool)), None)
 
 
-def _key_values(attention: nn.Module, heads: int) -> int:
-    """Number of a layer's key/value heads: as many as query heads, where the attention knows no groups of them."""
-    groups, own = (
-        _int_attribute(attention, ("num_key_value_groups",)),
-        _int_attribute(attention, ("num_key_value_heads", "num_kv_heads")),
-    )
-    return heads // groups if groups else own or heads
+def _key_value_heads(attention: nn.Module, num_heads: int) -> int:
+    """Return the number of key/value heads of a layer: num_heads, unless the attention groups its query heads."""
+    groups = _int_attribute(attention, ("num_key_value_groups",))
+    stated = _int_attribute(attention, ("num_key_value_heads", "num_kv_heads"))
+    return num_heads // groups if groups else stated or num_heads
 
 
 def _check_supported(model: PreTrainedModel, heads: HeadMap) -> None:
-    """Raise UnsupportedModel where a hook on the projection would not fire once a forward, for one layer."""
+    """Raise UnsupportedModel if a hook on a projection would not fire exactly once per forward, for one layer."""
     if not heads.layers:
-        raise UnsupportedModel(f"{_class_name(model)} has no attention heads: none of its layers has an attention")
+        raise UnsupportedModel(f"{_class_name(model)} has no attention heads: no layer has an attention module")
     projections = [layer.projection for layer in heads.layers]
     if len(set(projections)) < len(projections):
         raise UnsupportedModel(
-            f"{_class_name(model)} shares one projection among its layers: no layer's head stands alone"
+            f"{_class_name(model)} shares one projection among its layers: no ablation can be limited to one layer"
         )
     for module in (model, heads.decoder, *(m for layer in heads.layers for m in layer.block.modules())):
         if module._compiled_call_impl is not None:
             raise UnsupportedModel(
-                f"{_class_name(module)} is compiled, and may never call a hook: compile after ablating"
+                f"{_class_name(module)} is compiled, so its hooks may never be called: compile it after the ablation"
             )
     if getattr(model.config, "pretraining_tp", 1) > 1 and getattr(model.config, "slow_but_exact", False):
-        raise UnsupportedModel(f"{_class_name(model)} bypasses its projections: set config.slow_but_exact = False")
+        raise UnsupportedModel(f"{_class_name(model)} does not call its projections: set config.slow_but_exact = False")
 
 
 def _class_name(module: object) -> str:

@@ -1,4 +1,4 @@
-"""What replaces the output of a head, and what that choice promises."""
+"""What replaces a head's z, and what each choice promises."""
 
 from __future__ import annotations
 
@@ -15,55 +15,58 @@ from ablation.errors import UnknownImputation
 class Imputation:
     """Replaces z, the output of one head before the projection.
 
-    `pointwise` promises that the value at one token depends on no other token: neither on later ones (causality),
-    nor on those already in a key/value cache. Every imputation is independent of the other rows of the batch and of
-    padding.
+    name: identifies the imputation in results. per_token: promises that the value at a token depends on that token
+    alone, and not on later tokens or on those in a key/value cache. Every imputation must be independent of the other
+    rows of the batch and of padding.
     """
 
     name: ClassVar[str]
     per_token: ClassVar[bool]
 
     def __call__(self, z: Tensor, mask: Tensor | None = None) -> Tensor:
-        """The replacement for z.
+        """Return the replacement: a new tensor that broadcasts to z's shape, of z's dtype and device.
 
-        z: [rows, tokens, width], any floating dtype. mask: [rows, tokens], nonzero at real tokens, on z's device; None
-        if all are real.
-        Returns a new tensor of z's dtype and device that broadcasts to z's shape.
+        z: [rows, tokens, head_dim], any floating dtype; must not be written to. mask: [rows, tokens], nonzero at real
+        tokens, on z's device; None if no token is padding.
         """
         raise NotImplementedError
 
 
 @dataclass(frozen=True, eq=False)
 class Zero(Imputation):
-    """z becomes 0: the head writes nothing to the residual stream."""
+    """Replaces z by 0: the head writes nothing to the residual stream."""
 
     name: ClassVar[str] = "zero"
     per_token: ClassVar[bool] = True
 
     def __call__(self, z: Tensor, mask: Tensor | None = None) -> Tensor:
-        """0, of no dimensions."""
+        """Return 0, as a tensor without dimensions."""
         return z.new_zeros(())
 
 
 @dataclass(frozen=True, eq=False)
 class Mean(Imputation):
-    """z becomes one number a row: the mean of z over the row's real tokens and all channels.
+    """Replaces z by one number for each row: the mean of z over the row's real tokens and all channels.
 
-    For one prompt without padding it is `z.mean()`. It sees later tokens, hence it is not pointwise.
+    This is the mean of the published experiment; for one prompt without padding it is `z.mean()`. The literature's
+    "mean ablation" is another thing: a vector of channel means over a reference data set. The mean depends on later
+    tokens, so it is not per token.
     """
 
     name: ClassVar[str] = "mean"
     per_token: ClassVar[bool] = False
 
     def __call__(self, z: Tensor, mask: Tensor | None = None) -> Tensor:
-        """The means, [rows, 1, 1]; computed in float64, where the device has it, and rounded once."""
+        """Return the means, [rows, 1, 1], computed in float64 (float32 on MPS, which lacks it) and rounded once.
+
+        The mean of a row without real tokens is NaN.
+        """
         per_token = z.to(torch.float32 if z.device.type == "mps" else torch.float64).mean(dim=-1)  # [rows, tokens]
         if mask is None:
             mean = per_token.mean(dim=-1)  # [rows]
         else:
             real = mask != 0
-            # where, not a product: a pad may hold NaN. A row with no real token has no mean: 0 / 0 is NaN, and shows.
-            mean = per_token.where(real, 0.0).sum(dim=-1) / real.sum(dim=-1)
+            mean = per_token.where(real, 0.0).sum(dim=-1) / real.sum(dim=-1)  # not a product: padding may hold NaN
         return mean.to(z.dtype)[:, None, None]
 
 
@@ -71,7 +74,7 @@ IMPUTATIONS: dict[str, Imputation] = {imputation.name: imputation for imputation
 
 
 def as_imputation(imputation: str | Imputation) -> Imputation:
-    """The imputation of that name. Raises UnknownImputation."""
+    """Return the imputation of that name, or the given one. Raises UnknownImputation."""
     if isinstance(imputation, Imputation):
         return imputation
     if isinstance(imputation, str) and imputation in IMPUTATIONS:

@@ -9,7 +9,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from ablation.heads import HeadMap
-from ablation.sweep import SweepResult
+from ablation.results import SweepResult
 
 Decode = Callable[[int], str]
 """A token's text."""

@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 
 from ablation.report import Decode, flips, trend
-from ablation.sweep import SweepResult
+from ablation.results import SweepResult
 from tests.golden import FOLDER
 
 

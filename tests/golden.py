@@ -14,7 +14,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from ablation.report import trend
-from ablation.sweep import SweepResult
+from ablation.results import SweepResult
 
 FOLDER = Path(__file__).parent.parent / "golden"
 SHOWN = 10

@@ -23,7 +23,7 @@ import torch
 
 from ablation import models, provenance
 from ablation.experiment import sweep_question
-from ablation.sweep import SweepResult
+from ablation.results import SweepResult
 from tests.golden import FOLDER, agreement, head_means, robustness, sensitivity
 
 FACTOR = 30

@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 
 from ablation.models import NAMED_MODELS, LoadedModel
-from ablation.sweep import SweepResult
+from ablation.results import SweepResult
 from tests.claims import CHECKS, check, claims_of
 
 PUBLISHED = claims_of("gpt2")

@@ -16,7 +16,7 @@ from transformers import MambaConfig, PretrainedConfig
 
 from ablation import experiment, figures, report
 from ablation.cli import main
-from ablation.sweep import SweepResult
+from ablation.results import SweepResult
 from tests.test_models import Hub, folder, hub  # noqa: F401 (fixtures)
 
 Run = Callable[..., tuple[int, str, str]]

@@ -14,7 +14,7 @@ from matplotlib.legend import Legend
 from matplotlib.text import Text
 
 from ablation import figures
-from ablation.sweep import SweepResult
+from ablation.results import SweepResult
 from tests.test_claims import as_published
 
 GRIDS = [(12, 12), (30, 9), (2, 4), (1, 1), (48, 32), (6, 64)]

@@ -9,7 +9,7 @@ import pytest
 
 from ablation.models import LoadedModel
 from ablation.report import trend
-from ablation.sweep import SweepResult
+from ablation.results import SweepResult
 from tests.golden import FOLDER, Golden, agreement, atol_of, head_means, robustness, sensitivity
 
 

@@ -1,0 +1,93 @@
+"""From the logits of the last token to what is reported: probabilities, argmax, margin."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+# Equal columns of W_U give logits that differ in their last bits, since a kernel sums the columns at the edge of a
+# block in another order. Measured: up to 10 eps of the logits' size (float32 and float64, 6 to 4096 channels, 1 to 16
+# rows, AVX-512, AVX2 and neither); 0 in bfloat16, where the sum is rounded once, to one eps.
+TIE_EPS = 64.0
+
+CHUNK_ROWS = 4
+"""Rows measured at once: their logits in float64 fit into the cache of a CPU."""
+
+
+class LogitSummary(NamedTuple):
+    """What the logits of some rows say. Tensors on the device of the logits; floats are float64.
+
+    probability, log_probability: of the watched tokens, [rows, watched]; log-probabilities in nats.
+    argmax: token ids, [rows]. margin: top-1 logit - top-2 logit, [rows]; 0 in a tie. finite: whether all logits of the
+    row are finite, [rows] bool; the other values of a row mean nothing if they are not.
+    """
+
+    probability: Tensor
+    log_probability: Tensor
+    argmax: Tensor
+    margin: Tensor
+    finite: Tensor
+
+
+def tie_tolerance(logits: Tensor) -> float:
+    """The difference up to which two logits of a row are a tie: rounding decides which is larger.
+
+    logits: those of the clean run, [vocabulary]. See `TIE_EPS` for the evidence.
+    """
+    eps, eps32 = torch.finfo(logits.dtype).eps, torch.finfo(torch.float32).eps
+    size = torch.maximum(logits.max().abs(), logits.abs().median())  # by the median, a masked token does not count
+    return float(size) * (TIE_EPS * min(eps, eps32) + eps)
+
+
+def lowest_best(logits: Tensor, tolerance: float) -> Tensor:
+    """The argmax: the lowest id of the tokens within `tolerance` of the largest logit. [..., vocabulary] -> [...]."""
+    best = logits.amax(dim=-1, keepdim=True)
+    return (logits >= best - tolerance).to(torch.uint8).argmax(dim=-1)  # the first, where several are largest
+
+
+def resolve_watched(watch: Sequence[int | None], logits: Tensor, tolerance: float) -> list[int]:
+    """The watched tokens. Each None becomes the most probable token that is not watched yet.
+
+    logits: those of the clean run, [vocabulary].
+    """
+    named = torch.tensor([t for t in watch if t is not None], dtype=torch.long, device=logits.device)
+    free = logits.double().index_fill(0, named, -torch.inf)
+    watched = []
+    for token in watch:
+        if token is None:
+            token = int(lowest_best(free, tolerance))
+            free[token] = -torch.inf
+        watched.append(token)
+    return watched
+
+
+def summarise_logits(logits: Tensor, watched: Tensor, tolerance: float) -> LogitSummary:
+    """Probabilities of the watched tokens, and the prediction.
+
+    logits: [rows, vocabulary]. watched: token ids, [watched], on the device of the logits. tolerance: `tie_tolerance`.
+    Everything is computed in float64, where the sum over the vocabulary loses no digits.
+    """
+    scratch = torch.empty(CHUNK_ROWS, logits.shape[1], dtype=torch.float64, device=logits.device)
+    parts = [_summarise_chunk(rows, watched, tolerance, scratch) for rows in logits.split(CHUNK_ROWS)]
+    return LogitSummary(*(torch.cat(part) for part in zip(*parts, strict=True)))
+
+
+def _summarise_chunk(logits: Tensor, watched: Tensor, tolerance: float, scratch: Tensor) -> LogitSummary:
+    """`summarise_logits` of at most CHUNK_ROWS rows. scratch: [CHUNK_ROWS, vocabulary], overwritten."""
+    rest = scratch[: len(logits)].copy_(logits)
+    finite = rest.sum(dim=-1).isfinite()
+    of_watched = rest[:, watched]
+    first, best = rest.max(dim=-1, keepdim=True)
+    argmax = best[:, 0]
+    second = rest.scatter_(-1, best, -torch.inf).amax(dim=-1)
+    margin = first[:, 0] - second
+    log_sum = first + rest.sub_(first).exp_().sum(dim=-1, keepdim=True).log1p()
+    log_probability = of_watched - log_sum
+    tied = second >= first[:, 0] - tolerance
+    if tied.any():
+        argmax[tied] = lowest_best(logits[tied].double(), tolerance)
+        margin[tied] = 0.0
+    return LogitSummary(log_probability.exp(), log_probability, argmax, margin, finite)
