@@ -1,4 +1,4 @@
-"""Models elsewhere than on the CPU in float32: other dtypes, and weights that accelerate spreads or keeps on disk."""
+"""Devices and dtypes: half precision, offloaded weights, the default device, what provenance says of them."""
 
 from __future__ import annotations
 
@@ -14,16 +14,14 @@ from ablation.checks.decoders import Decoder
 from ablation.errors import ModelUnavailable
 from ablation.hook import HeadAblation
 from ablation.provenance import weights_sha256
-from ablation.sweep import sweep, sweep_prompts
+from ablation.sweep import sweep
+from tests.comparing import IDS, assert_results_equal
 from tests.test_hook import hooks_of, logits
-from tests.test_sweep import assert_equal
-
-IDS = [3, 1, 4, 1, 5]
 
 
 @pytest.mark.filterwarnings("ignore")  # accelerate's own
 @pytest.mark.parametrize("family", ["gpt2", "llama"])
-def test_a_model_whose_weights_wait_on_disk_gives_the_same_with_every_receipt(family: str, tmp_path: Path) -> None:
+def test_offloaded_weights_give_identical_results(family: str, tmp_path: Path) -> None:
     decoder = Decoder(family, num_layers=3, num_heads=4, head_dim=2)
     plain, spread = decoder.build(), decoder.fresh()
     blocks = spread.get_decoder()
@@ -31,7 +29,7 @@ def test_a_model_whose_weights_wait_on_disk_gives_the_same_with_every_receipt(fa
     prefix = "transformer" if family == "gpt2" else "model"
     places = {f"{prefix}.{name}": "cpu" for name, _ in blocks.named_children() if name != layers}
     places |= {f"{prefix}.{layers}.{i}": "disk" if i else "cpu" for i in range(3)} | {"lm_head": "cpu"}
-    if family == "llama":  # whose unembedding is not its embedding
+    if family == "llama":  # its unembedding is not its embedding
         places["model.embed_tokens"] = "disk"
     dispatch_model(spread, places, main_device="cpu", offload_dir=tmp_path, force_hooks=True)
     assert next(blocks.get_submodule(f"{layers}.1").parameters()).is_meta
@@ -39,7 +37,7 @@ def test_a_model_whose_weights_wait_on_disk_gives_the_same_with_every_receipt(fa
     result = sweep(spread, IDS)
     assert (result.calls == 1).all() and (result.replaced == 5 * 2).all()
     assert (result.provenance["method"], result.provenance["device"]) == ("growing batch", "cpu, disk")
-    assert_equal(result, sweep(plain, IDS), atol=0)
+    assert_results_equal(result, sweep(plain, IDS), atol=0)
     with HeadAblation(spread) as one, HeadAblation(plain) as other:
         for ablation in (one, other):
             ablation.ablate([(1, 2), (2, 3)], "mean")
@@ -49,37 +47,44 @@ def test_a_model_whose_weights_wait_on_disk_gives_the_same_with_every_receipt(fa
     assert weights_sha256(spread) == weights_sha256(plain)
 
 
-def test_a_sweep_is_made_where_the_model_is_not_where_tensors_are_by_default() -> None:
+def test_sweep_ignores_the_default_device() -> None:
     model = Decoder("llama", num_layers=2, num_heads=3, head_dim=2).build()
     expected = sweep(model, IDS)
     with torch.device("meta"):
-        assert_equal(sweep(model, IDS), expected, atol=0)
+        assert_results_equal(sweep(model, IDS), expected, atol=0)
+
+
+AVAILABLE = models._device(None)
+"""The kind of device that this machine uses by default, and that "auto" means where everything fits on it."""
 
 
 @pytest.mark.parametrize("device", ["cpu", "auto"])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16])
-def test_a_model_is_loaded_where_and_as_asked(device: str, dtype: torch.dtype) -> None:
+def test_model_loads_with_the_requested_device_and_dtype(device: str, dtype: torch.dtype) -> None:
+    if AVAILABLE == "mps" and dtype == torch.float64:
+        pytest.skip("MPS has no float64")
     loaded = models.load("capitals", device=device, dtype=dtype)
     assert {p.dtype for p in loaded.model.parameters()} == {dtype} and not loaded.model.training
     result = sweep(loaded.model, models.prompt_ids(loaded.tokenizer, "Berlin is the capital of"))
     assert result.provenance["dtype"] == str(dtype).removeprefix("torch.")
-    assert result.provenance["device"] == "cpu" and (result.calls == 1).all()
+    expected = AVAILABLE if device == "auto" else device
+    assert torch.device(result.provenance["device"]).type == expected and (result.calls == 1).all()
 
 
-def test_by_default_the_device_is_a_gpu_where_there_is_one(monkeypatch: pytest.MonkeyPatch) -> None:
-    there = torch.accelerator.current_accelerator(check_available=True)
-    assert models._device(None) == ("cpu" if there is None else there.type)
+def test_default_device_is_an_available_gpu(monkeypatch: pytest.MonkeyPatch) -> None:
+    available = torch.accelerator.current_accelerator(check_available=True)
+    assert models._device(None) == ("cpu" if available is None else available.type)
     monkeypatch.setattr(torch.accelerator, "current_accelerator", lambda check_available: torch.device("cuda"))
     assert models._device(None) == "cuda"
 
 
 @pytest.mark.parametrize("device", ["nonsense", "xpu:7"])
-def test_a_device_that_is_not_there_is_said_before_anything_is_loaded(device: str) -> None:
+def test_missing_device_is_reported_before_loading(device: str) -> None:
     with pytest.raises(ModelUnavailable, match=f"no device {device!r} here"):
         models.load("does-not-exist", device=device)
 
 
-def test_settings_that_change_the_arithmetic_are_in_the_provenance() -> None:
+def test_provenance_holds_arithmetic_settings() -> None:
     model = Decoder("gpt2", num_layers=2, num_heads=3, head_dim=4).build()
     exact = sweep(model, IDS)
     assert (exact.provenance["autocast"], exact.provenance["float32_matmul"]) == (None, "highest")
@@ -93,11 +98,10 @@ def test_settings_that_change_the_arithmetic_are_in_the_provenance() -> None:
     assert cast.provenance["dtype"] == "float32" and not np.array_equal(cast.margin, exact.margin)
 
 
-def test_in_half_precision_the_growing_batch_is_what_its_rounding_allows() -> None:
-    """Its noise is that of the dtype: of float32's it has 16 digits fewer."""
+def test_half_precision_sweep_is_within_its_rounding() -> None:
+    """Noise scales with the dtype: bfloat16 has 16 mantissa digits fewer than float32."""
     model = Decoder("llama", num_layers=3, num_heads=4, head_dim=4).fresh()
     exact = sweep(model, IDS)
-    half = sweep_prompts(model.to(torch.bfloat16), [IDS, IDS], [[*exact.watched]] * 2)
-    for result in half:
-        assert result.provenance["method"] == "growing batch"
-        assert np.abs(result.probability_change - exact.probability_change).max() < 30 * torch.finfo(torch.bfloat16).eps
+    half = sweep(model.to(torch.bfloat16), IDS, [*exact.watched])
+    assert half.provenance["method"] == "growing batch"
+    assert np.abs(half.probability_change - exact.probability_change).max() < 30 * torch.finfo(torch.bfloat16).eps

@@ -1,4 +1,4 @@
-"""Where the heads are, and which models are refused."""
+"""Where the heads of a model are, and which models are refused."""
 
 from __future__ import annotations
 
@@ -37,7 +37,7 @@ from ablation.heads import find_heads
         (Decoder("opt", 3, 4, 2), "model.decoder.layers.1.self_attn.out_proj"),
     ],
 )
-def test_heads_are_the_query_heads_at_the_attention_output_projection(decoder: Decoder, name: str) -> None:
+def test_heads_are_query_heads_at_the_output_projection(decoder: Decoder, name: str) -> None:
     model = decoder.build()
     heads = find_heads(model)
     assert heads.shape == (3, 4)
@@ -52,8 +52,8 @@ def from_config(config: Any) -> PreTrainedModel:
     return AutoModelForCausalLM.from_config(config)
 
 
-def test_the_width_of_a_head_is_what_the_projection_reads() -> None:
-    """Not `config.head_dim`: with latent attention, that is the width of rotary positions."""
+def test_head_dim_is_what_the_projection_reads() -> None:
+    """With latent attention, `config.head_dim` is another number: the channels that hold rotary positions."""
     latent = dict(q_lora_rank=None, kv_lora_rank=4, qk_rope_head_dim=2, qk_nope_head_dim=4, v_head_dim=6)
     config = DeepseekV3Config(**SMALL, num_attention_heads=2, num_key_value_heads=2, intermediate_size=8, **latent)
     assert config.head_dim != 6
@@ -62,37 +62,37 @@ def test_the_width_of_a_head_is_what_the_projection_reads() -> None:
 
 
 def described(model: PreTrainedModel) -> list[tuple[int, int, int]]:
-    """(query heads, key/value heads, width) of each layer."""
+    """(query heads, key/value heads, head_dim) of each layer."""
     found = [(layer.num_heads, layer.key_value_heads, layer.head_dim) for layer in find_heads(model).layers]
     assert all(type(number) is int for layer in found for number in layer)
     return found
 
 
-def test_an_attention_has_the_word_before_the_configuration_also_where_its_projection_is_beside_it() -> None:
-    """In BERT the heads are known to `attention.self`, and the projection is `attention.output.dense`."""
+def test_attention_attributes_override_config() -> None:
+    """In BERT `attention.self` knows the heads, and the projection is `attention.output.dense`."""
     small = dict(num_attention_heads=4, intermediate_size=8, is_decoder=True)
     model = from_config(BertConfig(**SMALL, **small))
     model.config.num_attention_heads = 2
     assert described(model) == [(4, 4, 2)] * 2
 
 
-def test_what_an_attention_does_not_say_follows_from_the_rest() -> None:
+def test_missing_head_count_or_head_dim_is_derived() -> None:
     whole = [(3, 3, 2)] * 2
     model = Decoder("llama", 2, 3, 2).fresh()
-    for layer in model.model.layers:  # its number of heads is in the configuration only
+    for layer in model.model.layers:  # the number of heads is in the configuration only
         del layer.self_attn.head_dim
     assert described(model) == whole
     model = Decoder("llama", 2, 3, 2).fresh()
-    vars(model.config)["num_attention_heads"] = None  # not validated: as where it has none
+    vars(model.config)["num_attention_heads"] = None  # bypasses validation, as in a configuration without the attribute
     assert described(model) == whole
     for layer in model.model.layers:
         del layer.self_attn.head_dim
-    with pytest.raises(UnsupportedModel, match=r"layer 0 \(LlamaAttention\) says neither how many heads"):
+    with pytest.raises(UnsupportedModel, match=r"layer 0 \(LlamaAttention\) states neither its number of heads"):
         find_heads(model)
 
 
 @pytest.mark.parametrize("number", ["num_key_value_heads", "num_kv_heads"])
-def test_key_value_heads_are_told_by_their_groups_or_by_their_number(number: str) -> None:
+def test_key_value_heads_follow_groups_or_count(number: str) -> None:
     model = Decoder("llama", 2, 6, 2, num_key_value_groups=3).fresh()
     assert described(model) == [(6, 2, 2)] * 2
     for layer in model.model.layers:
@@ -101,7 +101,7 @@ def test_key_value_heads_are_told_by_their_groups_or_by_their_number(number: str
     assert described(model) == [(6, 2, 2)] * 2
 
 
-def test_a_conv1d_is_asked_for_what_it_takes_not_for_what_it_gives() -> None:
+def test_conv1d_channels_are_its_inputs() -> None:
     model = fresh_gpt2()
     for block in model.transformer.h:
         block.attn.c_proj, block.attn.head_dim = Conv1D(nf=6, nx=12), 4
@@ -115,7 +115,7 @@ def shared() -> PreTrainedModel:
 
 
 def mixed() -> PreTrainedModel:
-    """As where a layer has heads of its own number: each is narrower, and there are more."""
+    """A model whose second layer has smaller heads, but as many of them as the configuration says."""
     model = Decoder("llama", 2, 3, 4).fresh()
     model.model.layers[1].self_attn.head_dim = 2
     return model
@@ -135,7 +135,7 @@ def renamed() -> PreTrainedModel:
 
 
 def unknown_attention() -> PreTrainedModel:
-    """A layer that has an attention by the configuration's word, of a class that does not say so."""
+    """A model with a layer that has attention by its configuration, but not by the class of any module."""
     model = Decoder("qwen3", 2, 3, 2).fresh()
     assert model.config.layer_types == ["full_attention"] * 2
     model.model.layers[1].self_attn = nn.Identity()
@@ -143,14 +143,14 @@ def unknown_attention() -> PreTrainedModel:
 
 
 def linear_by_name() -> PreTrainedModel:
-    """Linear attention by the configuration's word, of a class that is called an attention."""
+    """A model with linear attention by its configuration, in modules whose class is called an attention."""
     model = Decoder("qwen3", 2, 3, 2).fresh()
     model.config.layer_types = ["linear_attention"] * 2
     return model
 
 
 def with_vision() -> PreTrainedModel:
-    """A part with attention whose configuration is of another kind than the text's, as in models that see."""
+    """A model with a second part, whose attention has a configuration of another class, as in vision models."""
     model = fresh_gpt2()
     model.transformer.vision = Decoder("llama", 3, 4, 2).fresh().model
     return model
@@ -168,16 +168,16 @@ def no_text() -> PreTrainedModel:
     return model
 
 
-def test_the_decoder_is_that_of_the_text_whatever_other_parts_have_and_however_it_is_called() -> None:
+def test_find_heads_picks_the_text_decoder() -> None:
     model = with_vision()
     heads = find_heads(model)
     assert heads.shape == (2, 3) and heads.decoder is model.transformer
-    model.get_decoder = lambda: model.lm_head  # as where the name `decoder` is that of the unembedding
+    model.get_decoder = lambda: model.lm_head  # some models call their unembedding `decoder`
     assert find_heads(model).decoder is model.transformer
 
 
 @pytest.mark.parametrize("name", ["dense", "linear"])
-def test_a_projection_may_stand_in_a_module_around_it_and_beside_a_cross_attention(name: str) -> None:
+def test_projection_may_be_wrapped_beside_cross_attention(name: str) -> None:
     class CrossAttention(nn.Module):
         def __init__(self) -> None:
             super().__init__()
@@ -206,7 +206,7 @@ SMALL = dict(vocab_size=9, hidden_size=8, num_hidden_layers=2, bos_token_id=None
         (lambda: from_config(Qwen3NextConfig(**SMALL, num_experts=2)), "^Qwen3NextForCausalLM has no attention heads"),
         (
             lambda: from_config(BloomConfig(**SMALL, n_head=2, pretraining_tp=2, slow_but_exact=True)),
-            "^Bloom.* bypasses",
+            "^Bloom.* does not call its projections",
         ),
         (mixed, r"layer 1 \(LlamaAttention\): its projection takes 12 channels, which are not 3 heads of 2"),
         (
@@ -214,10 +214,10 @@ SMALL = dict(vocab_size=9, hidden_size=8, num_hidden_layers=2, bos_token_id=None
             r"layer 0 \(DiffLlama\w*Attention\) subtracts heads from each other",
         ),
         (two_texts, r"^GPT2LMHeadModel has 2 lists of layers with attention \(h, inner.more\), not one decoder$"),
-        (no_text, "^GPT2LMHeadModel has no text decoder of its own, only parts with attention: h$"),
+        (no_text, "^GPT2LMHeadModel has attention only outside a text decoder: h$"),
         (shared, "^GPT2LMHeadModel shares one projection"),
         (compiled_block, "^GPT2Attention is compiled"),
-        (lambda: torch.compile(fresh_gpt2(), backend="eager"), "pass the original"),
+        (lambda: torch.compile(fresh_gpt2(), backend="eager"), "pass the original model"),
         (renamed, r"^layer 1 \(GPT2Block\) has 0 attention output projections .*; exactly one can be ablated$"),
         (linear_by_name, "^Qwen3ForCausalLM has no attention heads"),
         (unknown_attention, "layer 1 .* has 0 attention output projections"),
@@ -240,7 +240,7 @@ SMALL = dict(vocab_size=9, hidden_size=8, num_hidden_layers=2, bos_token_id=None
         "a module",
     ],
 )
-def test_a_model_whose_heads_cannot_be_ablated_honestly_is_refused(make: Any, reason: str) -> None:
+def test_unsupported_model_is_refused_with_the_reason(make: Any, reason: str) -> None:
     with pytest.raises(UnsupportedModel, match=reason):
         find_heads(make())
 
@@ -253,7 +253,7 @@ def test_a_model_whose_heads_cannot_be_ablated_honestly_is_refused(make: Any, re
         LlamaConfig(**SMALL, num_attention_heads=2, intermediate_size=8, pretraining_tp=2),
         GPT2Config(**SMALL, n_head=2, slow_but_exact=True),
     ],
-    ids=["fast", "one part", "it has no slow way", "it has no parts"],
+    ids=["fast path", "one slice", "no slow path", "no slices"],
 )
-def test_a_projection_is_bypassed_only_in_several_parts_the_slow_way(config: Any) -> None:
+def test_model_that_calls_its_projections_is_supported(config: Any) -> None:
     assert find_heads(from_config(config)).shape == (2, 2)

@@ -1,4 +1,4 @@
-"""The hook beyond what the specification asks of any implementation: its receipts, its errors, its state."""
+"""Our hook, beyond what the specification asks of any implementation: receipts, errors, state."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ def logits(model: PreTrainedModel, ids: Tensor, **kwargs: Any) -> Tensor:
         return model(ids, use_cache=False, **kwargs).logits
 
 
-def test_sets_of_heads_are_ablated_at_once_each_from_its_own_output() -> None:
+def test_sets_of_heads_are_ablated_at_once() -> None:
     model = GPT2.build()
     heads = [(0, 1), (0, 3), (2, 0)]
     with recorded_inputs(model) as calls, HeadAblation(model) as ablation:
@@ -37,13 +37,13 @@ def test_sets_of_heads_are_ablated_at_once_each_from_its_own_output() -> None:
             zero = [(layer, head) for head in range(4) if not z[:, :, head].any()]
             assert zero == [pair for pair in heads if pair[0] == layer]
         assert ablation.receipt.calls == [1, 1, 1]
-        assert {layer: [f.replaced for f in fired] for layer, fired in ablation.receipt.counts.items()} == {
+        assert {layer: [edit.replaced for edit in counts] for layer, counts in ablation.receipt.counts.items()} == {
             0: [10, 10],  # 5 tokens x 2 channels
             2: [10],
         }
 
 
-def test_it_never_writes_into_the_tensor_it_is_given() -> None:
+def test_projection_input_is_not_written_to() -> None:
     model = GPT2.build()
     kept: list[Tensor] = []
     handle = find_heads(model).layers[1].projection.register_forward_pre_hook(lambda _, args: kept.append(args[0]))
@@ -57,7 +57,7 @@ def test_it_never_writes_into_the_tensor_it_is_given() -> None:
     assert torch.equal(kept[0], kept[1])
 
 
-def test_it_works_where_the_projection_is_called_by_keyword() -> None:
+def test_projection_may_be_called_by_keyword() -> None:
     model = GPT2.build()
     projection = find_heads(model).layers[1].projection
     attention = model.get_submodule("transformer.h.1.attn")
@@ -70,17 +70,17 @@ def test_it_works_where_the_projection_is_called_by_keyword() -> None:
     for imputation in ("zero", "mean"):
         with HeadAblation(model) as ablation:
             ablation.ablate([(1, 2)], imputation)
-            usual, fired = logits(model, ids, attention_mask=mask), ablation.receipt.counts
+            positional, counts = logits(model, ids, attention_mask=mask), ablation.receipt.counts
             attention.c_proj = ByKeyword()
             try:
                 by_keyword = logits(model, ids, attention_mask=mask)
             finally:
                 attention.c_proj = projection
-            assert torch.equal(by_keyword, usual) and ablation.receipt.counts == fired
+            assert torch.equal(by_keyword, positional) and ablation.receipt.counts == counts
 
 
 def hooks_of(model: nn.Module) -> dict[str, list[Any]]:
-    """Every hook of every module, in order."""
+    """All hooks of all modules, in their order."""
     return {
         f"{name}.{table}": list(hooks.items())
         for name, module in model.named_modules()
@@ -90,11 +90,11 @@ def hooks_of(model: nn.Module) -> dict[str, list[Any]]:
 
 
 class Boom(Exception):
-    pass
+    """An error that neither torch nor transformers raises."""
 
 
 @pytest.mark.parametrize("error", [Boom, KeyboardInterrupt, GeneratorExit])
-def test_the_model_is_left_as_it_was_found_on_every_way_out(error: type[BaseException]) -> None:
+def test_every_way_out_restores_the_model(error: type[BaseException]) -> None:
     model = GPT2.build()
     mine = model.get_submodule("transformer.h.0.attn.c_proj").register_forward_pre_hook(lambda *_: None)
     try:
@@ -113,7 +113,7 @@ def test_the_model_is_left_as_it_was_found_on_every_way_out(error: type[BaseExce
         mine.remove()
 
 
-def test_a_failed_install_leaves_nothing_behind(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_failed_install_leaves_no_hook(monkeypatch: pytest.MonkeyPatch) -> None:
     model = GPT2.build()
     before = hooks_of(model)
 
@@ -126,20 +126,20 @@ def test_a_failed_install_leaves_nothing_behind(monkeypatch: pytest.MonkeyPatch)
     assert hooks_of(model) == before
 
 
-def test_a_projection_that_is_not_called_is_an_error_not_a_robust_model(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_projection_that_is_not_called_is_an_error(monkeypatch: pytest.MonkeyPatch) -> None:
     model = GPT2.build()
     attention = model.get_submodule("transformer.h.1.attn")
     projection = attention.c_proj
     with HeadAblation(model) as ablation:
         ablation.ablate([(1, 0)])
-        monkeypatch.setitem(attention._modules, "c_proj", nn.Identity())  # another module does the work
+        monkeypatch.setitem(attention._modules, "c_proj", nn.Identity())  # another module takes its place
         with pytest.raises(AblationNotApplied, match=r"transformer.h.1.attn.c_proj was called 0 times"):
             logits(model, IDS)
     assert not projection._forward_pre_hooks
 
 
 class Twice(nn.Module):
-    """Around a projection, as BERT's is within another module."""
+    """A module around a projection, as in BERT, which calls it twice."""
 
     def __init__(self, dense: nn.Module) -> None:
         super().__init__()
@@ -149,7 +149,7 @@ class Twice(nn.Module):
         return (self.dense(x) + self.dense(x)) / 2
 
 
-def test_a_projection_that_is_called_twice_is_an_error_too() -> None:
+def test_projection_that_is_called_twice_is_an_error() -> None:
     model = GPT2.fresh()
     attention = model.get_submodule("transformer.h.1.attn")
     attention.c_proj = Twice(attention.c_proj).eval()
@@ -161,27 +161,27 @@ def test_a_projection_that_is_called_twice_is_an_error_too() -> None:
             logits(model, IDS)
 
 
-def test_a_projection_that_is_given_no_rows_of_tokens_is_refused_by_name() -> None:
+def test_projection_input_must_have_three_dimensions() -> None:
     model = GPT2.build()
     with HeadAblation(model) as ablation:
         ablation.ablate([(1, 0)])
-        reason = r"^transformer.h.1.attn.c_proj was given 2 dimensions, not \[rows, tokens, channels\]$"
+        reason = r"^transformer.h.1.attn.c_proj received 2 dimensions, not \[rows, tokens, channels\]$"
         with pytest.raises(UnsupportedModel, match=reason):
             model.get_submodule("transformer.h.1.attn.c_proj")(torch.rand(5, 8))
 
 
-def test_an_ablation_is_made_where_the_model_is_not_where_tensors_are_by_default() -> None:
+def test_edits_ignore_the_default_device() -> None:
     with HeadAblation(GPT2.build()) as ablation:
         for imputation in ("zero", "mean"):
             ablation.ablate([(1, 0), (1, 2)], imputation)
             with torch.device("meta"):
                 z = torch.ones(1, 5, 8, device="cpu")
-                out, fired = apply_edits(z, ablation.heads.layers[1], ablation.edits[1], z[..., 0])
-            assert out.device == z.device and [edit.replaced for edit in fired] == [10, 10]
+                edited, counts = apply_edits(z, ablation.heads.layers[1], ablation.edits[1], z[..., 0])
+            assert edited.device == counts.device == z.device and counts[:, 0].tolist() == [10, 10]
 
 
 @pytest.mark.parametrize("known", [1, 5])
-def test_a_mean_over_a_sequence_that_comes_in_pieces_is_refused(known: int) -> None:
+def test_mean_of_a_cached_sequence_is_refused(known: int) -> None:
     model = GPT2.build()
     with HeadAblation(model) as ablation, torch.no_grad():
         ablation.ablate([(0, 0)], "mean")
@@ -190,7 +190,7 @@ def test_a_mean_over_a_sequence_that_comes_in_pieces_is_refused(known: int) -> N
             model(IDS[:, :1], **{CACHE: first[CACHE]})
 
 
-def test_a_mean_over_a_whole_sequence_may_fill_a_cache() -> None:
+def test_mean_of_a_whole_sequence_may_fill_a_cache() -> None:
     model = GPT2.build()
     with HeadAblation(model) as ablation, torch.no_grad():
         ablation.ablate([(0, 0)], "mean")
@@ -198,9 +198,9 @@ def test_a_mean_over_a_whole_sequence_may_fill_a_cache() -> None:
         assert torch.equal(filling, logits(model, IDS))
 
 
-def test_a_mean_is_refused_where_the_mask_does_not_tell_which_tokens_are_padding() -> None:
+def test_mean_needs_a_mask_of_rows_and_tokens() -> None:
     model = Decoder("gemma3", num_layers=3, num_heads=2, head_dim=4).build()
-    made = {"full_attention": None, "sliding_attention": None}  # of a mask that the decoder's caller knew
+    made = {"full_attention": None, "sliding_attention": None}  # made from a mask that only the caller has
     with HeadAblation(model) as ablation, torch.no_grad():
         ablation.ablate([(0, 0)], "mean")
         for mask in (made, torch.zeros(1, 1, 5, 5), made):
@@ -210,7 +210,7 @@ def test_a_mean_is_refused_where_the_mask_does_not_tell_which_tokens_are_padding
         model.get_decoder()(IDS, attention_mask=made, use_cache=False)  # zero needs no mask
 
 
-def test_before_anything_is_set_it_ablates_nothing_and_after_leaving_nothing_can_be_set() -> None:
+def test_hook_ablates_only_while_entered() -> None:
     model = GPT2.build()
     clean = logits(model, IDS)
     ablation = HeadAblation(model)
@@ -218,34 +218,34 @@ def test_before_anything_is_set_it_ablates_nothing_and_after_leaving_nothing_can
     with ablation:
         assert torch.equal(logits(model, IDS), clean)
         assert (ablation.receipt.calls, ablation.receipt.counts) == ([1, 1, 1], {})
-    with pytest.raises(InvalidAblation, match="^the ablation is not installed.* enter it first, with `with`$"):
+    with pytest.raises(InvalidAblation, match="^the ablation is not installed.* enter it first, using `with`$"):
         ablation.ablate([(0, 0)])
-    ablation.__exit__(None, None, None)  # as often as one likes
+    ablation.__exit__(None, None, None)  # a second exit is harmless
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-def test_a_mean_is_rounded_once(dtype: torch.dtype) -> None:
+def test_mean_is_rounded_once(dtype: torch.dtype) -> None:
     z = torch.rand(50, 40, 8, generator=torch.manual_seed(1)).to(dtype)
     exact = z.double().mean(dim=(1, 2), keepdim=True)
     for mask in (None, torch.ones(50, 40)):
         assert torch.equal(IMPUTATIONS["mean"](z, mask), exact.to(dtype))
 
 
-def test_gradients_flow_around_the_ablated_head() -> None:
+def test_gradients_bypass_the_ablated_head() -> None:
     model = GPT2.build()
     try:
         with HeadAblation(model) as ablation:
             ablation.ablate([(1, 2)])
             model(IDS).logits.sum().backward()
-        values = model.get_submodule("transformer.h.1.attn.c_attn").weight.grad[:, 2 * 8 :]  # the values of 4 heads
+        values = model.get_submodule("transformer.h.1.attn.c_attn").weight.grad[:, 2 * 8 :]  # values of the 4 heads
         touched = values.unflatten(-1, (4, 2)).abs().sum(dim=(0, 2)) > 0
         assert touched.tolist() == [True, True, False, True]
     finally:
         model.zero_grad()
 
 
-def test_a_forward_that_was_compiled_before_is_no_ablation() -> None:
-    """Its graph holds no hooks of the decoder, which came later."""
+def test_forward_compiled_earlier_is_an_error() -> None:
+    """The compiled graph has no hooks of the decoder, since they were registered later."""
     model = Decoder("gpt2", num_layers=2, num_heads=3, head_dim=2).fresh()
     ids = torch.tensor([[3, 1, 4]])
     model.forward = torch.compile(model.forward, backend="eager")

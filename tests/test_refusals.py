@@ -1,4 +1,4 @@
-"""What cannot be ablated honestly is refused: by an error of its own, before any forward, and leaving no trace."""
+"""Refusals: each has an error class of its own, comes before any forward pass, and leaves no side effect."""
 
 from __future__ import annotations
 
@@ -80,7 +80,7 @@ def ablate(heads: Any, imputation: Any = "zero") -> Act:
             try:
                 ablation.ablate(heads, imputation)
             finally:
-                assert ablation.edits == kept, "what was set before has to stay"
+                assert ablation.edits == kept, "the previous heads have to stay in force"
 
     return act
 
@@ -100,9 +100,9 @@ def swept(**arguments: Any) -> Act:
         pytest.param(gpt2, ablate([(0, 1.0)]), InvalidHead, "head 1.0 is not an integer", id="float"),
         pytest.param(gpt2, ablate([(0, "1")]), InvalidHead, "head '1' is not an integer", id="text"),
         pytest.param(
-            gpt2, ablate((0, 1)), InvalidHead, r"0 is no \(layer, head\) pair.* such as \[\(0, 1\)\]", id="pair"
+            gpt2, ablate((0, 1)), InvalidHead, r"0 is not a \(layer, head\) pair.* such as \[\(0, 1\)\]", id="pair"
         ),
-        pytest.param(gpt2, ablate([(0,)]), InvalidHead, r"\(0,\) is no \(layer, head\) pair", id="half a pair"),
+        pytest.param(gpt2, ablate([(0,)]), InvalidHead, r"\(0,\) is not a \(layer, head\) pair", id="half a pair"),
         pytest.param(hybrid, ablate([(0, 1)]), InvalidHead, "layer 0 has no attention heads", id="layer without heads"),
         pytest.param(gpt2, ablate([(0, 1)], "median"), UnknownImputation, "use one of 'zero', 'mean'", id="imputation"),
         pytest.param(gpt2, swept(imputations=["median"]), UnknownImputation, "'zero', 'mean'", id="imputation, sweep"),
@@ -119,20 +119,20 @@ def swept(**arguments: Any) -> Act:
             id="training mode, sequential",
         ),
         pytest.param(shared, enter, UnsupportedModel, "shares one projection among its layers", id="shared"),
-        pytest.param(compiled, enter, UnsupportedModel, "is compiled.* compile after ablating", id="compiled"),
-        pytest.param(bypassed, enter, UnsupportedModel, "bypasses its projections: set", id="bypassed"),
+        pytest.param(compiled, enter, UnsupportedModel, "is compiled.* compile it after the ablation", id="compiled"),
+        pytest.param(bypassed, enter, UnsupportedModel, "does not call its projections: set", id="bypassed"),
         pytest.param(
             gpt2,
             swept(token_ids=[]),
             InvalidPrompt,
-            "^a sweep .* one prompt token",
+            "^a run needs .* one prompt token",
             id="no prompt",
         ),
         pytest.param(gpt2, swept(token_ids=[41]), InvalidPrompt, "no token 41: the model has 41 tokens", id="token"),
         pytest.param(gpt2, swept(token_ids=[1] * 65), InvalidPrompt, "65 tokens, .* takes at most 64", id="long"),
         pytest.param(gpt2, swept(watch=[-1]), InvalidPrompt, "no token -1", id="watched token"),
         pytest.param(gpt2, swept(watch=[]), InvalidPrompt, "one watched token", id="nothing watched"),
-        pytest.param(gpt2, swept(token_ids=list("words")), InvalidPrompt, "'w' is no token id", id="text for ids"),
+        pytest.param(gpt2, swept(token_ids=list("words")), InvalidPrompt, "'w' is not a token id", id="text for ids"),
         pytest.param(
             gpt2,
             lambda model: HeadAblation(model).ablate([(0, 0)]),
@@ -142,7 +142,7 @@ def swept(**arguments: Any) -> Act:
         ),
     ],
 )
-def test_it_is_refused_before_any_forward_and_leaves_nothing(
+def test_refusal_precedes_any_forward_and_leaves_nothing(
     make: Callable[[], PreTrainedModel], act: Act, error: type[AblationError], reason: str
 ) -> None:
     model = make()
@@ -156,7 +156,7 @@ def test_it_is_refused_before_any_forward_and_leaves_nothing(
     assert_as_it_was(model, before)
 
 
-def test_logits_that_are_not_finite_are_refused_by_the_forward_that_gives_them() -> None:
+def test_non_finite_clean_logits_are_refused() -> None:
     model = infinite()
     before = state(model)
     with pytest.raises(NonFiniteLogits, match="^the model's clean logits are not finite$"):
@@ -164,7 +164,7 @@ def test_logits_that_are_not_finite_are_refused_by_the_forward_that_gives_them()
     assert_as_it_was(model, before)
 
 
-def test_a_second_ablation_is_refused_and_the_first_goes_on() -> None:
+def test_second_ablation_is_refused_and_the_first_persists() -> None:
     model = gpt2()
     ids = torch.tensor([IDS])
     with HeadAblation(model) as ablation, torch.no_grad():
@@ -172,7 +172,7 @@ def test_a_second_ablation_is_refused_and_the_first_goes_on() -> None:
         once = model(ids).logits
         carrying = state(model)
         for again in (ablation, HeadAblation(model)):
-            with pytest.raises(InvalidAblation, match="^the model already carries.* on that one$"):
+            with pytest.raises(InvalidAblation, match="^the model already carries.* ablate all heads with it$"):
                 again.__enter__()
         with pytest.raises(InvalidAblation, match="already carries an ablation"):
             sweep(model, IDS)
