@@ -2,17 +2,13 @@
 
 from __future__ import annotations
 
-import inspect
 import itertools
 import math
-import os
 import warnings
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass
 from functools import partial
-from pathlib import Path
-from types import TracebackType
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -22,22 +18,13 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from ablation import provenance
-from ablation.errors import (
-    AblationNotApplied,
-    InvalidAblation,
-    InvalidPrompt,
-    NonFiniteLogits,
-    UnsupportedModel,
-)
+from ablation.errors import AblationNotApplied, NonFiniteLogits, UnsupportedModel
+from ablation.forward import Request, batch_logits, last_logits, rows_per_pass, validated_request
 from ablation.growing import BatchMismatch, RowLayout, first_layer, growing_batch
-from ablation.heads import AttentionLayer, HeadMap, as_index
-from ablation.hook import Ablation, HeadAblation, Receipt, verify_called_once
+from ablation.heads import AttentionLayer
+from ablation.hook import Ablation, Receipt, verify_called_once
 from ablation.measure import LogitSummary, resolve_watched, summarise_logits, tie_tolerance
 from ablation.results import RunResult
-
-# Activations of one pass may take this much memory, unless `max_rows` says otherwise. Larger passes are no faster on a
-# CPU: a heap that grows beyond some 100 MB is returned to the system and mapped again at every operation.
-ROW_BUDGET_BYTES = 2**27
 
 Progress = Callable[[float], None]
 """Receives the share of the work that is done, in (0, 1]."""
@@ -69,8 +56,8 @@ def run(
 
     Raises InvalidPrompt, InvalidHead, InvalidAblation, UnsupportedModel, AblationNotApplied, NonFiniteLogits.
     """
-    request = _request(model, token_ids, ablations, watch)
-    rows = _rows_per_pass(request, max_rows)
+    request = validated_request(model, token_ids, ablations, watch)
+    rows = rows_per_pass(request, max_rows)
     with torch.no_grad():
         for last_token_only in (True, False):
             try:
@@ -94,128 +81,10 @@ def run_sequential(
 ) -> RunResult:
     """Reference implementation of `run`: one forward pass for each ablation."""
     with torch.no_grad():
-        return _run_sequential(_request(model, token_ids, ablations, watch), progress)
-
-
-# ---- what is asked for
-
-
-@dataclass(frozen=True)
-class _Request:
-    """A validated model, prompt and list of ablations."""
-
-    hook: HeadAblation
-    model: PreTrainedModel
-    token_ids: list[int]
-    ablations: list[Ablation]
-    watch: list[int | None]
-
-    @property
-    def heads(self) -> HeadMap:
-        return self.hook.heads
-
-
-def _request(
-    model: PreTrainedModel, token_ids: Sequence[int], ablations: Sequence[Ablation], watch: Sequence[int | None]
-) -> _Request:
-    """Validate the arguments of a run. Raises UnsupportedModel, InvalidAblation, InvalidHead, InvalidPrompt."""
-    hook = HeadAblation(model)
-    if any(module.training for module in model.modules()):
-        raise InvalidAblation("the model is in training mode, where dropout hides effects: call model.eval()")
-    ids = [_token_id(token) for token in token_ids]
-    watched = [None if token is None else _token_id(token) for token in watch]
-    vocabulary = len(_embedding(model))
-    if not ids or not watched:
-        raise InvalidPrompt("a run needs at least one prompt token and one watched token")
-    if not ablations:
-        raise InvalidAblation("the list of ablations is empty")
-    if unknown := [token for token in (*ids, *watched) if token is not None and not 0 <= token < vocabulary]:
-        raise InvalidPrompt(f"no token {unknown[0]}: the model has {vocabulary} tokens")
-    if len(watched) > vocabulary:
-        raise InvalidPrompt(f"{len(watched)} tokens cannot be watched: the model has {vocabulary}")
-    longest = getattr(model.config.get_text_config(), "max_position_embeddings", None)
-    if longest is not None and len(ids) > longest:
-        raise InvalidPrompt(f"the prompt has {len(ids)} tokens, the model takes at most {longest}")
-    return _Request(hook, model, ids, [ablation.validated(hook.heads) for ablation in ablations], watched)
-
-
-def _token_id(token: Any) -> int:
-    try:
-        return as_index(token)
-    except TypeError:
-        raise InvalidPrompt(f"{token!r} is not a token id: a prompt is one flat list of integers") from None
-
-
-def _embedding(model: PreTrainedModel) -> Tensor:
-    """The input embedding, [vocabulary, channels]."""
-    weight: Tensor = model.get_input_embeddings().weight  # type: ignore[assignment]
-    return weight
-
-
-def _rows_per_pass(request: _Request, max_rows: int | None) -> int:
-    """Rows of a forward pass: `max_rows`, or as many as fit in ROW_BUDGET_BYTES. Raises InvalidAblation."""
-    if max_rows is not None:
-        if max_rows < 2:
-            raise InvalidAblation(f"max_rows is {max_rows}: a pass needs 2 rows, a clean one and an ablated one")
-        return max_rows
-    tokens = len(request.token_ids)
-    shapes = [p.shape for layer in request.heads.layers for p in layer.block.parameters() if p.ndim > 1]
-    widest = 4 * max((max(shape) for shape in shapes), default=1)
-    scores = request.heads.shape[1] * tokens
-    logits = len(_embedding(request.model)) * (1 if _keeps_last_logits(request.model) else tokens)
-    row_bytes = (tokens * (widest + scores) + logits) * request.model.dtype.itemsize
-    return max(2, ROW_BUDGET_BYTES // row_bytes)
+        return _run_sequential(validated_request(model, token_ids, ablations, watch), progress)
 
 
 # ---- forward passes
-
-
-def _keeps_last_logits(model: PreTrainedModel) -> bool:
-    """Whether the model can be asked for the logits of the last token alone."""
-    return "logits_to_keep" in inspect.signature(model.forward).parameters
-
-
-def _last_logits(request: _Request, rows: int) -> Tensor:
-    """Run the model on that many rows of the prompt. Returns the logits of the last token, [rows, vocabulary]."""
-    embedding = _embedding(request.model)
-    # An embedding on the meta device is loaded from elsewhere by accelerate, which also moves its input there.
-    device = "cpu" if embedding.is_meta else embedding.device
-    ids = torch.tensor([request.token_ids] * rows, device=device)
-    kept: dict[str, Any] = {"logits_to_keep": 1} if _keeps_last_logits(request.model) else {}
-    logits: Tensor = request.model(ids, use_cache=False, **kept).logits
-    return logits[:, -1]
-
-
-def _batch_logits(request: _Request, rows: int) -> Tensor:
-    """`_last_logits`, where a failure of the model's own code raises BatchMismatch."""
-    try:
-        return _last_logits(request, rows)
-    except Exception as error:
-        if _raised_by_package(error):
-            raise
-        raise BatchMismatch(f"{type(error).__name__}: {error}".splitlines()[0]) from error
-
-
-PACKAGE = f"{Path(__file__).parent}{os.sep}"
-
-
-def _raised_by_package(error: BaseException | None) -> bool:
-    """Whether an error passed through one of this package's hooks on its way from the model's forward."""
-    while error is not None:
-        if any(code is not _last_logits.__code__ and code is not _batch_logits.__code__ for code in _own_code(error)):
-            return True
-        error = error.__cause__ or error.__context__
-    return False
-
-
-def _own_code(error: BaseException) -> Iterator[Any]:
-    """The code of this package in the traceback of an error."""
-    traceback: TracebackType | None = error.__traceback__
-    while traceback is not None:
-        code = traceback.tb_frame.f_code
-        if code.co_filename.startswith(PACKAGE):
-            yield code
-        traceback = traceback.tb_next
 
 
 @dataclass(frozen=True)
@@ -233,7 +102,7 @@ class _CleanRun:
     summary: LogitSummary
 
 
-def _clean_run(request: _Request, logits: Tensor, head_mean: NDArray[np.float64]) -> _CleanRun:
+def _clean_run(request: Request, logits: Tensor, head_mean: NDArray[np.float64]) -> _CleanRun:
     """Measure the clean run. Raises NonFiniteLogits."""
     if not logits.isfinite().all():
         raise NonFiniteLogits("the model's clean logits are not finite")
@@ -242,7 +111,7 @@ def _clean_run(request: _Request, logits: Tensor, head_mean: NDArray[np.float64]
     return _CleanRun(logits, head_mean, watched, tolerance, summarise_logits(logits[None], watched, tolerance))
 
 
-def _run_plain(request: _Request, probes: Sequence[Ablation]) -> tuple[_CleanRun, Tensor]:
+def _run_plain(request: Request, probes: Sequence[Ablation]) -> tuple[_CleanRun, Tensor]:
     """Run a plain batch: the clean run, and some ablations. Returns the clean run, and logits [probes, vocabulary].
 
     Raises BatchMismatch, AblationNotApplied, NonFiniteLogits, and UnsupportedModel if a projection does not receive
@@ -267,13 +136,13 @@ def _run_plain(request: _Request, probes: Sequence[Ablation]) -> tuple[_CleanRun
         for layer in request.heads.layers:
             handle = layer.projection.register_forward_pre_hook(partial(look, layer), with_kwargs=True)
             hooks.callback(handle.remove)
-        logits = _batch_logits(request, layout.num_rows) if probes else _last_logits(request, 1)
+        logits = batch_logits(request, layout.num_rows) if probes else last_logits(request, 1)
         for layer in request.heads.layers:
             verify_called_once(layer, hook.receipt)
     return _clean_run(request, logits[layout.clean_row], head_mean), logits[layout.ablated_rows]
 
 
-def _run_sequential(request: _Request, progress: Progress | None, **how: Any) -> RunResult:
+def _run_sequential(request: Request, progress: Progress | None, **how: Any) -> RunResult:
     """Run one forward pass for each ablation."""
     clean, _ = _run_plain(request, [])
     outcomes = []
@@ -281,14 +150,14 @@ def _run_sequential(request: _Request, progress: Progress | None, **how: Any) ->
         for done, ablation in enumerate(request.ablations, start=1):
             layout = RowLayout.single(ablation)
             hook.edits = layout.edits
-            logits = _last_logits(request, layout.num_rows)
+            logits = last_logits(request, layout.num_rows)
             outcomes.append(_measure(request, clean, layout, logits, hook.receipt))
             if progress is not None:
                 progress(done / len(request.ablations))
     return _result(request, clean, outcomes, method="sequential", **how)
 
 
-def _run_growing(request: _Request, max_rows: int, last_token_only: bool, progress: Progress | None) -> RunResult:
+def _run_growing(request: Request, max_rows: int, last_token_only: bool, progress: Progress | None) -> RunResult:
     """Run all ablations in as few growing batches as `max_rows` allows. Raises BatchMismatch."""
     order = sorted(range(len(request.ablations)), key=lambda index: first_layer(request.ablations[index]))
     ablations = [request.ablations[index] for index in order]
@@ -309,7 +178,7 @@ def _run_growing(request: _Request, max_rows: int, last_token_only: bool, progre
             layout = RowLayout.growing(chunk)
             hook.edits = layout.edits
             with growing_batch(request.heads, layout, last_token_only=last_token_only, on_layer=on_layer):
-                logits = _batch_logits(request, 1)
+                logits = batch_logits(request, 1)
             _check_agreement(logits[layout.clean_row], clean.logits)
             ablated = logits[layout.ablated_rows]
             for ablation, row in zip(chunk, ablated, strict=True):
@@ -320,7 +189,7 @@ def _run_growing(request: _Request, max_rows: int, last_token_only: bool, progre
 
 
 def _run_probes(
-    request: _Request, probes: Sequence[Ablation], max_rows: int
+    request: Request, probes: Sequence[Ablation], max_rows: int
 ) -> tuple[_CleanRun, dict[Ablation, Tensor]]:
     """Run the clean run and some ablations in plain batches. Returns the clean run, and the logits of each probe."""
     found: dict[Ablation, Tensor] = {}
@@ -361,7 +230,7 @@ class _Outcomes(NamedTuple):
     """[A, 3], see `RowLayout.receipts`."""
 
 
-def _measure(request: _Request, clean: _CleanRun, layout: RowLayout, logits: Tensor, receipt: Receipt) -> _Outcomes:
+def _measure(request: Request, clean: _CleanRun, layout: RowLayout, logits: Tensor, receipt: Receipt) -> _Outcomes:
     """Measure the ablated rows of a batch, [A, vocabulary]. Raises NonFiniteLogits and AblationNotApplied."""
     summary = summarise_logits(logits, clean.watched, clean.tolerance)
     probability, log_probability, argmax, margin, finite = (part.cpu().numpy() for part in summary)
@@ -376,7 +245,7 @@ def _measure(request: _Request, clean: _CleanRun, layout: RowLayout, logits: Ten
 
 
 def _result(
-    request: _Request, clean: _CleanRun, outcomes: Sequence[_Outcomes], order: Sequence[int] = (), **how: Any
+    request: Request, clean: _CleanRun, outcomes: Sequence[_Outcomes], order: Sequence[int] = (), **how: Any
 ) -> RunResult:
     """Join the outcomes of all batches. order: the index of each outcome's ablation in the request, if they differ."""
     probability, log_probability, argmax, margin, receipts = (

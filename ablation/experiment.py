@@ -5,11 +5,11 @@ from __future__ import annotations
 import dataclasses
 from collections.abc import Sequence
 
+from ablation.engine import Progress
 from ablation.errors import InvalidPrompt
 from ablation.imputation import IMPUTATIONS
 from ablation.models import LoadedModel, Question, prompt_ids, single_token
 from ablation.provenance import weights_sha256
-from ablation.engine import Progress
 from ablation.results import SweepResult
 from ablation.sweep import sweep
 

@@ -181,6 +181,17 @@ def test_error_in_our_own_hook_propagates(error: Exception) -> None:
 
 
 @pytest.mark.filterwarnings("error")
+def test_error_in_reading_the_output_propagates() -> None:
+    model = GPT2.build()
+    handle = model.register_forward_hook(lambda *_: "no logits")
+    try:
+        with pytest.raises(AttributeError, match="logits"):
+            run(model, IDS, PAIR)
+    finally:
+        handle.remove()
+
+
+@pytest.mark.filterwarnings("error")
 def test_error_wrapped_by_the_model_is_still_ours(monkeypatch: pytest.MonkeyPatch) -> None:
     """A model that catches what its layers raise, and raises an error of its own."""
     model = GPT2.build()
@@ -317,7 +328,7 @@ def test_pass_has_as_many_rows_as_fit_into_memory(monkeypatch: pytest.MonkeyPatc
     for model, kept in ((llama.build(), 1), (without_logits_to_keep(llama), 5)):
         row = 4 * (5 * (4 * 12 + 3 * 5) + kept * VOCABULARY)  # bytes, for 5 tokens that 3 heads attend to
         for budget, passes in ((13 * row, 1), (13 * row - 1, 2), (4 * row, 4), (4 * row - 1, 6), (1, 12)):
-            monkeypatch.setattr("ablation.engine.ROW_BUDGET_BYTES", budget)
+            monkeypatch.setattr("ablation.forward.ROW_BUDGET_BYTES", budget)
             assert sweep(model, IDS).provenance["passes"] == passes
 
 

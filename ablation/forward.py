@@ -1,0 +1,142 @@
+"""The model's side of a run: validated inputs, and forward passes whose failures are told apart."""
+
+from __future__ import annotations
+
+import inspect
+import os
+import traceback
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+from transformers import PreTrainedModel
+
+from ablation.errors import InvalidAblation, InvalidPrompt
+from ablation.growing import BatchMismatch
+from ablation.heads import HeadMap, as_index
+from ablation.hook import Ablation, HeadAblation
+
+# Activations of one pass may take this much memory, unless `max_rows` says otherwise. Larger passes are no faster on a
+# CPU: a heap that grows beyond some 100 MB is returned to the system and mapped again at every operation.
+ROW_BUDGET_BYTES = 2**27
+
+PACKAGE = f"{Path(__file__).parent}{os.sep}"
+
+
+@dataclass(frozen=True)
+class Request:
+    """What a run is asked for, validated.
+
+    hook: a `HeadAblation` of the model. token_ids: the prompt. watch: see `run`.
+    """
+
+    hook: HeadAblation
+    model: PreTrainedModel
+    token_ids: list[int]
+    ablations: list[Ablation]
+    watch: list[int | None]
+
+    @property
+    def heads(self) -> HeadMap:
+        """The heads of the model."""
+        return self.hook.heads
+
+
+def validated_request(
+    model: PreTrainedModel, token_ids: Sequence[int], ablations: Sequence[Ablation], watch: Sequence[int | None]
+) -> Request:
+    """Validate the arguments of a run. Raises UnsupportedModel, InvalidAblation, InvalidHead, InvalidPrompt."""
+    hook = HeadAblation(model)
+    if any(module.training for module in model.modules()):
+        raise InvalidAblation("the model is in training mode, where dropout hides effects: call model.eval()")
+    ids = [_token_id(token) for token in token_ids]
+    watched = [None if token is None else _token_id(token) for token in watch]
+    vocabulary = len(_embedding(model))
+    if not ids or not watched:
+        raise InvalidPrompt("a run needs at least one prompt token and one watched token")
+    if not ablations:
+        raise InvalidAblation("the list of ablations is empty")
+    if unknown := [token for token in (*ids, *watched) if token is not None and not 0 <= token < vocabulary]:
+        raise InvalidPrompt(f"no token {unknown[0]}: the model has {vocabulary} tokens")
+    if len(watched) > vocabulary:
+        raise InvalidPrompt(f"{len(watched)} tokens cannot be watched: the model has {vocabulary}")
+    longest = getattr(model.config.get_text_config(), "max_position_embeddings", None)
+    if longest is not None and len(ids) > longest:
+        raise InvalidPrompt(f"the prompt has {len(ids)} tokens, the model takes at most {longest}")
+    return Request(hook, model, ids, [ablation.validated(hook.heads) for ablation in ablations], watched)
+
+
+def _token_id(token: Any) -> int:
+    try:
+        return as_index(token)
+    except TypeError:
+        raise InvalidPrompt(f"{token!r} is not a token id: a prompt is one flat list of integers") from None
+
+
+def _embedding(model: PreTrainedModel) -> Tensor:
+    """The input embedding, [vocabulary, channels]."""
+    weight: Tensor = model.get_input_embeddings().weight  # type: ignore[assignment]
+    return weight
+
+
+def rows_per_pass(request: Request, max_rows: int | None) -> int:
+    """Rows of a forward pass: `max_rows`, or as many as fit in ROW_BUDGET_BYTES. Raises InvalidAblation."""
+    if max_rows is not None:
+        if max_rows < 2:
+            raise InvalidAblation(f"max_rows is {max_rows}: a pass needs 2 rows, a clean one and an ablated one")
+        return max_rows
+    tokens = len(request.token_ids)
+    shapes = [p.shape for layer in request.heads.layers for p in layer.block.parameters() if p.ndim > 1]
+    widest = 4 * max((max(shape) for shape in shapes), default=1)
+    scores = request.heads.shape[1] * tokens
+    logits = len(_embedding(request.model)) * (1 if _keepslast_logits(request.model) else tokens)
+    row_bytes = (tokens * (widest + scores) + logits) * request.model.dtype.itemsize
+    return max(2, ROW_BUDGET_BYTES // row_bytes)
+
+
+def _keepslast_logits(model: PreTrainedModel) -> bool:
+    """Whether the model can be asked for the logits of the last token alone."""
+    return "logits_to_keep" in inspect.signature(model.forward).parameters
+
+
+def _inputs(request: Request, rows: int) -> tuple[Tensor, dict[str, Any]]:
+    """What the model is called with: token ids [rows, tokens], and options."""
+    embedding = _embedding(request.model)
+    # An embedding on the meta device is loaded from elsewhere by accelerate, which also moves its input there.
+    device = "cpu" if embedding.is_meta else embedding.device
+    options: dict[str, Any] = {"logits_to_keep": 1} if _keepslast_logits(request.model) else {}
+    return torch.tensor([request.token_ids] * rows, device=device), {"use_cache": False, **options}
+
+
+def last_logits(request: Request, rows: int) -> Tensor:
+    """Run the model on that many rows of the prompt. Returns the logits of the last token, [rows, vocabulary]."""
+    ids, options = _inputs(request, rows)
+    logits: Tensor = request.model(ids, **options).logits
+    return logits[:, -1]
+
+
+def batch_logits(request: Request, rows: int) -> Tensor:
+    """`last_logits` of a batch: a failure of the model's own code raises BatchMismatch."""
+    ids, options = _inputs(request, rows)
+    try:
+        output = request.model(ids, **options)
+    except Exception as error:
+        if _raised_by_package(error):
+            raise
+        raise BatchMismatch(f"{type(error).__name__}: {error}".splitlines()[0]) from error
+    logits: Tensor = output.logits
+    return logits[:, -1]
+
+
+def _raised_by_package(error: BaseException | None) -> bool:
+    """Whether an error that left the model, or one that caused it, has passed through a hook of this package."""
+    skipped = 1  # the frame that called the model
+    while error is not None:
+        frames = list(traceback.walk_tb(error.__traceback__))[skipped:]
+        if any(frame.f_code.co_filename.startswith(PACKAGE) for frame, _ in frames):
+            return True
+        error, skipped = error.__cause__ or error.__context__, 0
+    return False
