@@ -102,6 +102,6 @@ def test_half_precision_sweep_is_within_its_rounding() -> None:
     """Noise scales with the dtype: bfloat16 has 16 mantissa digits fewer than float32."""
     model = Decoder("llama", num_layers=3, num_heads=4, head_dim=4).fresh()
     exact = sweep(model, IDS)
-    half = sweep(model.to(torch.bfloat16), IDS, [*exact.watched])
+    half = sweep(model.bfloat16(), IDS, [*exact.watched])
     assert half.provenance["method"] == "growing batch"
     assert np.abs(half.probability_change - exact.probability_change).max() < 30 * torch.finfo(torch.bfloat16).eps

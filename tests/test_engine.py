@@ -99,7 +99,7 @@ def test_invalid_ablations_are_refused(ablations: list[Ablation], error: type[Ex
 
 
 def test_unsuitable_model_runs_sequentially_and_says_so() -> None:
-    small = dict(vocab_size=41, hidden_size=6, n_layer=2, n_head=3, bos_token_id=None, eos_token_id=None)
+    small: dict[str, Any] = dict(vocab_size=41, hidden_size=6, n_layer=2, n_head=3, bos_token_id=None, eos_token_id=None)
     bloom = randomised(BloomConfig(**small, pad_token_id=None), seed=1, attention="eager")
     with pytest.warns(UserWarning, match=r"growing batch does not suit BloomForCausalLM .*: running one forward per"):
         result = sweep(bloom, IDS)

@@ -54,7 +54,7 @@ def from_config(config: Any) -> PreTrainedModel:
 
 def test_head_dim_is_what_the_projection_reads() -> None:
     """With latent attention, `config.head_dim` is another number: the channels that hold rotary positions."""
-    latent = dict(q_lora_rank=None, kv_lora_rank=4, qk_rope_head_dim=2, qk_nope_head_dim=4, v_head_dim=6)
+    latent: dict[str, Any] = dict(q_lora_rank=None, kv_lora_rank=4, qk_rope_head_dim=2, qk_nope_head_dim=4, v_head_dim=6)
     config = DeepseekV3Config(**SMALL, num_attention_heads=2, num_key_value_heads=2, intermediate_size=8, **latent)
     assert config.head_dim != 6
     layer = find_heads(from_config(config)).layers[1]
@@ -70,7 +70,7 @@ def described(model: PreTrainedModel) -> list[tuple[int, int, int]]:
 
 def test_attention_attributes_override_config() -> None:
     """In BERT `attention.self` knows the heads, and the projection is `attention.output.dense`."""
-    small = dict(num_attention_heads=4, intermediate_size=8, is_decoder=True)
+    small: dict[str, Any] = dict(num_attention_heads=4, intermediate_size=8, is_decoder=True)
     model = from_config(BertConfig(**SMALL, **small))
     model.config.num_attention_heads = 2
     assert described(model) == [(4, 4, 2)] * 2
@@ -157,8 +157,9 @@ def with_vision() -> PreTrainedModel:
 
 
 def two_texts() -> PreTrainedModel:
-    model = with_vision()
-    model.transformer.inner = nn.ModuleDict({"more": copy.deepcopy(model.transformer.h)})
+    model: Any = with_vision()
+    layers: Any = copy.deepcopy(model.transformer.h)
+    model.transformer.inner = nn.ModuleDict({"more": layers})
     return model
 
 
@@ -169,7 +170,7 @@ def no_text() -> PreTrainedModel:
 
 
 def test_find_heads_picks_the_text_decoder() -> None:
-    model = with_vision()
+    model: Any = with_vision()
     heads = find_heads(model)
     assert heads.shape == (2, 3) and heads.decoder is model.transformer
     model.get_decoder = lambda: model.lm_head  # some models call their unembedding `decoder`
@@ -196,7 +197,7 @@ def fresh_gpt2() -> PreTrainedModel:
     return from_config(Decoder("gpt2", 2, 3, 2).build().config)
 
 
-SMALL = dict(vocab_size=9, hidden_size=8, num_hidden_layers=2, bos_token_id=None, eos_token_id=None, pad_token_id=None)
+SMALL: dict[str, Any] = dict(vocab_size=9, hidden_size=8, num_hidden_layers=2, bos_token_id=None, eos_token_id=None, pad_token_id=None)
 
 
 @pytest.mark.parametrize(
@@ -251,7 +252,7 @@ def test_unsupported_model_is_refused_with_the_reason(make: Any, reason: str) ->
         BloomConfig(**SMALL, n_head=2, pretraining_tp=2, slow_but_exact=False),
         BloomConfig(**SMALL, n_head=2, pretraining_tp=1, slow_but_exact=True),
         LlamaConfig(**SMALL, num_attention_heads=2, intermediate_size=8, pretraining_tp=2),
-        GPT2Config(**SMALL, n_head=2, slow_but_exact=True),
+        GPT2Config(**SMALL | {"n_head": 2, "slow_but_exact": True}),
     ],
     ids=["fast path", "one slice", "no slow path", "no slices"],
 )

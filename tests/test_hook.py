@@ -151,7 +151,7 @@ class Twice(nn.Module):
 
 def test_projection_that_is_called_twice_is_an_error() -> None:
     model = GPT2.fresh()
-    attention = model.get_submodule("transformer.h.1.attn")
+    attention: Any = model.get_submodule("transformer.h.1.attn")
     attention.c_proj = Twice(attention.c_proj).eval()
     with HeadAblation(model) as ablation:
         logits(model, IDS)

@@ -50,7 +50,7 @@ def compiled() -> PreTrainedModel:
 
 
 def hybrid() -> PreTrainedModel:
-    shape = dict(hidden_size=8, intermediate_size=16, num_attention_heads=2, num_key_value_heads=1)
+    shape: dict[str, Any] = dict(hidden_size=8, intermediate_size=16, num_attention_heads=2, num_key_value_heads=1)
     config = Lfm2Config(vocab_size=41, num_hidden_layers=2, layer_types=["conv", "full_attention"], **shape)
     return AutoModelForCausalLM.from_config(config).eval()
 
