@@ -27,9 +27,9 @@ from transformers import PretrainedConfig, PreTrainedModel
 from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
 
-from ablation.checks.cases import close
+from ablation.checks.assertions import assert_close
 from ablation.checks.decoders import randomised
-from ablation.checks.oracles import columns
+from ablation.checks.oracles import w_o_block
 from ablation.errors import AblationNotApplied, UnsupportedModel
 from ablation.heads import AttentionLayer, HeadMap, find_heads
 from ablation.hook import HeadAblation
@@ -345,13 +345,13 @@ def check_zero_oracle(model: PreTrainedModel, heads: HeadMap) -> None:
             with HeadAblation(model) as ablation:
                 ablation.ablate([(layer.index, head)], "zero")
                 ablated = logits(model)
-            block = columns(layer, head)
+            block = w_o_block(layer, head)
             with torch.no_grad():
                 before = block.clone()
                 block.zero_()
                 without = logits(model)
                 block.copy_(before)
-            close(ablated, without, f"the logits without layer {layer.index}, head {head}")
+            assert_close(ablated, without, f"the logits without layer {layer.index}, head {head}")
             assert not torch.equal(ablated, clean), f"layer {layer.index}, head {head} has no effect"
 
 

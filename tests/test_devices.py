@@ -23,7 +23,7 @@ from tests.test_hook import hooks_of, logits
 @pytest.mark.parametrize("family", ["gpt2", "llama"])
 def test_offloaded_weights_give_identical_results(family: str, tmp_path: Path) -> None:
     decoder = Decoder(family, num_layers=3, num_heads=4, head_dim=2)
-    plain, spread = decoder.build(), decoder.fresh()
+    plain, spread = decoder.shared(), decoder.fresh()
     blocks = spread.get_decoder()
     layers = "h" if family == "gpt2" else "layers"
     prefix = "transformer" if family == "gpt2" else "model"
@@ -48,7 +48,7 @@ def test_offloaded_weights_give_identical_results(family: str, tmp_path: Path) -
 
 
 def test_sweep_ignores_the_default_device() -> None:
-    model = Decoder("llama", num_layers=2, num_heads=3, head_dim=2).build()
+    model = Decoder("llama", num_layers=2, num_heads=3, head_dim=2).shared()
     expected = sweep(model, IDS)
     with torch.device("meta"):
         assert_results_equal(sweep(model, IDS), expected, atol=0)
@@ -85,7 +85,7 @@ def test_missing_device_is_reported_before_loading(device: str) -> None:
 
 
 def test_provenance_holds_arithmetic_settings() -> None:
-    model = Decoder("gpt2", num_layers=2, num_heads=3, head_dim=4).build()
+    model = Decoder("gpt2", num_layers=2, num_heads=3, head_dim=4).shared()
     exact = sweep(model, IDS)
     assert (exact.provenance["autocast"], exact.provenance["float32_matmul"]) == (None, "highest")
     try:

@@ -51,7 +51,7 @@ def test_sets_of_heads_equal_one_hooked_forward_each(
     drawn: tuple[Decoder, list[Ablation]], ids: list[int], max_rows: int | None
 ) -> None:
     decoder, ablations = drawn
-    model, atol = decoder.build(), ATOL[decoder.dtype]
+    model, atol = decoder.shared(), ATOL[decoder.dtype]
     result = run(model, ids, ablations, [7, 11], max_rows=max_rows)
     assert result.provenance["method"] == "growing batch"
     clean = logits(model, torch.tensor([ids]))[0, -1].double().log_softmax(-1)
@@ -70,13 +70,13 @@ def test_sets_of_heads_equal_one_hooked_forward_each(
 
 
 def test_heads_of_a_result_are_distinct_and_in_order() -> None:
-    result = run(GPT2.build(), IDS, [Ablation(((np.int64(1), 2), (0, 1), [1, 2]))])  # type: ignore[arg-type]
+    result = run(GPT2.shared(), IDS, [Ablation(((np.int64(1), 2), (0, 1), [1, 2]))])  # type: ignore[arg-type]
     assert result.ablations == (Ablation([(1, 2), (0, 1)]),)
     assert result.replaced.tolist() == [2 * 5 * 2]  # heads x tokens x head_dim
 
 
 def test_ablation_without_heads_is_a_clean_run() -> None:
-    result = run(GPT2.build(), IDS, [Ablation([]), Ablation([(0, 0)])], max_rows=2)
+    result = run(GPT2.shared(), IDS, [Ablation([]), Ablation([(0, 0)])], max_rows=2)
     assert (result.replaced.tolist(), result.calls.tolist()) == ([0, 10], [1, 1])
     assert np.abs(result.log_probability_change[:, 0]).max() < ATOL["float32"] < np.abs(result.margin[1])
     assert result.argmax[0] == result.clean_argmax
@@ -92,14 +92,16 @@ def test_ablation_without_heads_is_a_clean_run() -> None:
 def test_invalid_ablations_are_refused(ablations: list[Ablation], error: type[Exception], reason: str) -> None:
     for way in (run, run_sequential):
         with pytest.raises(error, match=reason):
-            way(GPT2.build(), IDS, ablations)
+            way(GPT2.shared(), IDS, ablations)
 
 
 # ---- the guard and the fallback
 
 
 def test_unsuitable_model_runs_sequentially_and_says_so() -> None:
-    small: dict[str, Any] = dict(vocab_size=41, hidden_size=6, n_layer=2, n_head=3, bos_token_id=None, eos_token_id=None)
+    small: dict[str, Any] = dict(
+        vocab_size=41, hidden_size=6, n_layer=2, n_head=3, bos_token_id=None, eos_token_id=None
+    )
     bloom = randomised(BloomConfig(**small, pad_token_id=None), seed=1, attention="eager")
     with pytest.warns(UserWarning, match=r"growing batch does not suit BloomForCausalLM .*: running one forward per"):
         result = sweep(bloom, IDS)
@@ -108,7 +110,7 @@ def test_unsuitable_model_runs_sequentially_and_says_so() -> None:
 
 
 def test_rows_that_see_each_other_are_noticed() -> None:
-    assert_falls_back(GPT2.build(), 1, lambda _, args, out: out + 0.1 * (out.mean(dim=0, keepdim=True) - out))
+    assert_falls_back(GPT2.shared(), 1, lambda _, args, out: out + 0.1 * (out.mean(dim=0, keepdim=True) - out))
 
 
 @pytest.mark.parametrize("row", [slice(0, 1), slice(-1, None)], ids=["first", "last"])
@@ -118,7 +120,7 @@ def test_hook_written_for_one_row_is_noticed(row: slice) -> None:
         out[row] *= 2
         return out
 
-    assert_falls_back(GPT2.build(), 0, steer)
+    assert_falls_back(GPT2.shared(), 0, steer)
 
 
 class Boom(Exception):
@@ -127,7 +129,7 @@ class Boom(Exception):
 
 @pytest.mark.parametrize("error", [Boom, TypeError, RuntimeError, KeyError])
 def test_failure_of_the_models_own_layer_leads_to_fallback(error: type[Exception]) -> None:
-    model = GPT2.build()
+    model = GPT2.shared()
 
     def fail(module: Any, args: Any, out: Tensor) -> None:
         if len(out) > 1:
@@ -173,7 +175,7 @@ def fail_in_progress(share: float) -> None:
 @pytest.mark.filterwarnings("error")
 @pytest.mark.parametrize("error", [Boom("ours"), TypeError("ours"), RuntimeError("ours"), KeyError("ours")])
 def test_error_in_our_own_hook_propagates(error: Exception) -> None:
-    model = GPT2.build()
+    model = GPT2.shared()
     before = hooks_of(model)
     with broken_apply_edits(error), pytest.raises(type(error), match="ours") as caught:
         run(model, IDS, PAIR)
@@ -182,7 +184,7 @@ def test_error_in_our_own_hook_propagates(error: Exception) -> None:
 
 @pytest.mark.filterwarnings("error")
 def test_error_in_reading_the_output_propagates() -> None:
-    model = GPT2.build()
+    model = GPT2.shared()
     handle = model.register_forward_hook(lambda *_: "no logits")
     try:
         with pytest.raises(AttributeError, match="logits"):
@@ -194,7 +196,7 @@ def test_error_in_reading_the_output_propagates() -> None:
 @pytest.mark.filterwarnings("error")
 def test_error_wrapped_by_the_model_is_still_ours(monkeypatch: pytest.MonkeyPatch) -> None:
     """A model that catches what its layers raise, and raises an error of its own."""
-    model = GPT2.build()
+    model = GPT2.shared()
     inner = model.transformer.forward
 
     def wrapping(*args: Any, **kwargs: Any) -> Any:
@@ -218,7 +220,7 @@ def test_error_in_the_callers_code_propagates(
     ablations: list[Ablation], progress: Callable[[float], None] | None, error: type[Exception]
 ) -> None:
     with pytest.raises(error):
-        run(GPT2.build(), IDS, ablations, progress=progress)
+        run(GPT2.shared(), IDS, ablations, progress=progress)
 
 
 @pytest.mark.parametrize("way", [sweep, sweep_sequential])
@@ -227,7 +229,7 @@ def test_hook_that_changes_nothing_is_no_robust_model(way: Any, monkeypatch: pyt
         return z, torch.zeros(len(edits), 2, dtype=torch.long)
 
     monkeypatch.setattr(hook_module, "apply_edits", idle)
-    model = GPT2.build()
+    model = GPT2.shared()
     before = hooks_of(model)
     with pytest.raises(AblationNotApplied, match="layer 0, head 0; zero imputation: 1 calls, 0 of 10 elements"):
         way(model, IDS)
@@ -236,7 +238,7 @@ def test_hook_that_changes_nothing_is_no_robust_model(way: Any, monkeypatch: pyt
 
 @pytest.mark.parametrize("way", [sweep, sweep_sequential])
 def test_projection_without_every_token_is_refused(way: Any) -> None:
-    model = GPT2.build()
+    model = GPT2.shared()
     part = model.transformer.h[1].attn.c_proj.register_forward_pre_hook(lambda _, args: (args[0][:, :3],))
     reason = r"^transformer.h.1.attn.c_proj received \((\d), 3, 6\), not \[\1 rows, 5 tokens, 6 channels\]$"
     try:
@@ -261,7 +263,7 @@ def test_projection_called_twice_is_refused(way: Any) -> None:
 
 @pytest.mark.parametrize("max_rows", [2, 3, 4, 9])
 def test_no_forward_has_more_than_max_rows(max_rows: int) -> None:
-    model, rows = Decoder("gpt2", num_layers=4, num_heads=2, head_dim=3).build(), []
+    model, rows = Decoder("gpt2", num_layers=4, num_heads=2, head_dim=3).shared(), []
     handle = model.transformer.register_forward_hook(lambda _, args, out: rows.append(len(out[0])))
     try:
         assert sweep(model, IDS, max_rows=max_rows).provenance["method"] == "growing batch"
@@ -272,7 +274,7 @@ def test_no_forward_has_more_than_max_rows(max_rows: int) -> None:
 
 @pytest.mark.parametrize("family", [family for family in FAMILIES if family != "mixtral"])
 def test_no_row_or_token_is_computed_in_vain(family: str) -> None:
-    model = Decoder(family, num_layers=2, num_heads=3, head_dim=4).build()
+    model = Decoder(family, num_layers=2, num_heads=3, head_dim=4).shared()
     parts = [*(layer.projection for layer in find_heads(model).layers), model.get_output_embeddings()]
     shapes: list[list[tuple[int, ...]]] = [[] for _ in parts]
     handles = [
@@ -292,7 +294,7 @@ def test_no_row_or_token_is_computed_in_vain(family: str) -> None:
 
 
 def test_parts_after_the_last_attention_get_one_token() -> None:
-    model = GPT2.build()
+    model = GPT2.shared()
     block, tokens = model.transformer.h[1], dict[str, list[int]]()
     handles = [
         part.register_forward_hook(lambda _, args, out, name=name: tokens.setdefault(name, []).append(args[0].shape[1]))
@@ -325,7 +327,7 @@ def without_logits_to_keep(decoder: Decoder) -> Any:
 
 def test_pass_has_as_many_rows_as_fit_into_memory(monkeypatch: pytest.MonkeyPatch) -> None:
     llama = Decoder("llama", num_layers=2, num_heads=3, head_dim=2)  # its widest weight has 12 channels
-    for model, kept in ((llama.build(), 1), (without_logits_to_keep(llama), 5)):
+    for model, kept in ((llama.shared(), 1), (without_logits_to_keep(llama), 5)):
         row = 4 * (5 * (4 * 12 + 3 * 5) + kept * VOCABULARY)  # bytes, for 5 tokens that 3 heads attend to
         for budget, passes in ((13 * row, 1), (13 * row - 1, 2), (4 * row, 4), (4 * row - 1, 6), (1, 12)):
             monkeypatch.setattr("ablation.forward.ROW_BUDGET_BYTES", budget)
@@ -338,10 +340,10 @@ def test_weights_may_be_buffers() -> None:
         for name, weight in list(module.named_parameters(recurse=False)):
             delattr(module, name)
             module.register_buffer(name, weight.detach())
-    assert_results_equal(sweep(model, IDS), sweep(GPT2.build(), IDS), atol=0)
+    assert_results_equal(sweep(model, IDS), sweep(GPT2.shared(), IDS), atol=0)
 
 
 def test_model_without_logits_to_keep_gives_all_logits() -> None:
     result = sweep(without_logits_to_keep(GPT2), IDS)
     assert result.provenance["method"] == "growing batch"
-    assert_results_equal(result, sweep(GPT2.build(), IDS), ATOL["float32"])
+    assert_results_equal(result, sweep(GPT2.shared(), IDS), ATOL["float32"])

@@ -64,7 +64,7 @@ def test_receipts_are_summed_over_the_heads_of_a_set() -> None:
 
 def test_clean_row_is_copied_and_masks_are_repeated(monkeypatch: pytest.MonkeyPatch) -> None:
     """A prompt of two tokens, so that not every tensor of size two has a row for each row of the batch."""
-    heads = find_heads(GPT2.build())
+    heads = find_heads(GPT2.shared())
     block = heads.layers[1].block
     monkeypatch.setattr(block, "forward", lambda *args, **kwargs: (args, kwargs))
     hidden, mask, full, tokens = torch.rand(3, 2, 6), torch.rand(1, 2), torch.rand(3, 2, 2), torch.arange(2)
@@ -89,7 +89,7 @@ def test_clean_row_is_copied_and_masks_are_repeated(monkeypatch: pytest.MonkeyPa
     ],
 )
 def test_layer_with_other_input_is_a_mismatch(hidden: Any, reason: str) -> None:
-    heads = find_heads(GPT2.build())
+    heads = find_heads(GPT2.shared())
     layout = RowLayout.growing([Ablation([(0, 0)])])
     with (
         growing_batch(heads, layout, last_token_only=False, on_layer=unchanged),
@@ -99,7 +99,7 @@ def test_layer_with_other_input_is_a_mismatch(hidden: Any, reason: str) -> None:
 
 
 def test_parts_after_the_last_attention_see_one_token(monkeypatch: pytest.MonkeyPatch) -> None:
-    heads = find_heads(GPT2.build())
+    heads = find_heads(GPT2.shared())
     part, hidden = heads.layers[1].block.mlp, torch.rand(2, 5, 6)
     monkeypatch.setattr(part, "forward", lambda *args, **kwargs: (args, kwargs))
     with growing_batch(heads, RowLayout.growing([]), last_token_only=True, on_layer=unchanged):

@@ -38,7 +38,7 @@ from ablation.heads import find_heads
     ],
 )
 def test_heads_are_query_heads_at_the_output_projection(decoder: Decoder, name: str) -> None:
-    model = decoder.build()
+    model = decoder.shared()
     heads = find_heads(model)
     assert heads.shape == (3, 4)
     assert list(heads) == [(layer, head) for layer in range(3) for head in range(4)]
@@ -54,7 +54,9 @@ def from_config(config: Any) -> PreTrainedModel:
 
 def test_head_dim_is_what_the_projection_reads() -> None:
     """With latent attention, `config.head_dim` is another number: the channels that hold rotary positions."""
-    latent: dict[str, Any] = dict(q_lora_rank=None, kv_lora_rank=4, qk_rope_head_dim=2, qk_nope_head_dim=4, v_head_dim=6)
+    latent: dict[str, Any] = dict(
+        q_lora_rank=None, kv_lora_rank=4, qk_rope_head_dim=2, qk_nope_head_dim=4, v_head_dim=6
+    )
     config = DeepseekV3Config(**SMALL, num_attention_heads=2, num_key_value_heads=2, intermediate_size=8, **latent)
     assert config.head_dim != 6
     layer = find_heads(from_config(config)).layers[1]
@@ -194,10 +196,12 @@ def test_projection_may_be_wrapped_beside_cross_attention(name: str) -> None:
 
 
 def fresh_gpt2() -> PreTrainedModel:
-    return from_config(Decoder("gpt2", 2, 3, 2).build().config)
+    return from_config(Decoder("gpt2", 2, 3, 2).shared().config)
 
 
-SMALL: dict[str, Any] = dict(vocab_size=9, hidden_size=8, num_hidden_layers=2, bos_token_id=None, eos_token_id=None, pad_token_id=None)
+SMALL: dict[str, Any] = dict(
+    vocab_size=9, hidden_size=8, num_hidden_layers=2, bos_token_id=None, eos_token_id=None, pad_token_id=None
+)
 
 
 @pytest.mark.parametrize(

@@ -27,7 +27,7 @@ def logits(model: PreTrainedModel, ids: Tensor, **kwargs: Any) -> Tensor:
 
 
 def test_sets_of_heads_are_ablated_at_once() -> None:
-    model = GPT2.build()
+    model = GPT2.shared()
     heads = [(0, 1), (0, 3), (2, 0)]
     with recorded_inputs(model) as calls, HeadAblation(model) as ablation:
         ablation.ablate(heads)
@@ -44,7 +44,7 @@ def test_sets_of_heads_are_ablated_at_once() -> None:
 
 
 def test_projection_input_is_not_written_to() -> None:
-    model = GPT2.build()
+    model = GPT2.shared()
     kept: list[Tensor] = []
     handle = find_heads(model).layers[1].projection.register_forward_pre_hook(lambda _, args: kept.append(args[0]))
     try:
@@ -58,7 +58,7 @@ def test_projection_input_is_not_written_to() -> None:
 
 
 def test_projection_may_be_called_by_keyword() -> None:
-    model = GPT2.build()
+    model = GPT2.shared()
     projection = find_heads(model).layers[1].projection
     attention = model.get_submodule("transformer.h.1.attn")
 
@@ -95,7 +95,7 @@ class Boom(Exception):
 
 @pytest.mark.parametrize("error", [Boom, KeyboardInterrupt, GeneratorExit])
 def test_every_way_out_restores_the_model(error: type[BaseException]) -> None:
-    model = GPT2.build()
+    model = GPT2.shared()
     mine = model.get_submodule("transformer.h.0.attn.c_proj").register_forward_pre_hook(lambda *_: None)
     try:
         before, weights = hooks_of(model), {name: t.clone() for name, t in model.state_dict().items()}
@@ -114,7 +114,7 @@ def test_every_way_out_restores_the_model(error: type[BaseException]) -> None:
 
 
 def test_failed_install_leaves_no_hook(monkeypatch: pytest.MonkeyPatch) -> None:
-    model = GPT2.build()
+    model = GPT2.shared()
     before = hooks_of(model)
 
     def broken(*_: Any, **__: Any) -> None:
@@ -127,7 +127,7 @@ def test_failed_install_leaves_no_hook(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def test_projection_that_is_not_called_is_an_error(monkeypatch: pytest.MonkeyPatch) -> None:
-    model = GPT2.build()
+    model = GPT2.shared()
     attention = model.get_submodule("transformer.h.1.attn")
     projection = attention.c_proj
     with HeadAblation(model) as ablation:
@@ -162,7 +162,7 @@ def test_projection_that_is_called_twice_is_an_error() -> None:
 
 
 def test_projection_input_must_have_three_dimensions() -> None:
-    model = GPT2.build()
+    model = GPT2.shared()
     with HeadAblation(model) as ablation:
         ablation.ablate([(1, 0)])
         reason = r"^transformer.h.1.attn.c_proj received 2 dimensions, not \[rows, tokens, channels\]$"
@@ -171,7 +171,7 @@ def test_projection_input_must_have_three_dimensions() -> None:
 
 
 def test_edits_ignore_the_default_device() -> None:
-    with HeadAblation(GPT2.build()) as ablation:
+    with HeadAblation(GPT2.shared()) as ablation:
         for imputation in ("zero", "mean"):
             ablation.ablate([(1, 0), (1, 2)], imputation)
             with torch.device("meta"):
@@ -182,7 +182,7 @@ def test_edits_ignore_the_default_device() -> None:
 
 @pytest.mark.parametrize("known", [1, 5])
 def test_mean_of_a_cached_sequence_is_refused(known: int) -> None:
-    model = GPT2.build()
+    model = GPT2.shared()
     with HeadAblation(model) as ablation, torch.no_grad():
         ablation.ablate([(0, 0)], "mean")
         first = model(IDS[:, :known], use_cache=True)
@@ -191,7 +191,7 @@ def test_mean_of_a_cached_sequence_is_refused(known: int) -> None:
 
 
 def test_mean_of_a_whole_sequence_may_fill_a_cache() -> None:
-    model = GPT2.build()
+    model = GPT2.shared()
     with HeadAblation(model) as ablation, torch.no_grad():
         ablation.ablate([(0, 0)], "mean")
         filling = model(IDS, **{CACHE: DynamicCache(config=model.config)}).logits
@@ -199,7 +199,7 @@ def test_mean_of_a_whole_sequence_may_fill_a_cache() -> None:
 
 
 def test_mean_needs_a_mask_of_rows_and_tokens() -> None:
-    model = Decoder("gemma3", num_layers=3, num_heads=2, head_dim=4).build()
+    model = Decoder("gemma3", num_layers=3, num_heads=2, head_dim=4).shared()
     made = {"full_attention": None, "sliding_attention": None}  # made from a mask that only the caller has
     with HeadAblation(model) as ablation, torch.no_grad():
         ablation.ablate([(0, 0)], "mean")
@@ -211,7 +211,7 @@ def test_mean_needs_a_mask_of_rows_and_tokens() -> None:
 
 
 def test_hook_ablates_only_while_entered() -> None:
-    model = GPT2.build()
+    model = GPT2.shared()
     clean = logits(model, IDS)
     ablation = HeadAblation(model)
     assert (ablation.edits, ablation.receipt.calls, ablation.receipt.counts) == ({}, [0, 0, 0], {})
@@ -232,7 +232,7 @@ def test_mean_is_rounded_once(dtype: torch.dtype) -> None:
 
 
 def test_gradients_bypass_the_ablated_head() -> None:
-    model = GPT2.build()
+    model = GPT2.shared()
     try:
         with HeadAblation(model) as ablation:
             ablation.ablate([(1, 2)])

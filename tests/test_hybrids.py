@@ -14,7 +14,7 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from ablation import figures, report
-from ablation.checks.cases import close
+from ablation.checks.assertions import assert_close
 from ablation.checks.decoders import Decoder
 from ablation.errors import InvalidHead
 from ablation.heads import find_heads
@@ -127,7 +127,7 @@ def test_figures_say_where_there_is_no_head(tmp_path: Path, drawn: list[Figure])
 
 def test_rows_that_are_mixed_up_in_one_layer_only_are_noticed() -> None:
     """The clean row, the first and the last ablated one are what they should be. So it is with HY-V4."""
-    model = Decoder("gpt2", num_layers=3, num_heads=4, head_dim=2).build()
+    model = Decoder("gpt2", num_layers=3, num_heads=4, head_dim=2).shared()
 
     def mix(_: object, args: object, out: Tensor) -> Tensor:
         return torch.cat([out[:9], out[9:10].expand(len(out) - 9, -1, -1)]) if len(out) > 9 else out
@@ -146,5 +146,5 @@ def test_the_padding_that_a_model_of_several_parts_is_told_of_stays_out_of_the_m
         alone = model(ids[1:, :4], use_cache=False).logits[0]
         ablation.clear()
         clean = model(ids[1:, :4], use_cache=False).logits[0]
-    close(padded, alone, "the logits of a row, padded")
+    assert_close(padded, alone, "the logits of a row, padded")
     assert not torch.allclose(alone, clean, atol=1e-3)

@@ -10,7 +10,7 @@ import torch
 from transformers import AutoModelForCausalLM, BloomConfig, Lfm2Config, PreTrainedModel
 
 from ablation.checks.decoders import Decoder
-from ablation.checks.observe import assert_as_it_was, state
+from ablation.checks.observe import assert_state_equals, state
 from ablation.errors import (
     AblationError,
     InvalidAblation,
@@ -153,7 +153,7 @@ def test_refusal_precedes_any_forward_and_leaves_nothing(
         act(model)
     counting.remove()
     assert type(caught.value) is error and not forwards
-    assert_as_it_was(model, before)
+    assert_state_equals(model, before)
 
 
 def test_non_finite_clean_logits_are_refused() -> None:
@@ -161,7 +161,7 @@ def test_non_finite_clean_logits_are_refused() -> None:
     before = state(model)
     with pytest.raises(NonFiniteLogits, match="^the model's clean logits are not finite$"):
         sweep(model, IDS)
-    assert_as_it_was(model, before)
+    assert_state_equals(model, before)
 
 
 def test_second_ablation_is_refused_and_the_first_persists() -> None:
@@ -176,5 +176,5 @@ def test_second_ablation_is_refused_and_the_first_persists() -> None:
                 again.__enter__()
         with pytest.raises(InvalidAblation, match="already carries an ablation"):
             sweep(model, IDS)
-        assert_as_it_was(model, carrying)
+        assert_state_equals(model, carrying)
         assert torch.equal(model(ids).logits, once)

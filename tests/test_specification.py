@@ -1,15 +1,13 @@
-"""The specification: one test a requirement, against our own hook or the one that --implementation names."""
+"""The specification on our own hook."""
 
 from __future__ import annotations
 
 from typing import Any
 
-import pytest
+from ablation.checks import parametrize_with_checks
+from tests.implementations.ours import Ours
 
-from ablation.checks import Check
 
-
-def test_requirement(requirement: Check, implementation: Any) -> None:
-    if reason := requirement.missing(implementation):
-        pytest.skip(reason)
-    requirement(implementation)
+@parametrize_with_checks(Ours)
+def test_requirement(check: Any) -> None:
+    check()

@@ -27,15 +27,15 @@ PROMPT = st.lists(st.integers(0, VOCABULARY - 1), min_size=1, max_size=6)
 
 @given(decoders(FAMILIES), PROMPT, st.one_of(st.none(), st.integers(2, 9)))
 def test_sweep_equals_sequential_sweep(decoder: Decoder, ids: list[int], max_rows: int | None) -> None:
-    result = sweep(decoder.build(), ids, max_rows=max_rows)
+    result = sweep(decoder.shared(), ids, max_rows=max_rows)
     assert result.provenance["method"] == "growing batch"
-    assert_results_equal(result, sweep_sequential(decoder.build(), ids), ATOL[decoder.dtype])
+    assert_results_equal(result, sweep_sequential(decoder.shared(), ids), ATOL[decoder.dtype])
 
 
 @pytest.mark.parametrize("family", FAMILIES)
 def test_each_cell_is_the_single_ablation_of_that_head(family: str) -> None:
     decoder = Decoder(family, num_layers=2, num_heads=3, head_dim=4)
-    model, target, control = decoder.build(), 7, 11
+    model, target, control = decoder.shared(), 7, 11
     result = sweep(model, IDS, [target, control])
     ids = torch.tensor([IDS])
     clean = logits(model, ids)[0, -1].double().softmax(-1)
@@ -53,7 +53,7 @@ def test_each_cell_is_the_single_ablation_of_that_head(family: str) -> None:
 
 def test_clean_values_are_those_of_a_model_without_hooks() -> None:
     """The clean run is a row of a larger batch, so it agrees up to rounding."""
-    model = GPT2.build()
+    model = GPT2.shared()
     result = sweep(model, IDS, [7])
     kept: list[Tensor] = []
     handle = find_heads(model).layers[1].projection.register_forward_pre_hook(lambda _, args: kept.append(args[0]))
@@ -67,14 +67,14 @@ def test_clean_values_are_those_of_a_model_without_hooks() -> None:
 
 
 def test_receipts_show_one_call_and_all_elements() -> None:
-    result = sweep(GPT2.build(), IDS)
+    result = sweep(GPT2.shared(), IDS)
     assert (result.calls == 1).all()
     assert (result.replaced == 5 * 2).all()  # tokens x head_dim
     assert (result.changed == 10).all()
 
 
 def test_head_that_writes_nothing_has_no_effect() -> None:
-    model = randomised(GPT2.build().config, seed=1)
+    model = randomised(GPT2.shared().config, seed=1)
     with torch.no_grad():
         attention = model.transformer.h[1].attn
         attention.c_attn.weight[:, 2 * 6 + 2 : 2 * 6 + 4] = 0  # the values of head 1
@@ -97,7 +97,7 @@ def test_imputations_of_one_class_stay_distinct() -> None:
         def __call__(self, z: Tensor, mask: Tensor | None = None) -> Tensor:
             return z.new_full((), self.value)  # type: ignore[attr-defined]
 
-    model, both = GPT2.build(), [Constant(0.0), Constant(1.0)]
+    model, both = GPT2.shared(), [Constant(0.0), Constant(1.0)]
     for max_rows in (None, 3, 6):
         result = sweep(model, IDS, imputations=both, max_rows=max_rows)
         assert result.provenance["method"] == "growing batch"
@@ -108,39 +108,39 @@ def test_imputations_of_one_class_stay_distinct() -> None:
 
 
 def test_none_watches_the_most_probable_tokens() -> None:
-    model = GPT2.build()
+    model = GPT2.shared()
     first, second, third = logits(model, torch.tensor([IDS]))[0, -1].topk(3).indices.tolist()
     assert sweep(model, IDS).watched.tolist() == [first, second]
     assert sweep(model, IDS, [second, None, 40, None]).watched.tolist() == [second, first, 40, third]
 
 
 def test_every_token_can_be_watched_and_no_more() -> None:
-    assert sweep_sequential(GPT2.build(), IDS, range(VOCABULARY)).watched.tolist() == list(range(VOCABULARY))
-    order = logits(GPT2.build(), torch.tensor([IDS]))[0, -1].argsort(descending=True).tolist()
-    assert sweep_sequential(GPT2.build(), IDS, [None] * VOCABULARY).watched.tolist() == order
+    assert sweep_sequential(GPT2.shared(), IDS, range(VOCABULARY)).watched.tolist() == list(range(VOCABULARY))
+    order = logits(GPT2.shared(), torch.tensor([IDS]))[0, -1].argsort(descending=True).tolist()
+    assert sweep_sequential(GPT2.shared(), IDS, [None] * VOCABULARY).watched.tolist() == order
     with pytest.raises(InvalidPrompt, match="42 tokens cannot be watched: the model has 41"):
-        sweep_sequential(GPT2.build(), IDS, [None] * (VOCABULARY + 1))
+        sweep_sequential(GPT2.shared(), IDS, [None] * (VOCABULARY + 1))
 
 
 def test_first_token_and_longest_prompt_are_accepted() -> None:
-    result = sweep(GPT2.build(), [0] * POSITIONS, [0], ["zero"])
+    result = sweep(GPT2.shared(), [0] * POSITIONS, [0], ["zero"])
     assert (result.replaced == POSITIONS * 2).all()  # tokens x head_dim
 
 
 @pytest.mark.parametrize("ids", [[True, False], torch.tensor([[3], [1]]), torch.tensor([True, False]), [np.bool_(1)]])
 def test_prompt_must_be_flat_integers(ids: Any) -> None:
     with pytest.raises(InvalidPrompt, match="is not a token id"):
-        sweep(GPT2.build(), ids)
+        sweep(GPT2.shared(), ids)
 
 
 @pytest.mark.parametrize("ids", [[np.int64(3), np.int64(1)], torch.tensor([3, 1]), np.array([3, 1])])
 def test_prompt_may_hold_integers_of_any_library(ids: Any) -> None:
-    assert np.array_equal(sweep(GPT2.build(), ids).margin, sweep(GPT2.build(), [3, 1]).margin)
+    assert np.array_equal(sweep(GPT2.shared(), ids).margin, sweep(GPT2.shared(), [3, 1]).margin)
 
 
 @given(decoders(FAMILIES), st.lists(PROMPT, min_size=1, max_size=4), st.one_of(st.none(), st.integers(2, 40)))
 def test_each_prompt_is_its_own_sweep(decoder: Decoder, prompts: list[list[int]], max_rows: int | None) -> None:
-    model = decoder.build()
+    model = decoder.shared()
     watch = [[len(ids), None] for ids in prompts]
     results = sweep_prompts(model, prompts, watch, max_rows=max_rows)
     assert len(results) == len(prompts)
@@ -152,12 +152,12 @@ def test_each_prompt_is_its_own_sweep(decoder: Decoder, prompts: list[list[int]]
 @pytest.mark.parametrize(("prompts", "watch"), [([], None), ([[1]], []), ([[1], [2]], [[None]])])
 def test_prompts_and_watched_tokens_come_in_pairs(prompts: Any, watch: Any) -> None:
     with pytest.raises(InvalidPrompt, match=f"there are {len(prompts)} prompts"):
-        sweep_prompts(GPT2.build(), prompts, watch)
+        sweep_prompts(GPT2.shared(), prompts, watch)
 
 
 def test_progress_over_prompts_rises_to_one() -> None:
     shares: list[float] = []
-    sweep_prompts(GPT2.build(), [[1, 2], [3, 4, 5], [6, 7]], progress=shares.append)
+    sweep_prompts(GPT2.shared(), [[1, 2], [3, 4, 5], [6, 7]], progress=shares.append)
     assert shares == pytest.approx([(i + 1) / 6 for i in range(6)])  # two layers for each prompt
 
 
@@ -165,7 +165,7 @@ def test_progress_over_prompts_rises_to_one() -> None:
 
 
 def test_second_sweep_is_identical_and_leaves_no_hook() -> None:
-    model = GPT2.build()
+    model = GPT2.shared()
     before = hooks_of(model)
     one, other = arrays(sweep(model, IDS)), arrays(sweep(model, IDS))
     assert hooks_of(model) == before
@@ -174,7 +174,7 @@ def test_second_sweep_is_identical_and_leaves_no_hook() -> None:
 
 
 def test_interrupted_sweep_leaves_no_hook() -> None:
-    model = GPT2.build()
+    model = GPT2.shared()
     before = hooks_of(model)
 
     def interrupt(share: float) -> None:
@@ -190,12 +190,12 @@ def test_interrupted_sweep_leaves_no_hook() -> None:
 def test_progress_rises_to_one() -> None:
     for way, steps in ((sweep, 2), (sweep_sequential, 12)):
         shares: list[float] = []
-        way(GPT2.build(), IDS, progress=shares.append)
+        way(GPT2.shared(), IDS, progress=shares.append)
         assert shares == [(i + 1) / steps for i in range(steps)]
 
 
 def test_provenance_names_method_and_passes() -> None:
-    model = GPT2.build()  # 2 layers x 3 heads, each ablated with 2 imputations
+    model = GPT2.shared()  # 2 layers x 3 heads, each ablated with 2 imputations
     for max_rows, passes in ((None, 1), (13, 1), (12, 2), (4, 4), (2, 12)):
         how = sweep(model, IDS, max_rows=max_rows).provenance
         assert (how["method"], how["passes"]) == ("growing batch", passes)
@@ -203,7 +203,7 @@ def test_provenance_names_method_and_passes() -> None:
 
 
 def test_non_finite_logits_name_the_ablation() -> None:
-    model = GPT2.build()
+    model = GPT2.shared()
     assert np.isfinite(sweep(model, IDS).margin).all()
 
     def poison(module: Any, args: Any, out: Tensor) -> Tensor:

@@ -1,4 +1,4 @@
-"""One requirement of the specification, and how it is run."""
+"""One requirement of the specification: how it is declared, and how it is run."""
 
 from __future__ import annotations
 
@@ -11,100 +11,112 @@ import hypothesis
 import torch
 from hypothesis import HealthCheck, Phase, given, settings
 from hypothesis.errors import FlakyFailure
-from transformers import PreTrainedModel
 
 from ablation.checks.cases import Case, CaseSpec
 from ablation.checks.decoders import DTYPES, FAMILIES
-from ablation.checks.protocol import FEATURES, Implementation
+from ablation.checks.protocol import FEATURES, Factory
 
-Factory = Callable[[PreTrainedModel], Implementation]
+Function = Callable[[Factory, Case], None]
+"""Raises AssertionError if an implementation breaks the requirement in one case."""
 
 
 @dataclass(frozen=True)
 class Check:
-    """One requirement. function: raises AssertionError where an implementation breaks it, in one case.
+    """One requirement. It is made by the decorator `check`, and called with the class of an adapter.
 
-    needs: features without which it cannot be tried. level: MUST, or SHOULD where good implementations may differ.
+    cases: how its cases are drawn. needs: features without which it cannot be tried. level: MUST, or SHOULD if good
+    implementations may differ.
     """
 
     id: str
     requirement: str
-    function: Callable[[Factory, Case], None]
+    function: Function
     cases: CaseSpec
     needs: tuple[str, ...] = ()
     level: Literal["MUST", "SHOULD"] = "MUST"
 
-    def missing(self, make: Factory) -> str | None:
-        """Why this cannot be tried on an implementation, or None."""
-        unsupported = declared(make)
-        needs = [feature for feature in self.needs if feature in unsupported]
-        left = self.cases.without(unsupported)
-        if not needs and not (left.imputations and left.families and left.dtypes):
+    def skip_reason(self, factory: Factory) -> str | None:
+        """Return why the check cannot be tried on an implementation, or None."""
+        unsupported = unsupported_features(factory)
+        needed = [feature for feature in self.needs if feature in unsupported]
+        left = self.cases.restrict_to(unsupported)
+        if not needed and not (left.imputations and left.families and left.dtypes):
             drawn = (*self.cases.imputations, *self.cases.families, *self.cases.dtypes)
-            needs = [name for name in drawn if name in unsupported]
-        return "; ".join(f"does not support {name!r}: {unsupported[name]}" for name in needs) or None
+            needed = [name for name in drawn if name in unsupported]
+        return "; ".join(f"does not support {name!r}: {unsupported[name]}" for name in needed) or None
 
-    def __call__(self, make: Factory) -> None:
-        """Run the check on drawn cases, under the hypothesis profile in force. Raises AssertionError."""
+    def __call__(self, factory: Factory) -> None:
+        """Run the check on drawn cases, under the current hypothesis profile. Raises AssertionError."""
         __tracebackhide__ = True
+        cases = self.cases.restrict_to(unsupported_features(factory))
 
-        cases = self.cases.without(declared(make))
-
-        # Decorated here, not at import, so that the profile is that of the caller.
+        # Decorated here, not at import, so that the caller's profile applies.
         @hypothesis.settings(
             deadline=None,
-            max_examples=examples(),
+            max_examples=max_examples(),
             phases=[phase for phase in settings().phases if phase is not Phase.explain],
-            print_blob=False,  # a failure says itself how to see it again
+            print_blob=False,  # the message shows how to reproduce the failure
             suppress_health_check=[HealthCheck.too_slow],
         )
         @given(cases.strategy())
-        def check(case: Case) -> None:
+        def run(case: Case) -> None:
             __tracebackhide__ = True
-            self.on(make, case)
+            self.run_case(factory, case)
 
-        for case in reversed(list(cases.plain())):  # the example that is added last is tried first
-            check = hypothesis.example(case)(check)
-        with apart():
+        for case in reversed(list(cases.simplest())):  # hypothesis tries the example that is added last first
+            run = hypothesis.example(case)(run)
+        with isolated_process_state():
             try:
-                check()
-            except FlakyFailure as error:  # of an implementation that is not deterministic
+                run()
+            except FlakyFailure as error:
                 (first, *_) = error.exceptions
-                again = "the same case passed when it was run again: what is tested is not deterministic"
-                raise AssertionError(f"{first}\n  flaky: {again}") from first.__cause__
+                flaky = "the same case passed when it was run again, so the implementation is not deterministic"
+                raise AssertionError(f"{first}\n  flaky: {flaky}") from first.__cause__
 
-    def on(self, make: Factory, case: Case) -> None:
-        """Run the check on one case. Raises AssertionError, whose text needs no knowledge of the suite."""
+    def run_case(self, factory: Factory, case: Case) -> None:
+        """Run the check on one case. Raises AssertionError, whose text needs no knowledge of the specification."""
         __tracebackhide__ = True
         try:
-            self.function(make, case)
+            self.function(factory, case)
         except Exception as error:
-            raise self.failure(make, case, error) from (None if isinstance(error, AssertionError) else error)
+            raise self.failure(factory, case, error) from (None if isinstance(error, AssertionError) else error)
 
-    def failure(self, make: Factory, case: Case, error: Exception) -> AssertionError:
-        """The error that says what is wrong, where, and how to see it again."""
-        name = getattr(make, "__qualname__", repr(make))
-        what = str(error) if isinstance(error, AssertionError) else f"it raised {type(error).__name__}: {error}"
+    def failure(self, factory: Factory, case: Case, error: Exception) -> AssertionError:
+        """Return the error that says what is wrong, in which case, and how to reproduce it."""
+        name = getattr(factory, "__qualname__", repr(factory))
+        found = str(error) if isinstance(error, AssertionError) else f"it raised {type(error).__name__}: {error}"
         return AssertionError(
             f"{name} breaks {self.id} ({self.level}): {self.requirement}\n"
-            f"  found: {what}\n"
+            f"  found: {found}\n"
             f"  in: {case}\n"
-            "  again: from ablation.checks import Case, Decoder, reproduce\n"
+            "  reproduce: from ablation.checks import Case, Decoder, reproduce\n"
             f"  reproduce({self.id!r}, {name}, {case!r})"
         )
 
 
-def examples() -> int:
-    """Cases a check: as the profile in force has it, or 20 where that is hypothesis's own of 100."""
+def check(
+    id: str,
+    requirement: str,
+    *,
+    cases: CaseSpec | None = None,
+    needs: tuple[str, ...] = (),
+    level: Literal["MUST", "SHOULD"] = "MUST",
+) -> Callable[[Function], Check]:
+    """Make a `Check` of a function. A module's checks are the specification's, in the order of their definition."""
+    return lambda function: Check(id, requirement, function, cases or CaseSpec(), needs, level)
+
+
+def max_examples() -> int:
+    """Cases for each check: as the current profile says, or 20 if that is hypothesis's default of 100."""
     count = settings().max_examples
     return 20 if count == 100 else count
 
 
 @contextmanager
-def apart() -> Iterator[None]:
-    """What an implementation leaves in the process, or a check needs of it, is put back.
+def isolated_process_state() -> Iterator[None]:
+    """Restore the state of torch that an implementation or a check may change.
 
-    On one thread: as fast on models so small, steady under load, and the same bits everywhere.
+    Checks run on one thread: as fast on small models, steady under load, and with the same bits everywhere.
     """
     threads, dtype = torch.get_num_threads(), torch.get_default_dtype()
     torch.set_num_threads(1)
@@ -116,9 +128,9 @@ def apart() -> Iterator[None]:
         torch.set_default_dtype(dtype)
 
 
-def declared(make: Factory) -> Mapping[str, str]:
-    """What an implementation says that it cannot do. Raises ValueError for what nobody asks of it."""
-    unsupported: Mapping[str, str] = getattr(make, "unsupported", {})
+def unsupported_features(factory: Factory) -> Mapping[str, str]:
+    """Return what an adapter declares as unsupported. Raises ValueError for a name that no check asks for."""
+    unsupported: Mapping[str, str] = getattr(factory, "unsupported", {})
     known = (*FEATURES, *FAMILIES, *DTYPES)
     if unknown := [name for name in unsupported if name not in known]:
         raise ValueError(f"`unsupported` names {unknown[0]!r}, which is none of {', '.join(known)}")

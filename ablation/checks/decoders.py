@@ -1,4 +1,4 @@
-"""Random decoders: structure drawn by hypothesis, weights exactly representable, the same bits on every machine."""
+"""Random decoders: hypothesis draws the structure; the weights are exact in every dtype, and equal on every machine."""
 
 from __future__ import annotations
 
@@ -29,7 +29,10 @@ ROTARY: Any = {"rope_type": "default", "rope_theta": 10000.0, "partial_rotary_fa
 
 
 class Decoder(NamedTuple):
-    """A random decoder by its shape. groups: query heads that share one key/value head, where the family has them."""
+    """A random decoder, described by its shape.
+
+    num_key_value_groups: query heads that share one key/value head, in families that have them.
+    """
 
     family: str
     num_layers: int
@@ -39,22 +42,22 @@ class Decoder(NamedTuple):
     attention: str = "sdpa"
     dtype: str = "float32"
 
-    def build(self) -> PreTrainedModel:
-        """The model, the same object for the same shape: for those who change nothing, or change it back."""
+    def shared(self) -> PreTrainedModel:
+        """Return the model, one object for each shape: for callers that change nothing, or restore it."""
         return _build(self)
 
     def fresh(self) -> PreTrainedModel:
-        """A model of one's own."""
+        """Return a copy that the caller may change."""
         return copy.deepcopy(_build(self))
 
 
 @cache
 def _build(decoder: Decoder) -> PreTrainedModel:
-    return randomised(_config(decoder), zlib.crc32(repr(decoder).encode()), decoder.attention, decoder.dtype)
+    return randomised(_config(decoder), zlib.crc32(repr(tuple(decoder)).encode()), decoder.attention, decoder.dtype)
 
 
 def _config(decoder: Decoder) -> PretrainedConfig:
-    layers, heads, head_dim = decoder[1:4]
+    layers, heads, head_dim = decoder.num_layers, decoder.num_heads, decoder.head_dim
     hidden = heads * head_dim
     common: dict[str, Any] = dict(vocab_size=VOCABULARY, bos_token_id=None, eos_token_id=None, pad_token_id=None)
     llama: dict[str, Any] = dict(
@@ -70,7 +73,7 @@ def _config(decoder: Decoder) -> PretrainedConfig:
             return GPT2Config(n_layer=layers, n_head=heads, n_embd=hidden, n_positions=POSITIONS, **common)
         case "llama":
             return LlamaConfig(hidden_size=hidden, attention_bias=True, **grouped)
-        case "qwen3":  # hidden / heads is not the width of a head, here and in gemma3
+        case "qwen3":  # here and in gemma3, head_dim is not hidden / heads
             return Qwen3Config(hidden_size=hidden + 2 * heads, head_dim=head_dim, attention_bias=True, **grouped)
         case "gemma3":
             return Gemma3TextConfig(hidden_size=hidden + heads, head_dim=head_dim, sliding_window=3, **grouped)
@@ -94,15 +97,15 @@ def _config(decoder: Decoder) -> PretrainedConfig:
 def randomised(
     config: PretrainedConfig, seed: int, attention: str | None = "sdpa", dtype: str = "float32"
 ) -> PreTrainedModel:
-    """A model with every parameter random, biases and norms too, large enough that every head matters.
+    """Return a model with random parameters, biases and norms included, large enough that every head matters.
 
-    Weights are whole numbers / 256, at most 1 in size, from a stream that numpy has frozen: exact in every float type.
+    Weights are integers / 256, at most 1 in size, so they are exact in every float dtype.
     """
-    with torch.random.fork_rng(devices=[]):  # what it is made with is overwritten: nobody's random numbers are used up
+    with torch.random.fork_rng(devices=[]):  # building draws random weights, which are then overwritten
         model: PreTrainedModel = AutoModelForCausalLM.from_config(
             config, attn_implementation=attention, dtype=getattr(torch, dtype)
         ).eval()
-    random = np.random.RandomState(seed)  # its stream is frozen; that of a Generator is not
+    random = np.random.RandomState(seed)  # numpy guarantees its stream; that of a Generator may change
     with torch.no_grad():
         for parameter in model.parameters():
             fan_in = min(parameter.shape) if parameter.ndim > 1 else 4
@@ -123,17 +126,18 @@ def decoders(
     least_layers: int = 1,
     least_heads: int = 1,
 ) -> Decoder:
-    """Small decoders, seldom with as many layers as heads."""
-    # Mixtral's kernel for experts knows no float64.
+    """Draw a small decoder, rarely with as many layers as heads."""
+    # Mixtral's kernel for experts does not support float64.
     family = draw(st.sampled_from([f for f in families if f != "mixtral" or set(dtypes) - {"float64"}]))
     groups = draw(st.sampled_from([1, 2, 3])) if family in ("llama", "qwen3", "gemma3", "mixtral") else 1
     least = -(-least_heads // groups)
     heads = groups * draw(st.integers(least, least + 2))
-    # Even, for rotary positions; experts are multiplied in blocks of 16 bytes.
-    # And six channels at least: a norm of few that are close to each other blows up the noise.
+    # head_dim is even, for rotary positions; experts are multiplied in blocks of 16 bytes. The decoder has at least six
+    # channels: a LayerNorm of fewer, close to each other, amplifies the noise.
     head_dim = 8 if family == "mixtral" else draw(st.sampled_from([w for w in (2, 4, 6) if heads * w >= 6]))
     layers = draw(st.integers(least_layers, least_layers + 2))
     dtype = draw(st.sampled_from([d for d in dtypes if (family, d) != ("mixtral", "float64")]))
-    # Eager attention takes its softmax in float32 in most families, also in float64: what is then left of it is noise.
+    # Eager attention computes its softmax in float32 in most families, so in float64 its noise is that of float32; and
+    # it gives NaN for a token that sees only padding.
     attention = draw(st.sampled_from(["eager", "sdpa"])) if dtype != "float64" else "sdpa"
     return Decoder(family, layers, heads, head_dim, groups, attention, dtype)

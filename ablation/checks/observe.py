@@ -1,4 +1,4 @@
-"""What the suite sees by its own means: what a projection receives, and what a model consists of."""
+"""What the checks observe themselves: the inputs of the projections, and the state of a model."""
 
 from __future__ import annotations
 
@@ -14,10 +14,10 @@ from ablation.heads import find_heads
 
 @contextmanager
 def recorded_inputs(model: PreTrainedModel) -> Iterator[list[list[Tensor]]]:
-    """Per layer, copies of the inputs [rows, tokens, heads * width] with which its projection is called.
+    """Record, for each layer, copies of the inputs of its projection, [rows, tokens, num_heads * head_dim] each.
 
-    The projection's own `forward` is wrapped: that comes after every hook, and no hook is needed to see it. Entered
-    before an implementation is made, it also comes after a `forward` that this puts in its place.
+    It wraps the projection's own `forward`, which runs after all hooks. If it is entered before an implementation is
+    made, it also runs after a `forward` that the implementation puts in its place.
     """
     layers = find_heads(model).layers
     calls: list[list[Tensor]] = [[] for _ in layers]
@@ -42,7 +42,7 @@ def _recording(forward: Any, calls: list[Tensor]) -> Any:
 
 
 def hooks(model: nn.Module) -> dict[str, Any]:
-    """The tables of hooks, in their order."""
+    """Return the tables of hooks of all modules, in their order."""
     return {
         f"{name or 'the model'}.{attribute}": [(key, id(hook)) for key, hook in value.items()]
         for name, module in model.named_modules()
@@ -52,7 +52,7 @@ def hooks(model: nn.Module) -> dict[str, Any]:
 
 
 def state(model: nn.Module) -> dict[str, Any]:
-    """All that an ablation must leave as it was: modules, hooks, weights, their order, flags, configuration."""
+    """Return all that an ablation must not change: modules, hooks, weights, their order, flags, configuration."""
     config = getattr(model, "config", None)
     found: dict[str, Any] = {
         "config": repr(config),
@@ -79,19 +79,19 @@ def state(model: nn.Module) -> dict[str, Any]:
 
 
 def changes(model: nn.Module, before: dict[str, Any], look: Callable[[nn.Module], dict[str, Any]] = state) -> list[str]:
-    """The places where a model's state, or its hooks, are not what they were before."""
+    """Return the names of what differs from an earlier state, or an earlier table of hooks."""
     after = look(model)
     return [place for place in before | after if before.get(place) != after.get(place)]
 
 
-def assert_none(changed: Sequence[str]) -> None:
-    """Assert that there are no changes; name the first."""
+def assert_unchanged(changed: Sequence[str]) -> None:
+    """Assert that nothing changed; the message names the first changes."""
     __tracebackhide__ = True
     shown = ", ".join(changed[:3]) + (f" and {len(changed) - 3} more" if len(changed) > 3 else "")
     assert not changed, f"the model is not as it was found: {shown} changed"
 
 
-def assert_as_it_was(model: nn.Module, before: dict[str, Any]) -> None:
-    """Assert that a model's state is the earlier one; name what changed."""
+def assert_state_equals(model: nn.Module, before: dict[str, Any]) -> None:
+    """Assert that a model's state equals an earlier one; the message names what changed."""
     __tracebackhide__ = True
-    assert_none(changes(model, before))
+    assert_unchanged(changes(model, before))

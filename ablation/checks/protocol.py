@@ -1,9 +1,9 @@
 """What an implementation of head ablation has to offer to be checked.
 
-A complete adapter, for a hook of one's own that is a context manager:
+An adapter for a hook that is a context manager:
 
     class Mine:
-        unsupported = {"mean": "not implemented", "cache": "not supported"}
+        unsupported = {"mean": "not implemented", "cache": "not tested"}
 
         def __init__(self, model):
             self.model, self.heads = model, []
@@ -25,7 +25,7 @@ A complete adapter, for a hook of one's own that is a context manager:
 from __future__ import annotations
 
 import inspect
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any, Protocol
 
 from torch import Tensor
@@ -33,31 +33,31 @@ from transformers import GPT2LMHeadModel, PreTrainedModel
 
 FEATURES = {
     "zero": "zero imputation",
-    "mean": "imputation by the mean of the head's z in that forward, over its real tokens and channels, row by row",
+    "mean": "imputation by the mean of the head's z over the row's real tokens and all channels in that forward pass",
     "multiple_heads": "several heads at once",
     "batch": "several rows at once",
     "padding": "batches with padding, given an attention mask",
-    "cache": "decoding with a key/value cache, unset and under zero imputation",
-    "observable": "running the very modules of the model it was given, with z changed before their `forward`, so that "
-    "what they receive can be seen; a `forward` that is put on their class comes too late for that",
+    "cache": "decoding with a key/value cache, with no head ablated and under zero imputation",
+    "observable": "running the modules of the given model itself, and changing z before their `forward`, so that their "
+    "inputs can be recorded; a `forward` that is replaced on the class is too late for that",
     "restores": "leaving the model as it was found, once closed",
-    "single_forward": "running the model once for one ablation",
-    "validation": "refusing heads and imputations that are not there",
+    "single_forward": "running the model once for each ablated run",
+    "validation": "refusing heads and imputations that do not exist",
 }
 
 
 CACHE = "cache" if "cache" in inspect.signature(GPT2LMHeadModel.forward).parameters else "past_key_values"
-"""What this version of transformers calls a key/value cache; `past_key_values` until 5.23."""
+"""The argument for a key/value cache in this version of transformers: `past_key_values` until 5.23, then `cache`."""
 
 
 class Implementation(Protocol):
-    """Head ablation on one model. It is made from a model, in evaluation mode, that belongs to it until `close`.
+    """Head ablation on one model. It is made from a model in evaluation mode, which belongs to it until `close`.
 
-    A second one on the same model may be refused; where it is not, either may be closed first. Other models, and what
-    belongs to the process, are left alone.
+    A second implementation on the same model may be refused. If it is not, either may be closed first. Other models and
+    global state must not change.
 
-    unsupported: feature -> reason, for features of FEATURES, families (`gpt2`, ...) and dtypes (`float64`, ...) that it does
-    not claim. Checks that need one are skipped with that reason. May be left out.
+    unsupported: feature -> reason, for features of FEATURES, families (`gpt2`, ...) and dtypes (`float64`, ...) that the
+    implementation does not claim. Checks that need one are skipped with that reason. It may be left out.
     """
 
     unsupported: Mapping[str, str]
@@ -65,20 +65,24 @@ class Implementation(Protocol):
     def __init__(self, model: PreTrainedModel) -> None: ...
 
     def ablate(self, heads: Sequence[tuple[int, int]], imputation: str) -> None:
-        """From now on ablate these (layer, head) pairs, by "zero" or "mean", and no others.
+        """Ablate these (layer, head) pairs and no others in following runs, by "zero" or "mean".
 
-        The sequence stays the caller's, who may change it later. Where it is refused, by an error, what was ablated
-        before still is.
+        The caller may change the sequence later. If the call is rejected with an error, the previous heads stay in force.
         """
 
     def run(self, input_ids: Tensor, attention_mask: Tensor | None = None, **inputs: Any) -> Tensor:
-        """Logits [rows, tokens, vocabulary], which no later run writes into.
+        """Return the logits, [rows, tokens, vocabulary], in a tensor that later runs do not write to.
 
-        inputs: for the model: position_ids and use_cache; if it can "cache", a key/value cache, by the name of CACHE.
+        inputs: for the model: position_ids and use_cache, and a key/value cache under the name CACHE unless "cache" is
+        unsupported.
         """
 
     def clear(self) -> None:
-        """From now on ablate nothing."""
+        """Ablate nothing in following runs."""
 
     def close(self) -> None:
         """Leave the model as it was found."""
+
+
+Factory = Callable[[PreTrainedModel], Implementation]
+"""Makes an implementation from a model: the adapter class."""

@@ -1,97 +1,126 @@
-"""The list of checks, and the ways to run them: one, all, or as pytest tests."""
+"""The list of checks, and the one way to an outcome: for plain calls, for pytest, and for `ablation check`."""
 
 from __future__ import annotations
 
 import warnings
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any, Literal
 
-from ablation.checks import behaviour, hygiene, life, oracles, smoke
+from ablation.checks import hygiene, identity, independence, locality, oracles, refusal, smoke
 from ablation.checks.cases import Case
-from ablation.checks.check import Check, Factory
+from ablation.checks.check import Check, unsupported_features
+from ablation.checks.protocol import Factory
 
-CHECKS: tuple[Check, ...] = (*smoke.CHECKS, *behaviour.CHECKS, *oracles.CHECKS, *hygiene.CHECKS, *life.CHECKS)
-"""The specification, in the order in which it reads."""
+CHAPTERS = (smoke, identity, locality, independence, oracles, hygiene, refusal)
+
+CHECKS: tuple[Check, ...] = tuple(
+    found for chapter in CHAPTERS for found in vars(chapter).values() if isinstance(found, Check)
+)
+"""The specification, in reading order."""
+
+Outcome = Literal["passed", "failed", "skipped", "expected failure", "unexpected pass"]
 
 
 @dataclass(frozen=True)
 class Record:
-    """The outcome of one check. reason: of a failure its message, of a skip or an expected failure why."""
+    """What a check found. reason: the message of a failure; why a check was skipped, or was expected to fail."""
 
     id: str
-    outcome: Literal["passed", "failed", "skipped", "expected failure", "unexpected pass"]
+    outcome: Outcome
     reason: str = ""
 
 
-def check_implementation(make: Factory, *, expected_failures: Mapping[str, str] | None = None) -> list[Record]:
-    """Run every check; nothing is raised. expected_failures: check id -> reason."""
-    return [_record(check, make, expected_failures or {}) for check in CHECKS]
-
-
-def _record(check: Check, make: Factory, expected: Mapping[str, str]) -> Record:
-    if reason := check.missing(make):
+def run_check(check: Check, factory: Factory, expected_failures: Mapping[str, str] | None = None) -> Record:
+    """Run one check on an implementation. Raises nothing. expected_failures: check id -> reason."""
+    if reason := check.skip_reason(factory):
         return Record(check.id, "skipped", reason)
+    expected = (expected_failures or {}).get(check.id)
     try:
-        with _quiet():
-            check(make)
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            check(factory)
     except AssertionError as error:
-        if check.id in expected:
-            return Record(check.id, "expected failure", expected[check.id])
-        return Record(check.id, "failed", str(error))
-    return (
-        Record(check.id, "unexpected pass", expected[check.id]) if check.id in expected else Record(check.id, "passed")
-    )
+        return (
+            Record(check.id, "failed", str(error))
+            if expected is None
+            else Record(check.id, "expected failure", expected)
+        )
+    except Exception as error:  # of hypothesis, not of the implementation
+        return Record(check.id, "failed", f"{check.id} could not be run: {type(error).__name__}: {error}")
+    return Record(check.id, "passed") if expected is None else Record(check.id, "unexpected pass", expected)
 
 
-@contextmanager
-def _quiet() -> Iterator[None]:
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")
-        yield
+def check_implementation(factory: Factory, *, expected_failures: Mapping[str, str] | None = None) -> list[Record]:
+    """Run every check, and return a record of each. expected_failures: check id -> reason.
 
-
-def reproduce(check_id: str, make: Factory, case: Case) -> None:
-    """Run one check on one case, as a failure prints it. Raises AssertionError, or KeyError for an unknown check."""
-    {check.id: check for check in CHECKS}[check_id].on(make, case)
+    Raises ValueError if `unsupported` or `expected_failures` names something that does not exist, and nothing else.
+    """
+    unsupported_features(factory)
+    validate_ids(expected_failures or {})
+    return [run_check(check, factory, expected_failures) for check in CHECKS]
 
 
 def parametrize_with_checks(*factories: Factory, expected_failures: Mapping[str, str] | None = None) -> Any:
-    """Make a pytest test of every check of these implementations; the test takes `check` and calls it.
+    """Make a pytest test of every check of these implementations. The test takes `check` and calls it.
 
-    @parametrize_with_checks(Mine, expected_failures={"cache": "see issue 12"})
+    @parametrize_with_checks(Mine, expected_failures={"independence.cache": "see issue 12"})
     def test_head_ablation(check):
         check()
     """
     import pytest
 
-    expected = expected_failures or {}
-    unknown = set(expected) - {check.id for check in CHECKS}
-    if unknown:
-        raise ValueError(f"expected_failures names no check: {', '.join(sorted(unknown))}")
+    validate_ids(expected_failures or {})
 
-    def bound(check: Check, make: Factory) -> Callable[[], None]:
+    def bound(check: Check, factory: Factory) -> Callable[[], None]:
         def run() -> None:
             __tracebackhide__ = True
-            if reason := check.missing(make):
-                pytest.skip(reason)
-            check(make)
+            report_to_pytest(run_check(check, factory, expected_failures))
 
         return run
 
-    def parameters() -> Sequence[Any]:
-        several = len(factories) > 1
-        return [
-            pytest.param(
-                bound(check, make),
-                id=f"{getattr(make, '__name__', i)}-{check.id}" if several else check.id,
-                marks=[pytest.mark.xfail(reason=expected[check.id], raises=AssertionError, strict=True)]
-                if check.id in expected
-                else [],
-            )
-            for i, make in enumerate(factories)
-            for check in CHECKS
-        ]
+    several = len(factories) > 1
+    parameters = [
+        pytest.param(
+            bound(check, factory),
+            id=f"{getattr(factory, '__name__', number)}-{check.id}" if several else check.id,
+        )
+        for number, factory in enumerate(factories)
+        for check in CHECKS
+    ]
+    return pytest.mark.parametrize("check", parameters)
 
-    return pytest.mark.parametrize("check", parameters())
+
+def report_to_pytest(record: Record) -> None:
+    """End a pytest test with the outcome of a record."""
+    import pytest
+
+    __tracebackhide__ = True
+    match record.outcome:
+        case "failed":
+            pytest.fail(record.reason, pytrace=False)
+        case "unexpected pass":
+            pytest.fail(f"{record.id} passes, but is expected to fail: {record.reason}", pytrace=False)
+        case "skipped":
+            pytest.skip(record.reason)
+        case "expected failure":
+            pytest.xfail(record.reason)
+
+
+def reproduce(check_id: str, factory: Factory, case: Case) -> None:
+    """Run one check on one case, as a failure prints it. Raises AssertionError, or KeyError for an unknown id."""
+    {check.id: check for check in CHECKS}[check_id].run_case(factory, case)
+
+
+def validate_ids(ids: Mapping[str, str]) -> None:
+    """Raise ValueError if a name is not the id of a check."""
+    known = {check.id for check in CHECKS}
+    if unknown := sorted(set(ids) - known):
+        raise ValueError(f"expected_failures names no check: {', '.join(unknown)}")
+
+
+def requirements_table() -> str:
+    """Return the specification as a Markdown table: a row for each check."""
+    rows = ["| check | requirement |", "|---|---|"]
+    rows += [f"| `{check.id}`{' (should)' * (check.level == 'SHOULD')} | {check.requirement} |" for check in CHECKS]
+    return "\n".join(rows) + "\n"

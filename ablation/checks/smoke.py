@@ -1,40 +1,36 @@
-"""First: is this an adapter at all? A failure here is the adapter's, not the implementation's."""
+"""Chapter 1, smoke: is this an adapter at all? A failure here is the adapter's, not the implementation's."""
 
 from __future__ import annotations
 
 import torch
 
-from ablation.checks.cases import Case, CaseSpec, run
-from ablation.checks.check import Check, Factory
+from ablation.checks.cases import Case, CaseSpec
+from ablation.checks.check import check
+from ablation.checks.driving import run
+from ablation.checks.protocol import Factory
 
 
-def opens_and_ablates(make: Factory, case: Case) -> None:
-    """It is made, runs, ablates something, clears and closes, and gives logits of the right shape."""
+@check(
+    "smoke",
+    "An adapter is made from a model, ablates a head, runs, clears and closes, and the ablation changes the logits.",
+    # A single token of a head with one channel is its own mean, so there are at least two tokens.
+    cases=CaseSpec(min_tokens=2, dtypes=("float32",)),
+)
+def smoke(factory: Factory, case: Case) -> None:
     model, inputs = case.model(), case.inputs()
     bare = run(model, inputs)
-    implementation = make(model)
-    for step in ("ablate", "run", "clear", "close"):
-        assert callable(getattr(implementation, step, None)), f"the adapter has no method {step}"
+    implementation = factory(model)
+    for method in ("ablate", "run", "clear", "close"):
+        assert callable(getattr(implementation, method, None)), f"the adapter has no method {method}"
     try:
         clean = implementation.run(**inputs)
-        assert isinstance(clean, torch.Tensor), f"run gave a {type(clean).__name__}, not the logits"
-        assert clean.shape == bare.shape, f"run gave logits of shape {tuple(clean.shape)}, not {tuple(bare.shape)}"
+        assert isinstance(clean, torch.Tensor), f"run returned a {type(clean).__name__}, not the logits"
+        assert clean.shape == bare.shape, f"run returned logits of shape {tuple(clean.shape)}, not {tuple(bare.shape)}"
         implementation.ablate(list(case.heads), case.imputation)
         ablated = implementation.run(**inputs)
         layer, head = case.heads[0]
         changed = not torch.equal(ablated, clean)
-        assert changed, f"ablating layer {layer} head {head} changed no logit: nothing is ablated, or the wrong place"
+        assert changed, f"ablating layer {layer} head {head} changed no logit: the hook ablates nothing, or elsewhere"
         implementation.clear()
     finally:
         implementation.close()
-
-
-CHECKS = [
-    Check(
-        id="smoke",
-        requirement="An adapter is made from a model, ablates, runs, clears and closes.",
-        function=opens_and_ablates,
-        # Two tokens at least: a single one is its own mean where heads are one channel wide.
-        cases=CaseSpec(tokens=2, dtypes=("float32",)),
-    ),
-]

@@ -1,0 +1,57 @@
+"""`ablation check`: the specification on an adapter, by pytest with the plugin of this package."""
+
+from __future__ import annotations
+
+import argparse
+import os
+from pathlib import Path
+from typing import Any
+
+
+def add_command(commands: Any) -> None:
+    """Add `check` to the subparsers of the command line. Imports nothing heavy."""
+    parser = commands.add_parser(
+        "check",
+        help="is my hook right? run the specification on an adapter",
+        description="Run the specification of head ablation on an adapter (see docs/checking.md). The exit status is "
+        "pytest's: 0 if no check fails, 1 otherwise.",
+    )
+    parser.add_argument(
+        "implementation", nargs="?", metavar="MODULE:CLASS", help="the adapter, in this folder or installed"
+    )
+    parser.add_argument("--list", action="store_true", help="print the requirements, as a Markdown table")
+    parser.add_argument("-k", metavar="EXPRESSION", help="run the checks whose ids match, as in pytest")
+    parser.add_argument(
+        "--expected-failures", metavar="FILE", type=Path, help="known failures: a line for each, check id and reason"
+    )
+    parser.add_argument("--junit-xml", metavar="FILE", type=Path, help="write a report for a CI service")
+    parser.set_defaults(run=_check)
+
+
+def _check(arguments: argparse.Namespace) -> int:
+    from ablation.errors import AblationError
+
+    if not arguments.list and arguments.implementation is None:
+        raise AblationError("name an adapter, as MODULE:CLASS, or use --list")
+    try:
+        import pytest
+        from hypothesis import settings
+    except ImportError as error:
+        raise AblationError(f"{error}: pip install 'head-ablation[checks]'") from None
+    if arguments.list:
+        from ablation.checks.runner import requirements_table
+
+        print(requirements_table(), end="")
+        return 0
+    settings.register_profile("ablation-check", settings.get_profile("ci"), report_multiple_bugs=False)
+    options = ["-p", "ablation.checks.plugin", "--implementation", arguments.implementation]
+    options += ["--hypothesis-profile", "ablation-check"]
+    # Nothing of the folder changes the run: neither its configuration nor its conftest.py.
+    options += ["-c", os.devnull, "--rootdir", ".", "--noconftest", "-p", "no:cacheprovider", "-q"]
+    if arguments.k:
+        options += ["-k", arguments.k]
+    if arguments.expected_failures:
+        options += ["--expected-failures", str(arguments.expected_failures)]
+    if arguments.junit_xml:
+        options += ["--junit-xml", str(arguments.junit_xml)]
+    return int(pytest.main(options))

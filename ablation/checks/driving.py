@@ -1,0 +1,64 @@
+"""How the checks run models and implementations."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from torch import Tensor
+from transformers import DynamicCache, PreTrainedModel
+
+from ablation.checks.cases import Case
+from ablation.checks.decoders import VOCABULARY
+from ablation.checks.protocol import CACHE, Factory, Implementation
+
+
+def run(model: PreTrainedModel, inputs: dict[str, Any]) -> Tensor:
+    """Return the logits of a bare model, [rows, tokens, vocabulary]."""
+    with torch.no_grad():
+        logits: Tensor = model(**{"use_cache": False} | inputs).logits
+    return logits
+
+
+@contextmanager
+def made(factory: Factory, model: PreTrainedModel) -> Iterator[Implementation]:
+    """Make an implementation, and close it on every way out."""
+    implementation = factory(model)
+    try:
+        yield implementation
+    finally:
+        implementation.close()
+
+
+def ablated_logits(factory: Factory, case: Case, model: PreTrainedModel | None = None) -> Tensor:
+    """Return the logits of the implementation under test, [rows, tokens, vocabulary]."""
+    with made(factory, model or case.model()) as implementation:
+        implementation.ablate(list(case.heads), case.imputation)
+        return implementation.run(**case.inputs())
+
+
+def other_ids(case: Case) -> Tensor:
+    """Return other prompts of the same shape, [rows, tokens]."""
+    ids: Tensor = (case.inputs()["input_ids"] + 7) % VOCABULARY
+    return ids
+
+
+def decode_with_cache(forward: Callable[..., Tensor], case: Case) -> Iterator[tuple[str, slice, Tensor]]:
+    """Decode in pieces of one and two tokens. Yields the name, the place and the logits of each piece."""
+    inputs, past = case.inputs(), DynamicCache(config=case.decoder.shared().config)
+    length = inputs["input_ids"].shape[1]
+    start, size = 0, 1 + case.rows[0][0] % 2
+    while start < length:
+        stop = min(start + size, length)
+        logits = forward(
+            input_ids=inputs["input_ids"][:, start:stop],
+            attention_mask=inputs["attention_mask"][:, :stop],
+            position_ids=inputs["position_ids"][:, start:stop],
+            use_cache=True,
+            **{CACHE: past},
+        )
+        name = f"token {start}" if stop == start + 1 else f"tokens {start} to {stop - 1}"
+        yield name, slice(start, stop), logits
+        start, size = stop, 3 - size

@@ -1,0 +1,64 @@
+"""Chapter 2, identity: an implementation that ablates nothing gives the logits of the bare model."""
+
+from __future__ import annotations
+
+from ablation.checks.assertions import assert_identical
+from ablation.checks.cases import Case, CaseSpec
+from ablation.checks.check import check, unsupported_features
+from ablation.checks.driving import decode_with_cache, made, run
+from ablation.checks.protocol import Factory
+
+
+@check(
+    "identity",
+    "With no head ablated (at first, with an empty set, after clear or after close), the logits are the bare model's, "
+    "bit for bit.",
+    cases=CaseSpec(max_heads=4, dtypes=("float32", "float64", "bfloat16")),
+)
+def identity(factory: Factory, case: Case) -> None:
+    _assert_identity(factory, case)
+
+
+@check(
+    "identity.padded",
+    "On a padded batch, an implementation with no head ablated gives the bare model's logits, bit for bit.",
+    cases=CaseSpec(max_rows=3, ragged=True, max_heads=4),
+    needs=("batch", "padding"),
+)
+def identity_padded(factory: Factory, case: Case) -> None:
+    _assert_identity(factory, case)
+
+
+def _assert_identity(factory: Factory, case: Case) -> None:
+    model, inputs = case.model(), case.inputs()
+    without_mask = {"input_ids": inputs["input_ids"], "use_cache": False}
+    without_positions = {name: value for name, value in inputs.items() if name != "position_ids"}
+    real = inputs["attention_mask"].bool()  # the logits of padding mean nothing
+    bare = run(model, inputs)
+    with made(factory, model) as implementation:
+
+        def assert_unchanged(when: str) -> None:
+            assert_identical(implementation.run(**inputs)[real], bare[real], f"the logits {when}")
+
+        assert_unchanged("before anything is ablated")
+        if "cache" not in unsupported_features(factory):
+            of_model = decode_with_cache(lambda **piece: run(model, piece), case)
+            of_implementation = decode_with_cache(implementation.run, case)
+            for (name, here, want), (_, _, got) in zip(of_model, of_implementation, strict=True):
+                assert_identical(
+                    got[real[:, here]], want[real[:, here]], f"the logits of {name}, decoded with a cache,"
+                )
+        implementation.ablate([], case.imputation)
+        assert_unchanged("with an empty set of heads")
+        implementation.ablate(list(case.heads), case.imputation)
+        implementation.run(**inputs)
+        implementation.ablate([], case.imputation)
+        assert_unchanged("with an empty set of heads after another set")
+        implementation.ablate(list(case.heads), case.imputation)
+        implementation.clear()
+        assert_unchanged("after clear()")
+        got, want = implementation.run(**without_mask), run(model, without_mask)
+        assert_identical(got, want, "the logits without an attention mask")
+        got, want = implementation.run(**without_positions), run(model, without_positions)
+        assert_identical(got[real], want[real], "the logits without position_ids")
+    assert_identical(run(model, inputs)[real], bare[real], "the logits of the model after close()")

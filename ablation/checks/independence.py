@@ -1,0 +1,242 @@
+"""Chapter 4, independence: of earlier runs, other models, other rows, padding, the order of heads, and later tokens."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from contextlib import ExitStack, suppress
+from dataclasses import replace
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from ablation.checks.assertions import assert_close, assert_identical
+from ablation.checks.cases import Case, CaseSpec
+from ablation.checks.check import check, unsupported_features
+from ablation.checks.decoders import VOCABULARY
+from ablation.checks.driving import ablated_logits, decode_with_cache, made, other_ids, run
+from ablation.checks.protocol import Factory, Implementation
+from ablation.heads import find_heads
+
+ALL_DTYPES = ("float32", "float64", "bfloat16")
+
+
+# First, since the checks below run an implementation more than once: if it depends on earlier runs, they would report
+# what they vary as the cause.
+@check(
+    "independence.earlier_runs",
+    "A run gives the same logits, bit for bit, whatever was run, ablated, cleared or interrupted before.",
+    cases=CaseSpec(max_heads=4, dtypes=ALL_DTYPES),
+)
+def earlier_runs(factory: Factory, case: Case) -> None:
+    _assert_independent_of_history(factory, case)
+
+
+@check(
+    "independence.earlier_masks",
+    "An attention mask given to an earlier run does not affect later runs.",
+    cases=CaseSpec(max_rows=2, ragged=True, max_heads=4),
+    needs=("batch", "padding"),
+)
+def earlier_masks(factory: Factory, case: Case) -> None:
+    _assert_independent_of_history(factory, case)
+
+
+def _assert_independent_of_history(factory: Factory, case: Case) -> None:
+    """Compare each of many runs of one implementation with the first run of a new one."""
+    prompts: list[dict[str, Any]] = [
+        case.inputs(),
+        {"input_ids": other_ids(case), "use_cache": False},
+        replace(case, rows=case.rows[::-1]).inputs(),
+        {"input_ids": case.inputs()["input_ids"], "use_cache": False},
+    ]
+    names = ("", "of another prompt, without a mask, ", "of the rows in another order ", "without a mask ")
+    imputations = [case.imputation, *({"zero", "mean"} - {case.imputation} - set(unsupported_features(factory)))]
+    case = replace(case, heads=tuple(sorted(case.heads, reverse=True)))  # so that the first head is in the last layer
+    first, another, every = [case.heads[0]], [case.another_head()], list(case.heads)
+    spare = case.model()
+
+    def from_new(heads: list[tuple[int, int]], imputation: str, prompt: int) -> Tensor:
+        """Return what a new implementation gives. It is closed before the next one is made."""
+        with made(factory, spare) as implementation:
+            implementation.ablate(heads, imputation)
+            return implementation.run(**prompts[prompt]).clone()
+
+    alone = [from_new(first, case.imputation, prompt) for prompt in range(len(prompts))]
+    model = case.model()
+    layer = find_heads(model).layers[first[0][0]]
+    kept: list[tuple[Tensor, Tensor, str]] = []
+    with made(factory, model) as implementation:
+
+        def assert_run(prompt: int, want: Tensor, when: str) -> None:
+            got = implementation.run(**prompts[prompt])
+            assert_identical(got, want, f"the logits {names[prompt]}{when}")
+            kept.append((got, got.clone(), f"the logits {names[prompt]}{when}, kept during later runs,"))
+
+        implementation.ablate(first, case.imputation)
+        assert_run(0, alone[0], "of a second implementation")
+        assert_run(0, alone[0], "of a second run")
+        for prompt in (1, 2, 3):
+            assert_run(prompt, alone[prompt], "after a run")
+            assert_run(0, alone[0], "after a run on another prompt")
+        implementation.ablate(another, case.imputation)
+        assert_run(0, from_new(another, case.imputation, 0), "with another head, after a run with the first")
+        passed = list(every)
+        implementation.ablate(passed, case.imputation)
+        passed.clear()  # the caller may change its list
+        assert_run(0, from_new(every, case.imputation, 0), f"with {every} ablated, after runs with others")
+        implementation.clear()
+        assert_run(0, from_new([], case.imputation, 0), "after clear()")
+        implementation.ablate(first, case.imputation)
+        implementation.ablate(first, imputations[-1])
+        assert_run(0, from_new(first, imputations[-1], 0), "with an imputation that replaced another one")
+        implementation.ablate(first, case.imputation)
+        for register in (layer.block.register_forward_pre_hook, layer.projection.register_forward_hook):
+            for interrupted, prompt in ((0, 1), (1, 2)):
+                _interrupt(implementation, register, prompts[interrupted])
+                assert_run(prompt, alone[prompt], "after an interrupted forward pass")
+        for got, was, what in kept:
+            assert_identical(got, was, what)
+
+
+class Interrupted(Exception):
+    """Raised by a hook in the middle of a forward pass."""
+
+
+def _interrupt(implementation: Implementation, register: Callable[..., Any], inputs: dict[str, Any]) -> None:
+    """Run an implementation while a hook raises."""
+
+    def fail(*_: Any) -> None:
+        raise Interrupted
+
+    handle = register(fail)
+    try:
+        with suppress(Interrupted):
+            implementation.run(**inputs)
+    finally:
+        handle.remove()
+
+
+@check(
+    "independence.other_models",
+    "An ablation in one model changes nothing in another model, and each can be closed before the other.",
+    cases=CaseSpec(max_heads=4, dtypes=ALL_DTYPES),
+)
+def other_models(factory: Factory, case: Case) -> None:
+    inputs, one, other = case.inputs(), case.model(), case.model()
+    other.config = one.config  # models built from one configuration share it
+    another = replace(case, heads=(case.another_head(),))
+    bare, want = run(other, inputs), ablated_logits(factory, another)
+    with ExitStack() as on_one, ExitStack() as on_other:
+        first = on_one.enter_context(made(factory, one))
+        first.ablate(list(case.heads), case.imputation)
+        alone = first.run(**inputs).clone()
+        assert_identical(run(other, inputs), bare, "the logits of a second model, with heads of the first ablated,")
+        second = on_other.enter_context(made(factory, other))
+        second.ablate(list(another.heads), another.imputation)
+        assert_identical(second.run(**inputs), want, "the logits of a second model, with heads of both ablated,")
+        assert_identical(first.run(**inputs), alone, "the logits of the first model, with heads of both ablated,")
+        on_one.close()
+        assert_identical(second.run(**inputs), want, "the logits of the second model, after close() on the first,")
+
+
+@check(
+    "independence.rows",
+    "A row of a batch gives the same logits as that row alone.",
+    cases=CaseSpec(max_rows=3),
+    needs=("batch",),
+)
+def rows(factory: Factory, case: Case) -> None:
+    _assert_rows_stand_alone(factory, case)
+
+
+@check(
+    "independence.padding",
+    "Padding on the left, on the right or on both sides does not change the logits of real tokens.",
+    cases=CaseSpec(max_rows=9, ragged=True, max_heads=4, min_layers=2),
+    needs=("batch", "padding"),
+)
+def padding(factory: Factory, case: Case) -> None:
+    _assert_rows_stand_alone(factory, case)
+
+
+def _assert_rows_stand_alone(factory: Factory, case: Case) -> None:
+    """Compare each row of a batch with a run of that row alone. A batch without padding also runs without a mask."""
+    model, inputs = case.model(), case.inputs()
+    batches = {"": inputs}
+    if inputs["attention_mask"].all():
+        batches[" without an attention mask"] = {"input_ids": inputs["input_ids"], "use_cache": False}
+    with made(factory, model) as implementation:
+        implementation.ablate(list(case.heads), case.imputation)
+        together = {name: implementation.run(**batch).clone() for name, batch in batches.items()}
+        for index, row in enumerate(case.rows):
+            alone = implementation.run(torch.tensor([row]))
+            real = inputs["attention_mask"][index].bool()
+            for name, logits in together.items():
+                what = f"row {index} of {len(case.rows)}{name}, against the same row alone"
+                assert_close(logits[index, real], alone[0], what)
+
+
+@check(
+    "independence.head_order",
+    "The order of the heads does not matter, and a head that is named twice is ablated once.",
+    cases=CaseSpec(max_heads=4, dtypes=ALL_DTYPES),
+    needs=("multiple_heads",),
+)
+def head_order(factory: Factory, case: Case) -> None:
+    with made(factory, case.model()) as implementation:
+        inputs = case.inputs()
+        implementation.ablate(tuple(case.heads), case.imputation)  # a tuple here, lists elsewhere: any sequence
+        once = implementation.run(**inputs).clone()
+        implementation.ablate(list(reversed(case.heads)), case.imputation)
+        assert_identical(implementation.run(**inputs), once, "the logits with the heads in the opposite order")
+        implementation.ablate([*case.heads, case.heads[0]], case.imputation)
+        assert_identical(implementation.run(**inputs), once, "the logits with the first head named twice")
+
+
+@check(
+    "independence.later_tokens",
+    "Under zero imputation, the logits of a token do not depend on later tokens.",
+    cases=CaseSpec(imputations=("zero",), min_tokens=2),
+    needs=("zero",),
+)
+def later_tokens(factory: Factory, case: Case) -> None:
+    row = case.rows[0]
+    changed = (*row[:-1], (row[-1] + 1) % VOCABULARY)
+    with made(factory, case.model()) as implementation:
+        implementation.ablate(list(case.heads), "zero")
+        mask = torch.ones(1, len(row), dtype=torch.long)
+        one, two = (implementation.run(torch.tensor([ids]), mask).clone() for ids in (row, changed))
+    # Up to rounding: experts divide the tokens of a batch among them, and then sum in another order.
+    assert_close(one[:, :-1], two[:, :-1], "the logits before the last token, against those with another last token")
+
+
+@check(
+    "independence.cache",
+    "Under zero imputation, decoding with a key/value cache gives the logits of one forward pass.",
+    cases=CaseSpec(imputations=("zero",), min_tokens=3),
+    needs=("zero", "cache"),
+)
+def cache(factory: Factory, case: Case) -> None:
+    _assert_cache_changes_nothing(factory, case)
+
+
+@check(
+    "independence.cache_padded",
+    "Under zero imputation, decoding a padded batch with a key/value cache gives the logits of one forward pass.",
+    cases=CaseSpec(imputations=("zero",), max_rows=3, ragged=True, min_tokens=3),
+    needs=("zero", "cache", "batch", "padding"),
+)
+def cache_padded(factory: Factory, case: Case) -> None:
+    _assert_cache_changes_nothing(factory, case)
+
+
+def _assert_cache_changes_nothing(factory: Factory, case: Case) -> None:
+    with made(factory, case.model()) as implementation:
+        inputs = case.inputs()
+        implementation.ablate(list(case.heads), "zero")
+        whole, mask = implementation.run(**inputs).clone(), inputs["attention_mask"].bool()
+        for name, here, logits in decode_with_cache(implementation.run, case):
+            real = mask[:, here]
+            what = f"the logits of {name}, decoded with a cache, against one forward pass"
+            assert_close(logits[real], whole[:, here][real], what)

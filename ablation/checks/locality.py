@@ -1,0 +1,150 @@
+"""Chapter 3, locality: at the inputs of the projections, the ablated heads are replaced, and nothing else."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import torch
+from torch import Tensor
+from transformers import PreTrainedModel
+
+from ablation.checks.assertions import assert_identical
+from ablation.checks.cases import Case, CaseSpec
+from ablation.checks.check import check
+from ablation.checks.driving import made, other_ids, run
+from ablation.checks.observe import recorded_inputs
+from ablation.checks.protocol import Factory
+from ablation.heads import find_heads
+
+ALL_DTYPES = ("float32", "float64", "bfloat16")
+
+
+@check(
+    "locality",
+    "At the input of the projections, the slices of the ablated heads are replaced and nothing else changes.",
+    cases=CaseSpec(dtypes=ALL_DTYPES),
+    needs=("observable", "single_forward"),
+)
+def locality(factory: Factory, case: Case) -> None:
+    _assert_local(factory, case, case.model())
+
+
+@check(
+    "locality.padded",
+    "In a padded batch, each row's slice is replaced by a value computed from the real tokens of that row alone.",
+    cases=CaseSpec(max_rows=3, ragged=True, max_heads=4),
+    needs=("observable", "single_forward", "batch", "padding"),
+)
+def locality_padded(factory: Factory, case: Case) -> None:
+    _assert_local(factory, case, case.model())
+
+
+@check(
+    "locality.sets",
+    "Several heads are replaced in one forward pass, each by a value computed from its own z.",
+    cases=CaseSpec(max_rows=2, max_heads=4, dtypes=ALL_DTYPES),
+    needs=("observable", "single_forward", "multiple_heads"),
+)
+def locality_sets(factory: Factory, case: Case) -> None:
+    _assert_local(factory, case, case.model())
+
+
+@check(
+    "locality.user_hooks",
+    "If the user's own hook edits z, the ablation keeps that edit.",
+    cases=CaseSpec(dtypes=ALL_DTYPES),
+    needs=("observable", "single_forward"),
+)
+def locality_user_hooks(factory: Factory, case: Case) -> None:
+    model = case.model()
+    for layer in find_heads(model).layers:
+        # Doubling commutes with zero and mean imputation, bit for bit, so either order of the hooks is right.
+        layer.projection.register_forward_pre_hook(lambda _, args: (2 * args[0],))
+    _assert_local(factory, case, model)
+
+
+def _assert_local(factory: Factory, case: Case, model: PreTrainedModel) -> None:
+    """Compare what the projections receive with and without the ablation.
+
+    Heads that are not ablated are compared up to the first layer with ablated heads; the input of later layers differs.
+    """
+    inputs = case.inputs()
+    layers = find_heads(model).layers
+    real = inputs["attention_mask"].bool()
+    with recorded_inputs(model) as calls:  # entered first: the implementation may wrap or replace the projections
+        bare = run(model, inputs)
+        clean = [layer.pop() for layer in calls]
+        with made(factory, model) as implementation:
+            implementation.ablate(list(case.heads), case.imputation)
+            logits = implementation.run(**inputs)
+    first = min(layer for layer, _ in case.heads)
+    for layer, was, now in zip(layers, clean, calls, strict=True):
+        assert len(now) == 1, f"the projection of layer {layer.index} was called {len(now)} times, not once"
+        assert now[0].dtype == was.dtype, f"the projection of layer {layer.index} got {now[0].dtype}, not {was.dtype}"
+        old, new = (z.unflatten(-1, (layer.num_heads, layer.head_dim)) for z in (was, now[0]))
+        targets = sorted(head for index, head in case.heads if index == layer.index)
+        names = ", ".join(f"head {head}" for head in targets) or "no head"
+        what = f"in layer {layer.index}, {names} should be ablated"
+        if layer.index <= first:
+            changed = (old != new).any(dim=-1).flatten(0, 1).any(dim=0)  # [heads]
+            others = [head for head in range(layer.num_heads) if changed[head] and head not in targets]
+            assert not others, f"{what}, but head {others[0]} was changed{_square(old)}"
+        unchanged = layer.index == first and torch.equal(old, new)
+        for head in targets:
+            for row, here in enumerate(real):  # padding may hold anything
+                held, own = (z[row, here, head] for z in (new, old))  # [tokens, head_dim]
+                problem = _imputation_problem(held, own if layer.index == first else None, case.imputation)
+                if problem and unchanged and not torch.equal(logits[real], bare[real]):
+                    problem = (
+                        "is unchanged there, but the logits changed: the edit is downstream of the projection's input"
+                    )
+                assert not problem, f"{what}; the z of head {head} in row {row} {problem}"
+
+
+def _square(z: Tensor) -> str:
+    """A remark for z [rows, tokens, heads, head_dim] with as many tokens as heads, which are then easily mixed up."""
+    tokens, heads = z.shape[1:3]
+    return f" (the prompt has {tokens} tokens, as many as the layer has heads)" if tokens == heads else ""
+
+
+def _imputation_problem(held: Tensor, own: Tensor | None, imputation: str) -> str | None:
+    """Return how the imputed z of one row is wrong, or None.
+
+    held: [tokens, head_dim]. own: what it replaces, if known.
+    """
+    if imputation == "zero":
+        left = int(held.count_nonzero())
+        return f"holds {left} of {held.numel()} elements that are not 0" if left else None
+    if held.max() != held.min():
+        return f"holds several values, from {held.min():.6g} to {held.max():.6g}"
+    if own is not None:
+        mean = own.double().mean()
+        tolerance = 4 * torch.finfo(held.dtype).eps * own.abs().max().item()  # the mean of few numbers, rounded
+        if not abs(held[0, 0].double() - mean).item() <= tolerance:
+            return f"holds {held[0, 0]:.9g}; its mean is {mean:.9g}"
+    return None
+
+
+@check(
+    "locality.input_untouched",
+    "The tensor that enters a projection is never written to, neither in that forward pass nor in a later one.",
+    cases=CaseSpec(dtypes=ALL_DTYPES),
+    needs=("observable",),
+)
+def locality_input_untouched(factory: Factory, case: Case) -> None:
+    model, inputs = case.model(), case.inputs()
+    kept: list[tuple[str, Tensor, Tensor]] = []
+
+    def keep(place: str) -> Callable[..., None]:
+        return lambda _, args, *output: kept.append((place, args[0], args[0].clone()))
+
+    for layer in find_heads(model).layers:
+        place = f"the input of the projection of layer {layer.index}, captured by a hook"
+        layer.projection.register_forward_pre_hook(keep(f"{place} before the ablation"))
+        layer.projection.register_forward_hook(keep(f"{place} after the projection"))
+    with made(factory, model) as implementation:
+        implementation.ablate(list(case.heads), case.imputation)
+        implementation.run(**inputs)
+        implementation.run(**inputs | {"input_ids": other_ids(case)})
+    for what, tensor, copy in kept:
+        assert_identical(tensor, copy, what)
