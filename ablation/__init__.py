@@ -1,8 +1,65 @@
 """Switch off attention heads of a language model, and know that it was done right.
 
-from ablation.hook import HeadAblation              # replace the output of any heads while a model runs
-from ablation.sweep import sweep, sweep_sequential  # every head in turn: what each does to a prediction
-from ablation.models import load                    # a model and its tokenizer, by name, folder, .gguf file or hub id
-
-This package itself imports nothing, so that the command line answers at once.
+The names below are imported when they are used, so that the command line answers at once.
 """
+
+from __future__ import annotations
+
+import importlib
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from ablation.engine import run, run_sequential
+    from ablation.errors import AblationError
+    from ablation.heads import HeadMap, find_heads
+    from ablation.hook import Ablation, HeadAblation
+    from ablation.imputation import Imputation
+    from ablation.models import LoadedModel, load
+    from ablation.results import RunResult, SweepResult
+    from ablation.sweeps import sweep, sweep_prompts, sweep_sequential
+
+_MODULES = {
+    "Ablation": "hook",
+    "AblationError": "errors",
+    "HeadAblation": "hook",
+    "HeadMap": "heads",
+    "Imputation": "imputation",
+    "LoadedModel": "models",
+    "RunResult": "results",
+    "SweepResult": "results",
+    "find_heads": "heads",
+    "load": "models",
+    "run": "engine",
+    "run_sequential": "engine",
+    "sweep": "sweeps",
+    "sweep_prompts": "sweeps",
+    "sweep_sequential": "sweeps",
+}
+
+__all__ = [
+    "Ablation",
+    "AblationError",
+    "HeadAblation",
+    "HeadMap",
+    "Imputation",
+    "LoadedModel",
+    "RunResult",
+    "SweepResult",
+    "find_heads",
+    "load",
+    "run",
+    "run_sequential",
+    "sweep",
+    "sweep_prompts",
+    "sweep_sequential",
+]
+
+
+def __getattr__(name: str) -> Any:
+    if name == "__version__":
+        from importlib.metadata import version
+
+        return version("head-ablation")
+    if name not in _MODULES:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    return getattr(importlib.import_module(f"ablation.{_MODULES[name]}"), name)

@@ -1,4 +1,4 @@
-"""python -m ablation"""
+"""`python -m ablation`: the command line."""
 
 import sys
 

@@ -1,4 +1,4 @@
-"""One experiment: a question put to a model, and every head ablated under it."""
+"""One experiment: a question is put to a model, and every head is ablated."""
 
 from __future__ import annotations
 
@@ -8,10 +8,11 @@ from collections.abc import Sequence
 from ablation.engine import Progress
 from ablation.errors import InvalidPrompt
 from ablation.imputation import IMPUTATIONS
-from ablation.models import LoadedModel, Question, prompt_ids, single_token
+from ablation.models import LoadedModel
+from ablation.prompts import Question, prompt_ids, single_token
 from ablation.provenance import weights_sha256
 from ablation.results import SweepResult
-from ablation.sweep import sweep
+from ablation.sweeps import sweep
 
 
 def sweep_question(
@@ -22,9 +23,9 @@ def sweep_question(
     max_rows: int | None = None,
     progress: Progress | None = None,
 ) -> SweepResult:
-    """Sweep a model on a question; watched are its target and its control. See `sweep` for the rest.
+    """Sweep a model on a question; its target and control are watched. See `sweep` for the rest.
 
-    Raises InvalidPrompt for an empty prompt, a target or control that is not one token, or that are the same.
+    Raises InvalidPrompt for an empty prompt, for a target or control that is not one token, and if both are the same.
     """
     ids = prompt_ids(loaded.tokenizer, question.prompt)
     watch = [t if t is None else single_token(loaded.tokenizer, t) for t in (question.target, question.control)]
@@ -35,11 +36,11 @@ def sweep_question(
         raise InvalidPrompt(
             f"the control, {question.control!r}, is the model's own prediction: name a target with --target"
         )
-    asked = {
+    provenance = {
         "model": loaded.name,
         "revision": loaded.revision,
         "weights_sha256": weights_sha256(loaded.model),
         "prompt": question.prompt,
         "watched": [loaded.decode(token) for token in result.watched],
     }
-    return dataclasses.replace(result, provenance={**asked, **result.provenance})
+    return dataclasses.replace(result, provenance={**provenance, **result.provenance})

@@ -1,4 +1,4 @@
-"""Figures of a sweep: for a paper, for the colour-blind, and for a grey print."""
+"""Figures of a sweep, legible in a paper, for the colour-blind, and in a grey print."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ from ablation.results import SweepResult
 
 Floats = NDArray[np.float64]
 
-FONT = "DejaVu Sans"  # comes with matplotlib, so that a figure looks the same everywhere
+FONT = "DejaVu Sans"  # ships with matplotlib, so figures look the same everywhere
 STYLE: dict[Any, Any] = {
     "font.family": FONT,
     "font.size": 8,
@@ -38,21 +38,21 @@ STYLE: dict[Any, Any] = {
     "legend.frameon": False,
     "figure.constrained_layout.use": True,
     "figure.constrained_layout.h_pad": 0.07,
-    "text.parse_math": False,  # a token may hold any number of $
+    "text.parse_math": False,  # a token may contain $
     "figure.dpi": 200,
 }
-DIVERGING, SEQUENTIAL = "RdBu_r", "cividis"  # told apart by the colour-blind; white is 0
+DIVERGING, SEQUENTIAL = "RdBu_r", "cividis"  # distinguishable by the colour-blind; white is 0
 ACCENT = "#D55E00"
 ABSENT: dict[str, Any] = {"facecolor": "0.85", "edgecolor": "0.55", "hatch": "/////", "linewidth": 0}
 MINUS = "\N{MINUS SIGN}"
 RING: dict[str, Any] = {"marker": "o", "mfc": "none", "mec": "black", "linestyle": "none", "mew": 0.8}
 DASH: dict[str, Any] = {"marker": "_", "linestyle": "none", "mew": 0.5}
-RIM = [withStroke(linewidth=2, foreground="white")]  # a ring shows on a dark cell
-INCHES_A_LETTER = 0.066
+RIM = [withStroke(linewidth=2, foreground="white")]  # makes a ring visible on a dark cell
+INCHES_PER_LETTER = 0.066
 
 
 class Panel(NamedTuple):
-    """One map: values [layer, head], a title of several lines, and the flipped heads to ring, if any."""
+    """One map: values [layer, head], title lines, and which heads to ring, if any: those whose ablation flips."""
 
     values: Floats
     title: Sequence[str]
@@ -60,7 +60,7 @@ class Panel(NamedTuple):
 
 
 def draw(sweep: SweepResult, folder: Path, *, title: str, token_texts: Mapping[int, str]) -> list[Path]:
-    """Draw a sweep into an existing folder as PNG, and return the files. Raises OSError.
+    """Draw a sweep as PNG files in an existing folder, and return their paths. Raises OSError.
 
     The watched tokens are the target and, if there is a second one, the control. title: the model and the prompt.
     token_texts: the text of the watched tokens and of the clean argmax.
@@ -69,32 +69,31 @@ def draw(sweep: SweepResult, folder: Path, *, title: str, token_texts: Mapping[i
     drawings: list[Callable[[SweepResult, Mapping[int, str]], Figure]]
     drawings = [sensitivity, *([difference] if len(sweep.imputations) > 1 else []), histograms, head_means, margins]
     paths = []
-    with style.context(["default", STYLE]):  # takes no setting from the user, and leaves none behind
+    with style.context(["default", STYLE]):  # ignores the user's settings, and does not change them
         for drawing in drawings:
             figure = drawing(sweep, texts)
-            figure.suptitle(cut(drawable(title), int(figure.get_figwidth() / INCHES_A_LETTER / 1.3)), fontsize=9)
+            figure.suptitle(
+                truncate(escape_undrawable(title), int(figure.get_figwidth() / INCHES_PER_LETTER / 1.3)), fontsize=9
+            )
             paths.append(folder / f"{drawing.__name__}.png")
             figure.savefig(paths[-1], backend="agg")
     return paths
 
 
 def sensitivity(sweep: SweepResult, texts: Mapping[int, str]) -> Figure:
-    """Maps of the change in probability, in percentage points: token by imputation, flipped heads ringed."""
+    """Maps of the change in probability, in percentage points: a row per token, a column per imputation."""
     panels = [
         [
-            Panel(100 * change, [f"{role}, {name}", kept(sweep, i, texts)], sweep.flipped[i])
-            for i, (name, change) in each
+            Panel(100 * changes[i], [f"{role}, {name}", kept_label(sweep, i, texts)], sweep.flipped[i])
+            for i, name in enumerate(sweep.imputations)
         ]
-        for role, each in (
-            (role, list(enumerate(zip(sweep.imputations, changes, strict=True))))
-            for role, changes in zip(roles(sweep, texts), sweep.probability_change, strict=True)
-        )
+        for role, changes in zip(roles(sweep, texts), sweep.probability_change, strict=True)
     ]
     return maps(panels, "change in probability (percentage points)", texts[sweep.clean_argmax])
 
 
 def difference(sweep: SweepResult, texts: Mapping[int, str]) -> Figure:
-    """Maps of the second imputation minus the first, in percentage points: a token each."""
+    """Maps of the second imputation minus the first, in percentage points, for each token."""
     first, second = sweep.imputations[:2]
     change = 100 * (sweep.probability_change[:, 1] - sweep.probability_change[:, 0])
     panels = [
@@ -105,10 +104,10 @@ def difference(sweep: SweepResult, texts: Mapping[int, str]) -> Figure:
 
 
 def margins(sweep: SweepResult, texts: Mapping[int, str]) -> Figure:
-    """Maps of the margin of the clean argmax over its best rival, in logits; negative where it is flipped."""
+    """Maps of the margin of the clean argmax over its strongest rival, in logits; negative if it is flipped."""
     signed = np.where(sweep.kept, sweep.margin, -sweep.margin)
     panels = [
-        Panel(values, [name, kept(sweep, i, texts)], sweep.flipped[i])
+        Panel(values, [name, kept_label(sweep, i, texts)], sweep.flipped[i])
         for i, (name, values) in enumerate(zip(sweep.imputations, signed, strict=True))
     ]
     argmax = texts[sweep.clean_argmax]
@@ -116,9 +115,9 @@ def margins(sweep: SweepResult, texts: Mapping[int, str]) -> Figure:
 
 
 def histograms(sweep: SweepResult, texts: Mapping[int, str]) -> Figure:
-    """Distributions over the heads of the change in probability, in percentage points; a tick below is a head."""
+    """Histograms over the heads of the change in probability, in percentage points; each tick below is a head."""
     change = 100 * sweep.probability_change  # [watched, imputation, layer, head]
-    bins = np.linspace(-limit(change), limit(change), 42)  # 41 bins: one is centred on 0
+    bins = np.linspace(-largest_magnitude(change), largest_magnitude(change), 42)  # 41 bins: one is centred on 0
     watched, imputations = change.shape[:2]
     figure = Figure(figsize=(0.6 + 2.5 * imputations, 0.8 + 1.5 * watched))
     grid = figure.subplots(watched, imputations, sharex=True, sharey="row", squeeze=False)
@@ -136,8 +135,8 @@ def histograms(sweep: SweepResult, texts: Mapping[int, str]) -> Figure:
 
 
 def head_means(sweep: SweepResult, texts: Mapping[int, str]) -> Figure:
-    """The mean of every head's z in the clean run: as a map, and against depth with its least-squares trend."""
-    means, bound = sweep.head_mean, 1.05 * limit(sweep.head_mean)
+    """The mean of each head's z in the clean run, as a map, and against depth with its least-squares line."""
+    means, bound = sweep.head_mean, 1.05 * largest_magnitude(sweep.head_mean)
     layers, heads = means.shape
     cell = cell_size(layers, 2 * heads)
     across = max(heads * cell, 1.2)
@@ -157,42 +156,44 @@ def head_means(sweep: SweepResult, texts: Mapping[int, str]) -> Figure:
     right.set(xlim=(-bound, bound), xlabel="mean of z")
     right.tick_params(labelleft=False)
     figure.colorbar(image, ax=right, label="mean of z", aspect=30, fraction=0.05, pad=0.03)
-    label = f"trend {slope:+.2g} a layer (r² {r_squared:.2f})".replace("-", MINUS)
+    label = f"trend {slope:+.2g} per layer (r² {r_squared:.2f})".replace("-", MINUS)
     handles = [
         Line2D([], [], marker=".", color="0.6", linestyle="none", label="head"),
         Line2D([], [], marker="o", color="black", markersize=3, linewidth=0.8, label="layer average"),
         Line2D([], [], linestyle="--", color=ACCENT, label=label),
-        *absent(means),
+        *missing_heads_legend(means),
     ]
-    figure.legend(handles=handles, loc="outside lower center", ncols=2 if absent(means) else 3, columnspacing=1)
+    figure.legend(
+        handles=handles, loc="outside lower center", ncols=2 if missing_heads_legend(means) else 3, columnspacing=1
+    )
     return figure
 
 
 def maps(panels: Sequence[Sequence[Panel]], label: str, argmax: str | None = None) -> Figure:
-    """Maps on one shared scale: symmetric about 0, or from 0 where none is negative. Rings need the argmax's name."""
+    """Draw maps on one scale, symmetric about 0, or from 0 if no value is negative. argmax: its text, for rings."""
     layers, heads = panels[0][0].values.shape
     if layers > 1.5 * heads:  # tall grids side by side
         panels = [[panel for row in panels for panel in row]]
     flat = [panel for row in panels for panel in row]
     values = np.stack([panel.values for panel in flat])
-    low = -limit(values) if (values < 0).any() or not values.any() else 0.0
+    low = -largest_magnitude(values) if (values < 0).any() or not values.any() else 0.0
     rows, columns = len(panels), len(panels[0])
     cell = cell_size(layers * rows, heads * columns)
     across, down = max(heads * cell, 1.15), max(layers * cell, 0.9)  # inches; room for the titles and the colour bar
     titles = [
-        [line for part in p.title for line in fill(part, int(across / INCHES_A_LETTER)).splitlines()] for p in flat
+        [line for part in p.title for line in fill(part, int(across / INCHES_PER_LETTER)).splitlines()] for p in flat
     ]
     lines = max(map(len, titles))
     size = (1.35 + columns * (across + 0.15), 1.25 + rows * (down + 0.2 + 0.13 * lines))
     figure = Figure(figsize=size)
     grid = figure.subplots(rows, columns, sharex=True, sharey=True, squeeze=False)
     for axes, panel, title in zip(grid.flat, flat, titles, strict=True):
-        image = heat_map(axes, panel, (low, limit(values)), cell)
+        image = heat_map(axes, panel, (low, largest_magnitude(values)), cell)
         axes.set_title("\n".join(title))
         axes.label_outer()
     bar = figure.colorbar(image, ax=grid, aspect=30, fraction=0.05, pad=0.02)
-    bar.set_label(fill(label, max(18, int(rows * down / INCHES_A_LETTER))))
-    handles: list[Line2D | Patch] = absent(values[0])
+    bar.set_label(fill(label, max(18, int(rows * down / INCHES_PER_LETTER))))
+    handles: list[Line2D | Patch] = missing_heads_legend(values[0])
     if argmax is not None and any(panel.flipped is not None and panel.flipped.any() for panel in flat):
         handles.append(Line2D([], [], markersize=6, label=f"the argmax is not {argmax}", **RING))
     if (values < low / 5).any():
@@ -203,15 +204,15 @@ def maps(panels: Sequence[Sequence[Panel]], label: str, argmax: str | None = Non
 
 
 def heat_map(axes: Axes, panel: Panel, scale: tuple[float, float], cell: float) -> Any:
-    """One map, its cells as square as the figure's size makes them.
+    """Draw one map.
 
-    A dash marks clearly negative cells, which a grey print could not tell from positive ones.
+    A dash marks clearly negative cells, which look like positive ones in a grey print.
     """
     low, high = scale
     layers, heads = panel.values.shape
     colours = DIVERGING if low < 0 else SEQUENTIAL
     image = axes.imshow(panel.values, cmap=colours, vmin=low, vmax=high, aspect="auto", interpolation="nearest")
-    if absent(panel.values):
+    if missing_heads_legend(panel.values):
         axes.patch.set(**ABSENT)  # shows where there is no head
     axes.set(xlabel="head", ylabel="layer")
     axes.set_xticks(range(0, heads, tick_step(cell, 0.18)))
@@ -226,8 +227,8 @@ def heat_map(axes: Axes, panel: Panel, scale: tuple[float, float], cell: float) 
     return image
 
 
-def absent(values: Floats) -> list[Line2D | Patch]:
-    """What the legend says of cells [layer, head] that are no heads, if there are any."""
+def missing_heads_legend(values: Floats) -> list[Line2D | Patch]:
+    """Return the legend of cells [layer, head] without a head, if there are any."""
     missing = np.isnan(values)
     if not missing.any():
         return []
@@ -235,44 +236,44 @@ def absent(values: Floats) -> list[Line2D | Patch]:
 
 
 def tick_step(cell: float, inches: float) -> int:
-    """Every how many cells a label of that size fits."""
+    """Return the smallest step between tick labels of that size that do not overlap."""
     return next(step for step in (1, 2, 4, 8, 16, 32, 64) if step * cell >= inches or step == 64)
 
 
 def cell_size(layers: int, heads: int) -> float:
-    """Inches of a cell's side, so that a page holds that many."""
+    """Return the side of a cell in inches, such that all cells fit on a page."""
     return min(0.22, 6.5 / layers, 5.2 / heads)
 
 
-def limit(values: Floats) -> float:
-    """The largest finite size; 1 where there is none, so that a scale can always be drawn."""
+def largest_magnitude(values: Floats) -> float:
+    """Return the largest finite magnitude; 1 if there is none, so that a scale can always be drawn."""
     finite = np.abs(values[np.isfinite(values)])
     return float(finite.max()) if finite.any() else 1.0
 
 
 def roles(sweep: SweepResult, texts: Mapping[int, str]) -> list[str]:
-    """What each watched token is."""
+    """Return the role and the text of each watched token."""
     names = ["target", "control", *["token"] * len(sweep.watched)]
     return [f"{name} {texts[int(token)]}" for name, token in zip(names, sweep.watched, strict=False)]
 
 
-def kept(sweep: SweepResult, imputation: int, texts: Mapping[int, str]) -> str:
-    """How many ablations keep the clean argmax."""
+def kept_label(sweep: SweepResult, imputation: int, texts: Mapping[int, str]) -> str:
+    """Say how many ablations keep the clean argmax."""
     return f"{sweep.kept[imputation].sum()} of {sweep.has_head.sum()} keep {texts[sweep.clean_argmax]}"
 
 
 def quoted(token: str) -> str:
-    """A token in quotes, its spaces visible."""
-    return f"“{cut(drawable(token).replace(' ', '␣'), 20)}”"
+    """Return a token in quotes, with visible spaces."""
+    return f"“{truncate(escape_undrawable(token).replace(' ', '␣'), 20)}”"
 
 
-def cut(text: str, letters: int) -> str:
-    """The text, shortened to that many letters."""
+def truncate(text: str, letters: int) -> str:
+    """Shorten a text to that many letters."""
     return text if len(text) <= letters else text[: letters - 1] + "…"
 
 
-def drawable(text: str) -> str:
-    """What the font cannot draw, as Python writes it."""
+def escape_undrawable(text: str) -> str:
+    """Replace characters that the font cannot draw by their Python escapes."""
     return "".join(c if c.isprintable() and _glyphs().get_char_index(ord(c)) else ascii(c)[1:-1] for c in text)
 
 

@@ -1,4 +1,4 @@
-"""What a result was made with: enough to tell whether two results may differ, and why."""
+"""What a result was made with: enough to say whether two results may differ, and why."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from transformers import PreTrainedModel
 
 
 def environment() -> dict[str, Any]:
-    """Versions of the libraries, and torch's settings: what changes the last bits of a float result, or more."""
+    """Return the versions and settings that change the last bits of a float result, or more."""
     return {
         "torch": torch.__version__,
         "transformers": transformers.__version__,
@@ -27,9 +27,9 @@ def environment() -> dict[str, Any]:
 
 
 def of_model(model: PreTrainedModel) -> dict[str, Any]:
-    """Class, dtype, attention implementation and device of a model; of one that is spread, all its devices.
+    """Return the class, dtype, attention implementation and device of a model; all its devices, if it is spread.
 
-    autocast: the dtype in which it is run instead, or None.
+    autocast: the dtype that torch.autocast imposes, or None.
     """
     spread: dict[str, Any] = getattr(model, "hf_device_map", {})
     device = model.device.type
@@ -44,10 +44,10 @@ def of_model(model: PreTrainedModel) -> dict[str, Any]:
 
 
 def weights_sha256(model: torch.nn.Module) -> str:
-    """SHA-256 over names, dtypes, shapes and bytes of all parameters and buffers; independent of file formats."""
+    """Return a SHA-256 of the names, dtypes, shapes and bytes of all parameters and buffers, in any file format."""
     digest = hashlib.sha256()
     weights = model.state_dict()
-    if any(tensor.is_meta for tensor in weights.values()):  # accelerate keeps some elsewhere until they are needed
+    if any(tensor.is_meta for tensor in weights.values()):  # accelerate loads some when they are needed
         from accelerate.utils.modeling import get_state_dict_offloaded_model
 
         weights = get_state_dict_offloaded_model(model)

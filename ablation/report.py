@@ -1,4 +1,4 @@
-"""What a sweep found, as numbers for machines and as lines for people."""
+"""The findings of a sweep, as values for programs and as text for people."""
 
 from __future__ import annotations
 
@@ -12,11 +12,11 @@ from ablation.heads import HeadMap
 from ablation.results import SweepResult
 
 Decode = Callable[[int], str]
-"""A token's text."""
+"""Returns the text of a token id."""
 
 
 class Trend(NamedTuple):
-    """Least squares of head mean on layer: slope a layer, its change over the whole depth, and r squared."""
+    """Least-squares line of head means over layers: slope per layer, change over all layers, and r squared."""
 
     slope: float
     drift: float
@@ -24,9 +24,9 @@ class Trend(NamedTuple):
 
 
 def trend(head_mean: NDArray[np.float64]) -> Trend:
-    """The trend of head means [layer, head] with depth; NaN where there is no head.
+    """Return the trend with depth of head means [layer, head], which are NaN without a head.
 
-    No slope where one layer has heads; nothing explained then.
+    If only one layer has heads, the slope and r squared are 0.
     """
     layers, _ = np.nonzero(np.isfinite(head_mean))
     means = head_mean[np.isfinite(head_mean)]
@@ -37,7 +37,7 @@ def trend(head_mean: NDArray[np.float64]) -> Trend:
 
 
 def flips(sweep: SweepResult, imputation: str) -> list[tuple[int, int, int]]:
-    """(layer, head, token id it turned to) of every ablation that does not keep the clean prediction."""
+    """Return (layer, head, new argmax) of every ablation that changes the prediction."""
     index = sweep.imputations.index(imputation)
     return [
         (int(layer), int(head), int(sweep.argmax[index, layer, head]))
@@ -46,7 +46,7 @@ def flips(sweep: SweepResult, imputation: str) -> list[tuple[int, int, int]]:
 
 
 def findings(sweep: SweepResult, decode: Decode, strongest: int = 3) -> dict[str, Any]:
-    """Everything the report says, as values that JSON can hold. Changes of probability are in [-1, 1]."""
+    """Return the content of the report as values that JSON can hold. Changes of probability are in [-1, 1]."""
     target, control = int(sweep.watched[0]), int(sweep.watched[-1])
     has_head = sweep.has_head
     means = sweep.head_mean[has_head]
@@ -71,7 +71,7 @@ def findings(sweep: SweepResult, decode: Decode, strongest: int = 3) -> dict[str
     }
     for index, name in enumerate(sweep.imputations):
         change = sweep.probability_change[0, index]
-        order = np.argsort(change, axis=None)[: has_head.sum()]  # NaN comes last: there is no such head
+        order = np.argsort(change, axis=None)[: has_head.sum()]  # NaN, where there is no head, is last
         found["imputations"][name] = {
             "kept": int(sweep.kept[index].sum()),
             "flips": [
@@ -83,9 +83,9 @@ def findings(sweep: SweepResult, decode: Decode, strongest: int = 3) -> dict[str
                 }
                 for layer, head, token in flips(sweep, name)
             ],
-            "target_raised": [_cell(change, i) for i in order[::-1][:strongest] if change.flat[i] > 0],
-            "target_lowered": [_cell(change, i) for i in order[:strongest] if change.flat[i] < 0],
-            "control_largest": _cell(
+            "target_raised": [_change_at(change, i) for i in order[::-1][:strongest] if change.flat[i] > 0],
+            "target_lowered": [_change_at(change, i) for i in order[:strongest] if change.flat[i] < 0],
+            "control_largest": _change_at(
                 sweep.probability_change[-1, index], _largest(sweep.probability_change[-1, index])
             ),
             "changed_nothing": int((sweep.changed[index] == 0).sum()),
@@ -96,9 +96,9 @@ def findings(sweep: SweepResult, decode: Decode, strongest: int = 3) -> dict[str
 
 
 def agreement(sweep: SweepResult) -> dict[str, Any]:
-    """How far mean and zero imputation agree: the largest difference of the target's change, and their correlation."""
+    """Compare mean with zero imputation: the largest difference of the target's change, and their correlation."""
     zero, mean = (sweep.probability_change[0, sweep.imputations.index(name)] for name in ("zero", "mean"))
-    largest = _cell(mean - zero, _largest(mean - zero))
+    largest = _change_at(mean - zero, _largest(mean - zero))
     zero, mean = zero[sweep.has_head], mean[sweep.has_head]
     both_vary = zero.std() > 0 and mean.std() > 0
     return {
@@ -111,32 +111,33 @@ def _largest(change: NDArray[np.float64]) -> int:
     return int(np.nanargmax(np.abs(change)))
 
 
-def _cell(change: NDArray[np.float64], index: int) -> dict[str, Any]:
+def _change_at(change: NDArray[np.float64], index: int) -> dict[str, Any]:
     layer, head = np.unravel_index(index, change.shape)
     return {"layer": int(layer), "head": int(head), "change": float(change.flat[index])}
 
 
 def render(found: dict[str, Any]) -> str:
-    """The findings as text; changes in percentage points."""
+    """Return the findings as text, with changes in percentage points."""
     clean, means = found["clean"], found["head_means"]
     lines = [
         f"clean      {clean['prediction']!r}, margin {clean['margin']:.2f} logits; "
-        + ", ".join(f"P({clean[k]['token']!r}) = {_share(clean[k]['probability'])}" for k in ("target", "control"))
+        + ", ".join(f"P({clean[k]['token']!r}) = {_percent(clean[k]['probability'])}" for k in ("target", "control"))
     ]
     for name, of in found["imputations"].items():
         lines += ["", f"{name:10} {of['kept']} of {found['heads']} ablations keep {clean['prediction']!r}"]
         for flip in of["flips"]:
-            lines.append(f"           {_at(flip)} turns it to {flip['token']!r} (margin {flip['margin']:.2f})")
+            lines.append(f"           {_head_label(flip)} turns it to {flip['token']!r} ({_margin(flip)})")
         for label, key in (("target up", "target_raised"), ("target down", "target_lowered")):
-            lines.append(f"  {label:12} " + (", ".join(map(_change, of[key])) or "by no head"))
-        lines.append(f"  {'control':12} at most {_change(of['control_largest'])}")
+            lines.append(f"  {label:12} " + (", ".join(map(_signed_change, of[key])) or "by no head"))
+        lines.append(f"  {'control':12} at most {_signed_change(of['control_largest'])}")
         if of["changed_nothing"]:
             lines.append(f"  {'no effect':12} {of['changed_nothing']} ablations changed no element of z")
     if "agreement" in found:
         far, r = found["agreement"]["largest_difference"], found["agreement"]["correlation"]
         lines += [
             "",
-            f"mean - zero at most {_change(far)} on the target" + ("" if r is None else f"; correlation {r:.3f}"),
+            f"mean - zero at most {_signed_change(far)} on the target"
+            + ("" if r is None else f"; correlation {r:.3f}"),
         ]
     if found["layers_without_heads"]:
         without, of_all = ", ".join(map(str, found["layers_without_heads"])), found["layers"]
@@ -145,26 +146,30 @@ def render(found: dict[str, Any]) -> str:
         "",
         f"head means {means['mean']:+.3f} on average, std {means['std']:.3f}, "
         f"from {means['min']:+.3f} to {means['max']:+.3f}; "
-        f"trend {means['trend_slope']:+.4f} a layer (r² {means['trend_r_squared']:.2f})",
+        f"trend {means['trend_slope']:+.4f} per layer (r² {means['trend_r_squared']:.2f})",
     ]
     return "\n".join(lines)
 
 
-def _share(probability: float) -> str:
+def _percent(probability: float) -> str:
     return f"{probability:.1%}" if probability >= 0.0005 else f"{100 * probability:.0e}%"
 
 
-def _at(cell: dict[str, Any]) -> str:
+def _margin(flip: dict[str, Any]) -> str:
+    return f"margin {flip['margin']:.2f}" if flip["margin"] else "a tie"
+
+
+def _head_label(cell: dict[str, Any]) -> str:
     return f"L{cell['layer']}H{cell['head']}"
 
 
-def _change(cell: dict[str, Any]) -> str:
+def _signed_change(cell: dict[str, Any]) -> str:
     points = 100 * cell["change"]
-    return f"{_at(cell)} {points:+.2f} pp" if abs(points) >= 0.005 else f"{_at(cell)} {points:+.0e} pp"
+    return f"{_head_label(cell)} {points:+.2f} pp" if abs(points) >= 0.005 else f"{_head_label(cell)} {points:+.0e} pp"
 
 
 def head_map(heads: HeadMap) -> dict[str, Any]:
-    """Where the heads of a model are, as values that JSON can hold; `projection` is null in a layer without heads."""
+    """Return where the heads are as values that JSON can hold; in a layer without heads, `projection` is None."""
     by_index = {layer.index: layer for layer in heads.layers}
     rows = []
     for index in range(heads.num_layers):
@@ -174,7 +179,7 @@ def head_map(heads: HeadMap) -> dict[str, Any]:
                 "layer": index,
                 "heads": layer.num_heads if layer else 0,
                 "key_value_heads": layer.key_value_heads if layer else 0,
-                "width": layer.head_dim if layer else 0,
+                "head_dim": layer.head_dim if layer else 0,
                 "projection": layer.projection_name if layer else None,
                 "type": type(layer.projection).__name__ if layer else None,
             }
@@ -183,23 +188,23 @@ def head_map(heads: HeadMap) -> dict[str, Any]:
 
 
 def render_head_map(found: dict[str, Any]) -> str:
-    """The map as a table, with one line for all layers that are alike."""
+    """Return the map as a table, with one line for all layers that are alike."""
     alike: dict[tuple[str, ...], list[int]] = {}
     for row in found["layers"]:
         if row["heads"]:
             name = row["projection"].replace(f".{row['layer']}.", ".{layer}.", 1)
-            key = (*(str(row[k]) for k in ("heads", "key_value_heads", "width")), f"{name} ({row['type']})")
+            key = (*(str(row[k]) for k in ("heads", "key_value_heads", "head_dim")), f"{name} ({row['type']})")
         else:
             key = ("none", "", "", "")
         alike.setdefault(key, []).append(row["layer"])
-    lines: list[tuple[str, ...]] = [("layers", "heads", "key/value", "width", "projection")]
+    lines: list[tuple[str, ...]] = [("layers", "heads", "key/value", "head_dim", "projection")]
     lines += [(_ranges(layers), *key) for key, layers in alike.items()]
     widths = [max(map(len, column)) for column in zip(*lines, strict=True)]
     return "\n".join("  ".join(f"{word:{w}}" for word, w in zip(line, widths, strict=True)).rstrip() for line in lines)
 
 
 def _ranges(numbers: Sequence[int]) -> str:
-    """0, 1, 2, 5 as "0-2, 5"; numbers in rising order."""
+    """Return 0, 1, 2, 5 as "0-2, 5". numbers: in ascending order."""
     runs: list[list[int]] = []
     for number in numbers:
         if runs and number == runs[-1][-1] + 1:

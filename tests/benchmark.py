@@ -35,7 +35,7 @@ from transformers.pytorch_utils import Conv1D
 from ablation import provenance
 from ablation.heads import find_heads
 from ablation.imputation import IMPUTATIONS
-from ablation.sweep import SweepResult, sweep, sweep_prompts, sweep_sequential
+from ablation.sweeps import SweepResult, sweep, sweep_prompts, sweep_sequential
 
 ROOT = Path(__file__).parent.parent
 README, PAGE = ROOT / "README.md", ROOT / "tests" / "benchmark.md"
@@ -451,7 +451,7 @@ def growth() -> Iterator[str]:
 
 MEMORY = """
 import pathlib, re, sys, time
-from ablation.sweep import sweep
+from ablation.sweeps import sweep
 from tests.benchmark import SHAPES, build, prompt
 model = build(SHAPES["GPT-2 small"])
 started = time.perf_counter()

@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 
 from ablation.results import SweepResult
-from ablation.sweep import sweep, sweep_sequential
+from ablation.sweeps import sweep, sweep_sequential
 
 IDS = [3, 1, 4, 1, 5]
 """A prompt of five tokens for random decoders."""

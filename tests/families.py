@@ -33,7 +33,7 @@ from ablation.checks.oracles import w_o_block
 from ablation.errors import AblationNotApplied, UnsupportedModel
 from ablation.heads import AttentionLayer, HeadMap, find_heads
 from ablation.hook import HeadAblation
-from ablation.sweep import sweep, sweep_sequential
+from ablation.sweeps import sweep, sweep_sequential
 from tests.test_sweep import ATOL, assert_equal
 
 FAMILIES = tuple(MODEL_FOR_CAUSAL_LM_MAPPING_NAMES)

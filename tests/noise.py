@@ -24,6 +24,7 @@ import torch
 from ablation import models, provenance
 from ablation.experiment import sweep_question
 from ablation.results import SweepResult
+from ablation.sources import NAMED_MODELS
 from tests.golden import FOLDER, agreement, head_means, robustness, sensitivity
 
 FACTOR = 30
@@ -59,7 +60,7 @@ def run(
     loaded = models.load(name, download=False, device="cpu")
     loaded.model.set_attn_implementation(attention)
     loaded.model.to(getattr(torch, dtype))
-    sweep_question(loaded, models.NAMED_MODELS[name].question, max_rows=max_rows or None).save(out)
+    sweep_question(loaded, NAMED_MODELS[name].question, max_rows=max_rows or None).save(out)
 
 
 def in_new_process(name: str, environment: Mapping[str, str] = MappingProxyType({}), **variant: Any) -> SweepResult:

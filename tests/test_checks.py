@@ -1,9 +1,9 @@
-"""The specification bites: wrong implementations fail the check that they should, in words that say what is wrong."""
+"""The specification bites: a wrong implementation fails the check that it should, with a message that says why."""
 
 from __future__ import annotations
 
 import re
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
@@ -14,50 +14,83 @@ import torch
 from hypothesis import settings
 
 from ablation.checks import CHECKS, Case, Decoder, Record, check_implementation, reproduce
-from ablation.checks.cases import CaseSpec, same
+from ablation.checks.assertions import assert_identical
+from ablation.checks.cases import CaseSpec
 from ablation.checks.protocol import FEATURES
+from ablation.checks.runner import requirements_table
 from ablation.heads import AttentionLayer, find_heads
 from ablation.imputation import as_imputation
 from tests.implementations.notebook import Notebook
 from tests.implementations.ours import Ours
 
 ROOT = Path(__file__).parent.parent
+GPT2 = Decoder("gpt2", num_layers=2, num_heads=3, head_dim=2)
+SMALLEST = Decoder("gpt2", num_layers=1, num_heads=1, head_dim=2)
+CASE = Case(GPT2, rows=((3, 1, 4, 1),), heads=((1, 0),))
+SMALLEST_CASE = Case(SMALLEST, rows=((3, 1),), heads=((0, 0),))
+
+POINTING_WORDS = re.compile(
+    r"^(The same|So|Nor|Neither|And|Or|It|This|That|These|They|Likewise|Also)\b|\b(anew|as ever)\b"
+)
+FINITE_VERB = re.compile(
+    r"\b(is|are|does|gives?|equals?|changes?|uses|keeps|leaves|agrees|holds|stays?|remains|permutes|affects?|depends?)\b"
+)
 
 
-def broken(make: Any) -> set[str]:
+def broken(factory: Any) -> set[str]:
     """The checks that an implementation fails; without shrinking, since only the fact counts."""
     profile = settings.get_current_profile_name()
     settings.load_profile("mutants")
     try:
-        return {record.id for record in check_implementation(make) if record.outcome == "failed"}
+        return {record.id for record in check_implementation(factory) if record.outcome == "failed"}
     finally:
         settings.load_profile(profile)
 
 
-def test_ids_are_unique_and_every_requirement_is_one_sentence() -> None:
-    assert len({check.id for check in CHECKS}) == len(CHECKS)
-    for check in CHECKS:
-        assert check.requirement.endswith(".") and check.requirement.count(". ") == 0, check.id
-        assert set(check.needs) <= set(FEATURES), check.id
+# ---- the requirements
+
+
+def test_check_ids_are_unique_and_name_their_chapter() -> None:
+    ids = [check.id for check in CHECKS]
+    assert len(set(ids)) == len(ids)
+    chapters = ("smoke", "identity", "locality", "independence", "oracle", "hygiene", "refusal")
+    assert list(dict.fromkeys(id.partition(".")[0] for id in ids)) == list(chapters)
+
+
+@pytest.mark.parametrize("check", CHECKS, ids=lambda check: check.id)
+def test_requirement_is_one_sentence_that_stands_alone(check: Any) -> None:
+    text = check.requirement
+    assert text[0].isupper() and text.endswith(".") and ". " not in text
+    assert not POINTING_WORDS.search(text), "it points to another sentence"
+    assert FINITE_VERB.search(text), "it has no verb"
+    assert set(check.needs) <= set(FEATURES)
+
+
+def test_documented_requirements_are_the_specification() -> None:
+    page = (ROOT / "docs" / "requirements.md").read_text(encoding="utf-8")
+    assert page == requirements_table(), "run: ablation check --list > docs/requirements.md"
+
+
+# ---- wrong implementations
 
 
 @pytest.mark.mutants
-def test_the_notebooks_hook_fails_where_it_is_wrong_and_nowhere_else() -> None:
-    """It writes in place, takes the mean over the whole batch and its padding, keeps its state in globals.
+def test_notebook_hook_fails_exactly_where_it_is_wrong() -> None:
+    """It writes in place, takes the mean over the whole batch with its padding, and keeps its state in globals.
 
-    And it refuses nothing, and leaves hooks behind where it could not install all.
+    It also validates nothing, and leaves hooks behind if it cannot register all of them.
     """
     assert broken(Notebook) == {
-        *(
-            "locality.input_untouched",
-            "batch",
-            "padding",
-            "locality.padded",
-            "independence.other_models",
-            "hygiene.lifecycle",
-            "hygiene.exception",
-        ),
-        *("refusal.head", "refusal.type", "refusal.imputation"),
+        "locality.padded",
+        "locality.input_untouched",
+        "independence.other_models",
+        "independence.rows",
+        "independence.padding",
+        "hygiene.exception",
+        "hygiene.lifecycle",
+        "refusal.head",
+        "refusal.type",
+        "refusal.imputation",
     }
 
 
@@ -69,18 +102,23 @@ class OffByOne(Ours):
         super().ablate([(layer, (head + 1) % count) for layer, head in heads], imputation)
 
 
-def test_a_hook_that_is_off_by_one_head_is_told_which_head_it_ablates() -> None:
-    case = Case(Decoder("gpt2", num_layers=2, num_heads=3, head_dim=2), rows=((3, 1, 4),), heads=((1, 0),))
+def test_off_by_one_hook_learns_which_head_it_ablates() -> None:
     with pytest.raises(AssertionError) as error:
-        reproduce("locality", OffByOne, case)
+        reproduce("locality", OffByOne, CASE)
     assert str(error.value) == (
-        "OffByOne breaks locality (MUST): At the input of the projections, the target heads' slices and nothing else "
-        "are replaced.\n"
-        "  found: of layer 1, head 0 was to be ablated, but head 1 was changed\n"
+        "OffByOne breaks locality (MUST): At the input of the projections, the slices of the ablated heads are "
+        "replaced and nothing else changes.\n"
+        "  found: in layer 1, head 0 should be ablated, but head 1 was changed\n"
         "  in: gpt2, layer 1 head 0, zero imputation\n"
-        "  again: from ablation.checks import Case, Decoder, reproduce\n"
-        f"  reproduce('locality', OffByOne, {case!r})"
+        "  reproduce: from ablation.checks import Case, Decoder, reproduce\n"
+        f"  reproduce('locality', OffByOne, {CASE!r})"
     )
+
+
+def test_square_case_is_pointed_out() -> None:
+    case = replace(CASE, rows=((3, 1, 4),))
+    with pytest.raises(AssertionError, match=r"head 1 was changed \(the prompt has 3 tokens, as many as the layer has"):
+        reproduce("locality", OffByOne, case)
 
 
 class Silent(Ours):
@@ -90,20 +128,55 @@ class Silent(Ours):
         pass
 
 
-def test_a_hook_that_never_fires_fails_the_smoke_check() -> None:
-    case = Case(Decoder("gpt2", num_layers=2, num_heads=3, head_dim=2), rows=((3, 1, 4),), heads=((1, 0),))
-    what = "ablating layer 1 head 0 changed no logit: nothing is ablated, or the wrong place"
+def test_hook_that_never_fires_fails_the_smoke_check() -> None:
+    what = "ablating layer 1 head 0 changed no logit: the hook ablates nothing, or elsewhere"
     with pytest.raises(AssertionError, match=what):
-        reproduce("smoke", Silent, case)
+        reproduce("smoke", Silent, CASE)
+
+
+class AfterProjection(Ours):
+    """Replaces a slice of the projection's output."""
+
+    def run(self, *args: Any, **inputs: Any) -> torch.Tensor:
+        edits, self.ablation.edits = self.ablation.edits, {}
+        handles = []
+        for layer, heads in edits.items():
+            found = self.ablation.heads.layer(layer)
+            ablated = found.channels(heads[0].head)
+
+            def hook(_: Any, args: Any, out: Any, channels: slice = ablated) -> Any:
+                out = out.clone()
+                out[..., channels] = 0
+                return out
+
+            handles.append(found.projection.register_forward_hook(hook))
+        try:
+            return super().run(*args, **inputs)
+        finally:
+            self.ablation.edits = edits
+            for handle in handles:
+                handle.remove()
+
+
+@pytest.mark.parametrize("imputation", ["zero", "mean"])
+def test_edit_after_the_projection_is_located(imputation: str) -> None:
+    with pytest.raises(
+        AssertionError, match="but the logits changed: the edit is downstream of the projection's input"
+    ):
+        reproduce("locality", AfterProjection, replace(CASE, imputation=imputation))
+    with pytest.raises(AssertionError, match="holds 8 of 8 elements that are not 0"):
+        reproduce("locality", Silent, CASE)
 
 
 class Wrapping:
-    """Ablates without a hook, in a `forward` of its own, which it leaves behind."""
+    """Ablates without a hook, in a `forward` of its own, which it does not remove."""
 
     def __init__(self, model: Any) -> None:
-        self.model, self.heads, self.imputation = model, [], as_imputation("zero")
+        self.model = model
+        self.heads: Sequence[tuple[int, int]] = []
+        self.imputation = as_imputation("zero")
         for layer in find_heads(model).layers:
-            layer.projection.forward = partial(self.forward, layer, layer.projection.forward)
+            layer.projection.forward = partial(self.forward, layer, layer.projection.forward)  # type: ignore[assignment]
 
     def forward(self, layer: AttentionLayer, original: Any, z: torch.Tensor) -> torch.Tensor:
         out = z.clone()
@@ -125,18 +198,17 @@ class Wrapping:
         self.clear()
 
 
-def test_what_a_projection_receives_is_seen_below_a_forward_that_was_put_in_place_of_its_own() -> None:
-    case = Case(
-        Decoder("llama", num_layers=2, num_heads=3, head_dim=2), rows=((3, 1, 4),), heads=((1, 0),), imputation="mean"
-    )
+def test_inputs_are_recorded_below_a_replaced_forward() -> None:
+    case = replace(CASE, decoder=GPT2._replace(family="llama"), imputation="mean")
+    factory: Any = Wrapping
     for check in ("locality", "hygiene.user_hooks"):
-        reproduce(check, Wrapping, case)
+        reproduce(check, factory, case)
     with pytest.raises(AssertionError, match=r"not as it was found: .*layers.0.self_attn.o_proj.forward"):
-        reproduce("hygiene.restored", Wrapping, case)
+        reproduce("hygiene.restored", factory, case)
 
 
 class Tidy(Ours):
-    """Leaves no hook behind, the user's neither."""
+    """Removes all hooks, the user's as well."""
 
     def close(self) -> None:
         super().close()
@@ -144,67 +216,47 @@ class Tidy(Ours):
             module._forward_hooks.clear()
 
 
-def test_a_hook_that_removes_the_users_own_is_told_where() -> None:
-    case = Case(Decoder("gpt2", num_layers=1, num_heads=1, head_dim=2), rows=((3, 1),), heads=((0, 0),))
+def test_removed_user_hook_is_named() -> None:
     with pytest.raises(AssertionError, match="not as it was found: the model._forward_hooks, "):
-        reproduce("hygiene.user_hooks", Tidy, case)
+        reproduce("hygiene.user_hooks", Tidy, SMALLEST_CASE)
 
 
 class Rounding(Ours):
-    """Computes a little otherwise than the model, ablated or not."""
+    """Rounds differently from the model, with and without an ablation."""
 
     def run(self, *args: Any, **inputs: Any) -> torch.Tensor:
         return super().run(*args, **inputs) * (1 + 1e-6)
 
 
-def test_an_effect_is_measured_against_the_implementations_own_clean_run() -> None:
-    case = Case(Decoder("gpt2", num_layers=1, num_heads=1, head_dim=2), rows=((3, 1),), heads=((0, 0),))
-    reproduce("oracle.unread_head", Rounding, case)
-    reproduce("hygiene.lifecycle", Rounding, replace(case, heads=(), steps=(("open",), ("clear",), ("close",))))
-    with pytest.raises(
-        AssertionError, match="the logits before anything is ablated should be the same to the last bit"
-    ):
-        reproduce("identity", Rounding, case)
+def test_effects_are_measured_from_the_own_clean_run() -> None:
+    reproduce("oracle.unread_head", Rounding, SMALLEST_CASE)
+    steps = (("open",), ("clear",), ("close",))
+    reproduce("hygiene.lifecycle", Rounding, replace(SMALLEST_CASE, heads=(), steps=steps))
+    with pytest.raises(AssertionError, match="the logits before anything is ablated should be identical"):
+        reproduce("identity", Rounding, SMALLEST_CASE)
 
 
-def test_a_case_says_how_its_rows_are_padded_where_there_are_several() -> None:
-    decoder = Decoder("gpt2", num_layers=1, num_heads=1, head_dim=2)
-    case = Case(decoder, rows=((3, 1), (4, 1), (5,)), heads=((0, 0),), side="left", pad=9)
+# ---- cases and messages
+
+
+def test_case_describes_its_padding() -> None:
+    case = Case(SMALLEST, rows=((3, 1), (4, 1), (5,)), heads=((0, 0),), side="left", pad=9)
     assert str(case) == "gpt2, layer 0 head 0, zero imputation, rows of 2, 2 and 1 tokens, padded on the left"
     assert case.inputs()["input_ids"].tolist() == [[3, 1], [4, 1], [9, 5]]
     assert str(replace(case, rows=((3, 1), (4, 1)))).endswith(", rows of 2 and 2 tokens")
 
 
-def test_numbers_that_differ_in_their_last_bit_are_shown_to_differ() -> None:
-    for dtype in (torch.float32, torch.float64):
-        one = torch.ones(1, dtype=dtype) / 3
-        with pytest.raises(AssertionError) as error:
-            same(one, one * (1 + torch.finfo(dtype).eps), "a number")
-        shown = re.search(r"is (\S+), should be (\S+)$", str(error.value))
-        assert shown and shown[1] != shown[2]
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+def test_message_shows_a_difference_in_the_last_bit(dtype: torch.dtype) -> None:
+    one = torch.ones(1, dtype=dtype) / 3
+    with pytest.raises(AssertionError) as error:
+        assert_identical(one, one * (1 + torch.finfo(dtype).eps), "a number")
+    shown = re.search(r"is (\S+), should be (\S+)$", str(error.value))
+    assert shown and shown[1] != shown[2]
 
 
-class NoDoubles(Ours):
-    """Claims one dtype less."""
-
-    unsupported: ClassVar[dict[str, str]] = {"float64": "never tried"}
-
-
-def test_a_dtype_that_is_not_claimed_is_not_drawn() -> None:
-    drawn = []
-
-    def record(make: Any, case: Case) -> None:
-        drawn.append(case.decoder.dtype)
-
-    check = replace(next(check for check in CHECKS if check.id == "identity"), function=record)
-    check(NoDoubles)
-    assert set(drawn) == {"float32", "bfloat16"}
-    check = replace(check, cases=CaseSpec(dtypes=("float64",)))
-    assert check.missing(NoDoubles) == "does not support 'float64': never tried"
-
-
-class AsInTheReadme(Ours):
-    """Says nothing of its own about the cache."""
+class AsInTheDocs(Ours):
+    """Passes the model's own default for the cache."""
 
     def run(self, input_ids: torch.Tensor, attention_mask: torch.Tensor | None = None, **inputs: Any) -> torch.Tensor:
         with torch.no_grad():
@@ -212,36 +264,66 @@ class AsInTheReadme(Ours):
 
 
 @pytest.mark.parametrize("check", ["identity", "locality"])
-def test_the_cache_is_off_or_on_for_an_implementation_as_for_the_bare_model(check: str) -> None:
+def test_cache_setting_is_the_same_for_bare_model_and_adapter(check: str) -> None:
     decoder = Decoder("mixtral", num_layers=1, num_heads=2, head_dim=8, attention="eager")
-    reproduce(check, AsInTheReadme, Case(decoder, rows=((0,) * 8, (0,) * 8), heads=((0, 0),)))
+    reproduce(check, AsInTheDocs, Case(decoder, rows=((0,) * 8, (0,) * 8), heads=((0, 0),)))
+
+
+# ---- what an adapter declares
+
+
+class NoDoubles(Ours):
+    """Does not claim one dtype."""
+
+    unsupported: ClassVar[dict[str, str]] = {"float64": "never tried"}
+
+
+def test_unsupported_dtype_is_not_drawn() -> None:
+    drawn = []
+
+    def record(factory: Any, case: Case) -> None:
+        drawn.append(case.decoder.dtype)
+
+    check = replace(next(check for check in CHECKS if check.id == "identity"), function=record)
+    check(NoDoubles)
+    assert set(drawn) == {"float32", "bfloat16"}
+    check = replace(check, cases=CaseSpec(dtypes=("float64",)))
+    assert check.skip_reason(NoDoubles) == "does not support 'float64': never tried"
 
 
 class Misspelt(Ours):
+    """Declares a feature that does not exist."""
+
     unsupported: ClassVar[dict[str, str]] = {"meen": "not written"}
 
 
-def test_what_an_adapter_cannot_do_has_to_be_something_that_is_asked_of_it() -> None:
-    with pytest.raises(ValueError, match="`unsupported` names 'meen', which is none of zero, mean, multiple_heads"):
-        CHECKS[0].missing(Misspelt)
+def test_unknown_declaration_is_an_error() -> None:
+    reason = "`unsupported` names 'meen', which is none of zero, mean, multiple_heads"
+    with pytest.raises(ValueError, match=reason):
+        CHECKS[0].skip_reason(Misspelt)
+    with pytest.raises(ValueError, match=reason):
+        check_implementation(Misspelt)
 
 
 class Unfinished:
+    """Has none of the methods."""
+
     def __init__(self, model: Any) -> None:
         pass
 
 
-def test_a_class_that_is_no_adapter_is_told_what_is_missing() -> None:
-    case = Case(Decoder("gpt2", num_layers=1, num_heads=1, head_dim=2), rows=((3, 1),), heads=((0, 0),))
+def test_incomplete_adapter_learns_what_is_missing() -> None:
+    factory: Any = Unfinished
     with pytest.raises(AssertionError, match="the adapter has no method ablate"):
-        reproduce("smoke", Unfinished, case)
+        reproduce("smoke", factory, SMALLEST_CASE)
 
 
-def test_all_checks_can_be_run_by_one_call_that_raises_nothing() -> None:
+def test_check_implementation_raises_nothing() -> None:
+    factory: Any = Unfinished
     profile = settings.get_current_profile_name()
     settings.load_profile("mutants")  # without shrinking
     try:
-        records = check_implementation(Unfinished, expected_failures={"smoke": "not written yet"})
+        records = check_implementation(factory, expected_failures={"smoke": "not written yet"})
     finally:
         settings.load_profile(profile)
     assert [record.id for record in records] == [check.id for check in CHECKS]
@@ -250,106 +332,6 @@ def test_all_checks_can_be_run_by_one_call_that_raises_nothing() -> None:
     assert all(record.reason.startswith(f"Unfinished breaks {record.id} (") for record in records[1:])
 
 
-HOOK = '''
-from contextlib import contextmanager
-import torch
-
-@contextmanager
-def knock_out(model, heads):
-    """Zero (layer, head) pairs of a GPT-2; no try/finally."""
-    width = model.config.n_embd // model.config.n_head
-    def hook_of(layer):
-        def hook(module, args):
-            z = args[0].clone()
-            for l, h in heads:
-                if l == layer:
-                    z[..., h * width:(h + 1) * width] = 0
-            return (z,)
-        return hook
-    handles = [b.attn.c_proj.register_forward_pre_hook(hook_of(i)) for i, b in enumerate(model.transformer.h)]
-    yield
-    for handle in handles:
-        handle.remove()
-
-class KnockOut:
-    unsupported = {"mean": "not written yet"} | dict.fromkeys(["llama", "qwen3", "gpt_neox", "opt", "mixtral"], "GPT-2 only")
-    def __init__(self, model):
-        self.model, self.heads = model, []
-    def ablate(self, heads, imputation):
-        if imputation != "zero":
-            raise ValueError(f"no imputation {imputation}")
-        for layer, head in heads:
-            if type(layer) is not int or type(head) is not int:
-                raise TypeError("not integers")
-            if not (0 <= layer < self.model.config.n_layer and 0 <= head < self.model.config.n_head):
-                raise IndexError("no such head")
-        self.heads = list(heads)
-    def run(self, input_ids, attention_mask=None, **inputs):
-        with torch.no_grad(), knock_out(self.model, self.heads):
-            return self.model(input_ids, attention_mask=attention_mask, **inputs).logits
-    def clear(self):
-        self.heads = []
-    def close(self):
-        pass
-'''
-THREE_LINES = """
-from ablation.checks import parametrize_with_checks
-from my_hook import KnockOut
-
-@parametrize_with_checks(KnockOut)
-def test_head_ablation(check):
-    check()
-"""
-
-
-FEWER = """
-from hypothesis import settings
-settings.register_profile("fewer", settings.get_profile("ci"), max_examples=3)
-settings.load_profile("fewer")
-"""
-
-
-@pytest.fixture
-def foreign(pytester: pytest.Pytester) -> Iterator[Callable[..., pytest.RunResult]]:
-    """Another project: a hook that is only a context manager, and its test. Runs pytest there, in this process."""
-    pytester.makepyfile(my_hook=HOOK, test_my_hook=THREE_LINES)
-    pytester.makeconftest(FEWER)
-    pytester.syspathinsert(ROOT)
-    profile = settings.get_current_profile_name()
-    yield partial(pytester.runpytest_inprocess, "-p", "no:cacheprovider")
-    settings.load_profile(profile)
-
-
-def test_a_foreign_hook_is_tested_from_its_own_folder_by_three_lines(foreign: Callable[..., pytest.RunResult]) -> None:
-    done = foreign("-q")
-    assert done.ret == pytest.ExitCode.TESTS_FAILED
-    failed = [line for line in done.outlines if line.startswith("FAILED")]
-    assert len(failed) == 1 and "test_head_ablation[hygiene.exception]" in failed[0]
-    output = done.stdout.str()
-    assert "KnockOut breaks hygiene.exception (MUST)" in output
-    assert "the model is not as it was found: transformer.h.0.attn.c_proj._forward_pre_hooks" in output
-    assert re.search(r"in: gpt2, fail [a-z ]+ \d \w+\n", output)  # the minimal example
-
-
-def test_a_foreign_hook_is_tested_by_this_suite_with_a_verdict(foreign: Callable[..., pytest.RunResult]) -> None:
-    Path("known.txt").write_text("# our issue 7\nhygiene.exception  no try/finally yet\n")
-    # Not all of the tests: what they import would be imported a second time.
-    arguments = [
-        str(ROOT / "tests/test_specification.py"),
-        "--hypothesis-profile=mutants",
-        "--implementation",
-        "my_hook:KnockOut",
-    ]
-    done = foreign(
-        *arguments, "-k", "smoke or exception or mean and not sets", "--junitxml=report.xml"
-    )  # three, to be quick
-    assert done.ret == pytest.ExitCode.TESTS_FAILED
-    verdict = done.stdout.str().partition("= head ablation by my_hook:KnockOut =")[2]
-    assert f"1 of 3 requirements hold; {len(CHECKS) - 3} were not run" in verdict
-    assert (
-        "broken: hygiene.exception" in verdict
-        and "not tried: oracle.mean (does not support 'mean': not written" in verdict
-    )
-    assert 'failures="1" skipped="1" tests="3"' in Path("report.xml").read_text()
-    known = foreign(*arguments, "--expected-failures", "known.txt", "-k", "exception or smoke")
-    assert known.ret == pytest.ExitCode.OK and "known to be broken: hygiene.exception" in known.stdout.str()
+def test_expected_failures_must_name_checks() -> None:
+    with pytest.raises(ValueError, match="expected_failures names no check: zero"):
+        check_implementation(Ours, expected_failures={"zero": "it is"})

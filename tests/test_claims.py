@@ -9,8 +9,8 @@ from typing import Any
 import numpy as np
 import pytest
 
-from ablation.models import NAMED_MODELS, LoadedModel
 from ablation.results import SweepResult
+from ablation.sources import NAMED_MODELS, LoadedModel
 from tests.claims import CHECKS, check, claims_of
 
 PUBLISHED = claims_of("gpt2")

@@ -1,4 +1,4 @@
-"""The command line, as a person meets it."""
+"""The command line, as a user meets it."""
 
 from __future__ import annotations
 
@@ -41,7 +41,7 @@ FILES = {
 }
 
 
-def test_alone_it_sweeps_capitals_and_writes_beside_itself(run: Run) -> None:
+def test_sweep_defaults(run: Run) -> None:
     status, out, err = run()
     assert (status, err) == (0, "")
     assert "capitals: 'Berlin is the capital of'" in out
@@ -53,62 +53,62 @@ def test_alone_it_sweeps_capitals_and_writes_beside_itself(run: Run) -> None:
     assert result.provenance["watched"] == [" Germany", " France"]
 
 
-def test_a_terminal_that_cannot_show_a_token_is_shown_its_escape(tmp_path: Path) -> None:
-    command = [sys.executable, "-m", "ablation", "sweep", "--impute", "zero", "--out", str(tmp_path)]
+def test_undisplayable_token_is_escaped(tmp_path: Path) -> None:
+    command = [sys.executable, "-m", "ablation", "sweep", "--imputation", "zero", "--out", str(tmp_path)]
     environment = os.environ | {"PYTHONIOENCODING": "ascii"}
     done = subprocess.run(command, capture_output=True, text=True, env=environment)
     assert done.returncode == 0 and "r\\xb2" in done.stdout, done.stderr
 
 
-def test_a_control_that_is_the_prediction_needs_a_target(run: Run) -> None:
-    status, _, err = run("--prompt", "Berlin is the capital of", "--control", " Germany", "--impute", "zero")
+def test_control_that_is_the_prediction_needs_a_target(run: Run) -> None:
+    status, _, err = run("--prompt", "Berlin is the capital of", "--control", " Germany", "--imputation", "zero")
     assert status == 2 and "the control, ' Germany', is the model's own prediction" in err
 
 
-def test_findings_can_be_had_as_json(run: Run) -> None:
-    status, out, _ = run("--json", "--impute", "zero", "--out", "elsewhere/deep")
+def test_json_holds_findings_and_provenance(run: Run) -> None:
+    status, out, _ = run("--json", "--imputation", "zero", "--out", "elsewhere/deep")
     found = json.loads(out)
     assert status == 0 and found["imputations"]["zero"]["kept"] == 144 and found["provenance"]["model"] == "capitals"
     assert {path.name for path in Path("elsewhere/deep").iterdir()} == FILES - {"difference.png"}
 
 
-def test_it_runs_on_the_device_and_in_the_dtype_that_are_asked_for(run: Run) -> None:
-    status, out, _ = run("--device", "cpu", "--dtype", "bfloat16", "--impute", "zero", "--json")
+def test_device_and_dtype_options_apply(run: Run) -> None:
+    status, out, _ = run("--device", "cpu", "--dtype", "bfloat16", "--imputation", "zero", "--json")
     made = json.loads(out)["provenance"]
     assert (status, made["device"], made["dtype"], made["method"]) == (0, "cpu", "bfloat16", "growing batch")
 
 
-def test_a_prompt_of_ones_own_is_about_what_the_model_itself_predicts(run: Run) -> None:
+def test_own_prompt_follows_the_models_prediction(run: Run) -> None:
     status, out, _ = run("--prompt", "Paris is the capital of", "--json")
     found = json.loads(out)
     assert status == 0 and found["clean"]["prediction"] == " France"
     assert found["clean"]["target"]["token"] == " France" and found["clean"]["control"]["token"] == " the"
 
 
-def test_flips_are_named_with_the_token_they_turn_to(run: Run) -> None:
-    status, out, _ = run("--prompt", "The capital of Iraq is Baghdad. The", "--json", "--impute", "zero")
+def test_flips_name_the_new_token(run: Run) -> None:
+    status, out, _ = run("--prompt", "The capital of Iraq is Baghdad. The", "--json", "--imputation", "zero")
     assert status == 0
     found = json.loads(out)["imputations"]["zero"]
     assert found["kept"] + len(found["flips"]) == 144
-    status, out, _ = run("--prompt", "The capital of Iraq is Baghdad. The", "--impute", "zero")
+    status, out, _ = run("--prompt", "The capital of Iraq is Baghdad. The", "--imputation", "zero")
     for flip in found["flips"]:
         assert f"L{flip['layer']}H{flip['head']} turns it to {flip['token']!r}" in out
 
 
-def test_a_folder_that_is_used_again_holds_nothing_of_the_sweep_before(run: Run) -> None:
+def test_reused_folder_holds_only_the_last_sweep(run: Run) -> None:
     run("--out", "out")
-    run("--out", "out", "--impute", "mean")
+    run("--out", "out", "--imputation", "mean")
     assert {path.name for path in Path("out").iterdir()} == FILES - {"difference.png"}
 
 
-def test_a_local_folder_is_swept(run: Run, folder: Path) -> None:  # noqa: F811
+def test_local_folder_is_swept(run: Run, folder: Path) -> None:  # noqa: F811
     status, out, _ = run("--model", str(folder), "--prompt", "Berlin is the capital of", "--json")
     assert status == 0 and json.loads(out)["heads"] == 6
     assert Path("ablation-model").is_dir()
 
 
-def test_gpt2_by_name_asks_the_published_question(run: Run, folder: Path) -> None:  # noqa: F811
-    """The code path of GPT-2 small, on random weights of its shape but smaller."""
+def test_gpt2_by_name_uses_the_published_question(run: Run, folder: Path) -> None:  # noqa: F811
+    """The code path of GPT-2 small, on smaller random weights."""
     status, out, _ = run("--model", f"gpt2={folder}", "--json", "--out", "out")
     found = json.loads(out)
     assert status == 0 and found["provenance"]["prompt"] == "Berlin is the capital of"
@@ -131,11 +131,11 @@ def test_gpt2_by_name_asks_the_published_question(run: Run, folder: Path) -> Non
         (["--model", "gtp2"], "gtp2 has no prompt of its own: pass one with --prompt"),
         (["--target", ""], "'' is not one token but 0"),
         (["--target", " France"], "target and control are the same token, ' France'"),
-        (["--max-rows", "1"], "max_rows is 1"),
+        (["--max-rows", "1"], "--max-rows is 1"),
         (["--out", "/dev/null/out"], "/dev/null"),
     ],
 )
-def test_bad_input_ends_in_one_line_and_status_2_with_nothing_written(
+def test_bad_input_is_one_line_and_writes_nothing(
     run: Run,
     hub: Hub,  # noqa: F811
     arguments: list[str],
@@ -149,13 +149,13 @@ def test_bad_input_ends_in_one_line_and_status_2_with_nothing_written(
     assert not list(Path().rglob("*"))
 
 
-def test_a_damaged_model_ends_in_one_line(run: Run, folder: Path) -> None:  # noqa: F811
+def test_damaged_model_is_one_line(run: Run, folder: Path) -> None:  # noqa: F811
     (folder / "model.safetensors").write_bytes(b"\0" * 100)
     status, out, err = run("--model", str(folder), "--prompt", "Berlin is")
     assert (status, out) == (2, "") and "SafetensorError" in err and err.count("\n") == 1
 
 
-def test_an_output_that_is_a_file_ends_in_one_line_and_is_left_alone(run: Run) -> None:
+def test_output_that_is_a_file_is_kept(run: Run) -> None:
     Path("file").write_text("mine")
     status, out, err = run("--out", "file")
     assert (status, out) == (2, "") and "file" in err and err.count("\n") == 1
@@ -163,26 +163,27 @@ def test_an_output_that_is_a_file_ends_in_one_line_and_is_left_alone(run: Run) -
 
 
 @pytest.mark.parametrize("where", [(experiment, "sweep"), (figures, "draw")])
-def test_interrupted_it_writes_nothing(run: Run, monkeypatch: pytest.MonkeyPatch, where: tuple[Any, str]) -> None:
+def test_interrupt_writes_nothing(run: Run, monkeypatch: pytest.MonkeyPatch, where: tuple[Any, str]) -> None:
     def interrupt(*_: Any, **__: Any) -> None:
         raise KeyboardInterrupt
 
     monkeypatch.setattr(*where, interrupt)
     status, out, err = run()
-    assert (status, out, err) == (130, "", "ablation: interrupted, nothing written\n")
+    assert (status, err) == (130, "ablation: interrupted, nothing written\n")
+    assert bool(out) == (where == (figures, "draw")), "a finished sweep is printed before it is drawn"
     assert not list(Path().iterdir())
 
 
 @pytest.mark.parametrize("out", ["file", "file/deep"])
-def test_a_file_where_the_folder_should_be_is_said_before_the_work(run: Run, out: str) -> None:
+def test_file_in_place_of_the_output_folder_is_one_line(run: Run, out: str) -> None:
     Path("file").touch()
     status, printed, err = run("--out", out)
     assert (status, printed) == (2, "")
     assert re.fullmatch(f"ablation: cannot write to {out}: .*file is not a folder\n", err)
 
 
-def test_it_ends_quietly_when_nobody_reads_on() -> None:
-    command = [sys.executable, "-m", "ablation", "heads", "capitals", "--json"]
+def test_closed_output_ends_quietly() -> None:
+    command = [sys.executable, "-m", "ablation", "heads", "--json"]
     with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE) as process:
         assert process.stdout and process.stderr
         process.stdout.close()
@@ -190,7 +191,7 @@ def test_it_ends_quietly_when_nobody_reads_on() -> None:
     assert process.returncode == 141
 
 
-def test_what_stood_in_the_folder_before_is_kept_when_the_next_sweep_fails(run: Run) -> None:
+def test_failed_sweep_keeps_the_previous_result(run: Run) -> None:
     run("--out", "out")
     before = {path: path.read_bytes() for path in Path("out").iterdir()}
     status, _, _ = run("--out", "out", "--target", "nonsense")
@@ -198,26 +199,26 @@ def test_what_stood_in_the_folder_before_is_kept_when_the_next_sweep_fails(run: 
     assert {path: path.read_bytes() for path in Path("out").iterdir()} == before
 
 
-def test_heads_shows_the_map_of_a_model_without_its_weights(
+def test_heads_needs_no_weights(
     folder: Path,  # noqa: F811
     capsys: pytest.CaptureFixture[str],
 ) -> None:
     (folder / "model.safetensors").unlink()
-    assert main(["heads", str(folder)]) == 0
+    assert main(["heads", "--model", str(folder)]) == 0
     out = capsys.readouterr().out
     assert "GPT2LMHeadModel, 6 heads in 2 layers" in out
     assert re.search(r"0-1 +3 +3 +\d+ +transformer\.h\.\{layer\}\.attn\.c_proj \(Conv1D\)", out)
 
 
-def test_heads_gives_the_map_layer_by_layer_as_json(capsys: pytest.CaptureFixture[str]) -> None:
-    assert main(["heads", "capitals", "--json"]) == 0
+def test_heads_prints_json_layer_by_layer(capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["heads", "--json"]) == 0
     found = json.loads(capsys.readouterr().out)
     assert (found["model"], found["architecture"], found["heads"]) == ("capitals", "GPT2LMHeadModel", 144)
     assert found["layers"][3] == {
         "layer": 3,
         "heads": 12,
         "key_value_heads": 12,
-        "width": 8,
+        "head_dim": 8,
         "projection": "transformer.h.3.attn.c_proj",
         "type": "Conv1D",
     }
@@ -230,7 +231,7 @@ def test_heads_gives_the_map_layer_by_layer_as_json(capsys: pytest.CaptureFixtur
         (None, "cannot load a model from model: it does not exist"),
     ],
 )
-def test_heads_of_a_model_that_is_refused_are_one_line_and_status_2(
+def test_heads_of_a_refused_model_is_one_line(
     tmp_path: Path,
     monkeypatch: pytest.MonkeyPatch,
     capsys: pytest.CaptureFixture[str],
@@ -240,24 +241,75 @@ def test_heads_of_a_model_that_is_refused_are_one_line_and_status_2(
     monkeypatch.chdir(tmp_path)
     if config is not None:
         config.save_pretrained("model")
-    assert main(["heads", "./model"]) == 2
+    assert main(["heads", "--model", "./model"]) == 2
     out, err = capsys.readouterr()
     assert out == "" and err.startswith("ablation: ") and reason in err and err.count("\n") == 1
 
 
-def test_layers_that_are_alike_are_shown_in_runs() -> None:
+def test_ranges_join_consecutive_numbers() -> None:
     assert report._ranges([0, 1, 2, 4, 6, 7]) == "0-2, 4, 6-7"
 
 
-@pytest.mark.parametrize("command", ["sweep", "heads"])
-def test_help_answers_without_importing_torch(command: str) -> None:
-    code = f"import sys, ablation.cli as c\ntry: c.main(['{command}', '--help'])\n"
-    code += "finally: assert 'torch' not in sys.modules"
+def modules_after(*arguments: str) -> tuple[int, str, set[str]]:
+    """Run the command line in a process of its own. Returns its status, its output, and its heavy imports."""
+    code = (
+        "import sys, ablation.cli as cli\n"
+        f"try: status = cli.main({list(arguments)!r})\n"
+        "except SystemExit as end: status = end.code\n"
+        "heavy = {'torch', 'transformers', 'matplotlib', 'numpy', 'hypothesis'} & set(sys.modules)\n"
+        "print('imported:', *heavy, file=sys.stderr)\n"
+        "sys.exit(status)"
+    )
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
-    assert done.returncode == 0, done.stderr
-    assert "model" in done.stdout and ("examples:" in done.stdout) == (command == "sweep")
+    message, _, modules = done.stderr.rpartition("imported:")
+    return done.returncode, done.stdout + message, set(modules.split())
 
 
-def test_it_runs_as_a_module() -> None:
+@pytest.mark.parametrize("command", ["sweep", "heads", "check"])
+def test_help_imports_no_torch(command: str) -> None:
+    status, out, modules = modules_after(command, "--help")
+    assert (status, modules) == (0, set())
+    assert "usage: ablation" in out and ("examples:" in out) == (command == "sweep")
+
+
+@pytest.mark.parametrize(
+    ("arguments", "reason"),
+    [
+        (["sweep", "--model", "./nowhere"], "cannot load a model from nowhere: it does not exist"),
+        (["sweep", "--model", "nowhere.gguf", "--prompt", "x"], "cannot load a model from nowhere.gguf"),
+        (["sweep", "--model", "gpt2=nowhere"], "cannot load a model from nowhere"),
+        (["sweep", "--model", "."], "cannot load a model from .: it has no config.json"),
+        (["sweep", "--model", "some/model"], "some/model has no prompt of its own"),
+        (["sweep", "--prompt", " "], "the prompt is empty"),
+        (["sweep", "--max-rows", "1"], "--max-rows is 1"),
+        (["sweep", "--max-rows", "few"], "invalid int value: 'few'"),
+        (["sweep", "--imputation", "median"], "invalid choice: 'median'"),
+        (["sweep", "--out", "/dev/null/out"], "cannot write to /dev/null/out"),
+        (["heads", "--model", "./nowhere"], "cannot load a model from nowhere"),
+        (["check"], "name an adapter"),
+        (["--version", "sweep"], "ablation 0."),
+    ],
+)
+def test_argument_errors_precede_heavy_imports(arguments: list[str], reason: str, tmp_path: Path) -> None:
+    status, out, modules = modules_after(*arguments)
+    assert reason in out and modules == set()
+    assert status == (0 if arguments[0] == "--version" else 2)
+
+
+def test_package_runs_as_a_module() -> None:
     done = subprocess.run([sys.executable, "-m", "ablation"], capture_output=True, text=True)
     assert done.returncode == 2 and "usage: ablation" in done.stderr
+
+
+@pytest.mark.parametrize(
+    "code",
+    [
+        "from ablation import sweep; from ablation.sweeps import sweep as other; assert sweep is other",
+        "import ablation.sweeps; from ablation import sweep; assert callable(sweep)",
+        "import ablation; assert [getattr(ablation, name) for name in ablation.__all__]; assert ablation.__version__",
+        "import ablation, sys; ablation.AblationError; assert 'torch' not in sys.modules",
+    ],
+)
+def test_public_names_are_imported_lazily(code: str) -> None:
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr

@@ -13,8 +13,9 @@ from ablation import models
 from ablation.checks.decoders import Decoder
 from ablation.errors import ModelUnavailable
 from ablation.hook import HeadAblation
+from ablation.prompts import prompt_ids
 from ablation.provenance import weights_sha256
-from ablation.sweep import sweep
+from ablation.sweeps import sweep
 from tests.comparing import IDS, assert_results_equal
 from tests.test_hook import hooks_of, logits
 
@@ -65,7 +66,7 @@ def test_model_loads_with_the_requested_device_and_dtype(device: str, dtype: tor
         pytest.skip("MPS has no float64")
     loaded = models.load("capitals", device=device, dtype=dtype)
     assert {p.dtype for p in loaded.model.parameters()} == {dtype} and not loaded.model.training
-    result = sweep(loaded.model, models.prompt_ids(loaded.tokenizer, "Berlin is the capital of"))
+    result = sweep(loaded.model, prompt_ids(loaded.tokenizer, "Berlin is the capital of"))
     assert result.provenance["dtype"] == str(dtype).removeprefix("torch.")
     expected = AVAILABLE if device == "auto" else device
     assert torch.device(result.provenance["device"]).type == expected and (result.calls == 1).all()

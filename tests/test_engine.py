@@ -21,7 +21,7 @@ from ablation.errors import AblationNotApplied, InvalidAblation, InvalidHead, Un
 from ablation.heads import find_heads
 from ablation.hook import Ablation, HeadAblation
 from ablation.imputation import Imputation
-from ablation.sweep import sweep, sweep_sequential
+from ablation.sweeps import sweep, sweep_sequential
 from tests.comparing import ATOL, IDS, assert_falls_back, assert_results_equal
 from tests.test_hook import Twice, hooks_of, logits
 

@@ -19,7 +19,7 @@ from ablation.checks.decoders import Decoder
 from ablation.errors import InvalidHead
 from ablation.heads import find_heads
 from ablation.hook import HeadAblation
-from ablation.sweep import SweepResult, sweep, sweep_sequential
+from ablation.sweeps import SweepResult, sweep, sweep_sequential
 from tests.families import build, logits
 from tests.test_figures import assert_composed, drawn, texts_of  # noqa: F401 (fixture)
 from tests.test_sweep import ATOL, IDS, assert_equal, assert_noticed

@@ -10,7 +10,7 @@ from ablation.checks.decoders import Decoder, randomised
 from ablation.engine import _check_agreement
 from ablation.growing import BatchMismatch
 from ablation.measure import CHUNK_ROWS, lowest_best, summarise_logits, tie_tolerance
-from ablation.sweep import sweep
+from ablation.sweeps import sweep
 from tests.comparing import IDS
 
 GPT2 = Decoder("gpt2", num_layers=2, num_heads=3, head_dim=2)

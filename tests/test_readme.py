@@ -14,7 +14,7 @@ from transformers import Qwen3NextConfig
 from ablation.checks import CHECKS
 from ablation.cli import main
 from ablation.errors import ModelUnavailable
-from ablation.models import NAMED_MODELS
+from ablation.sources import NAMED_MODELS
 from tests.families import tiny
 
 README = (Path(__file__).parent.parent / "README.md").read_text(encoding="utf-8")

@@ -21,7 +21,7 @@ from ablation.errors import (
     UnsupportedModel,
 )
 from ablation.hook import HeadAblation
-from ablation.sweep import sweep, sweep_sequential
+from ablation.sweeps import sweep, sweep_sequential
 
 IDS = [3, 1, 4, 1, 5]
 Act = Callable[[PreTrainedModel], object]

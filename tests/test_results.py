@@ -11,7 +11,7 @@ import pytest
 
 from ablation.checks.decoders import Decoder
 from ablation.results import SweepResult
-from ablation.sweep import sweep
+from ablation.sweeps import sweep
 from tests.comparing import IDS, arrays
 
 GPT2 = Decoder("gpt2", num_layers=2, num_heads=3, head_dim=2)

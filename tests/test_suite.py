@@ -16,7 +16,7 @@ from typing import Any
 import numpy as np
 import pytest
 
-from ablation.models import NAMED_MODELS
+from ablation.sources import NAMED_MODELS
 from tests import golden as golden_module
 from tests.golden import Golden, agreement, differences, robustness
 from tests.noise import FACTOR, as_toml

@@ -16,7 +16,7 @@ from ablation.errors import InvalidPrompt, NonFiniteLogits
 from ablation.heads import find_heads
 from ablation.hook import HeadAblation
 from ablation.imputation import Imputation
-from ablation.sweep import sweep, sweep_prompts, sweep_sequential
+from ablation.sweeps import sweep, sweep_prompts, sweep_sequential
 from tests.comparing import ATOL, IDS, arrays, assert_results_equal
 from tests.test_hook import hooks_of, logits
 

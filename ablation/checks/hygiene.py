@@ -148,7 +148,8 @@ exception = LifecycleCheck(
 
 lifecycle = LifecycleCheck(
     "hygiene.lifecycle",
-    "Opened, ablated, cleared, nested, replaced and closed in any order, an implementation does what the last call asked.",
+    "Opened, ablated, cleared, nested, replaced and closed in any order, an implementation does what the last call "
+    "asks.",
     replay,
     CaseSpec(max_heads=2),
     explicit_sequences=(

@@ -61,8 +61,8 @@ def zero_deep(factory: Factory, case: Case) -> None:
 
 @check(
     "oracle.mean",
-    "Mean imputation gives the logits of a model whose W_O has zeros where it reads the head, and whose bias has gained "
-    "the head's mean times the sum of that block over its inputs.",
+    "Mean imputation gives the logits of a model whose W_O has zeros where it reads the head, and whose bias has "
+    "gained the head's mean times the sum of that block over its inputs.",
     cases=CaseSpec(imputations=("mean",)),
     needs=("mean",),
 )

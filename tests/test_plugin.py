@@ -1,0 +1,231 @@
+"""The specification from outside: the pytest plugin, three lines in a user's tests, and `ablation check`."""
+
+from __future__ import annotations
+
+import re
+import subprocess
+import sys
+from collections.abc import Callable, Iterator
+from functools import partial
+from pathlib import Path
+
+import pytest
+from hypothesis import settings
+
+from ablation.checks import CHECKS
+from ablation.checks.runner import requirements_table
+from ablation.cli import main
+
+ROOT = Path(__file__).parent.parent
+
+HOOK = '''
+from contextlib import contextmanager
+import torch
+
+@contextmanager
+def knock_out(model, heads):
+    """Zero (layer, head) pairs of a GPT-2; no try/finally."""
+    head_dim = model.config.n_embd // model.config.n_head
+    def hook_of(layer):
+        def hook(module, args):
+            z = args[0].clone()
+            for l, h in heads:
+                if l == layer:
+                    z[..., h * head_dim:(h + 1) * head_dim] = 0
+            return (z,)
+        return hook
+    handles = [b.attn.c_proj.register_forward_pre_hook(hook_of(i)) for i, b in enumerate(model.transformer.h)]
+    yield
+    for handle in handles:
+        handle.remove()
+
+class KnockOut:
+    unsupported = {"mean": "not written yet"}
+    unsupported |= dict.fromkeys(["llama", "qwen3", "gpt_neox", "opt", "mixtral"], "GPT-2 only")
+    def __init__(self, model):
+        self.model, self.heads = model, []
+    def ablate(self, heads, imputation):
+        if imputation != "zero":
+            raise ValueError(f"no imputation {imputation}")
+        for layer, head in heads:
+            if type(layer) is not int or type(head) is not int:
+                raise TypeError("not integers")
+            if not (0 <= layer < self.model.config.n_layer and 0 <= head < self.model.config.n_head):
+                raise IndexError("no such head")
+        self.heads = list(heads)
+    def run(self, input_ids, attention_mask=None, **inputs):
+        with torch.no_grad(), knock_out(self.model, self.heads):
+            return self.model(input_ids, attention_mask=attention_mask, **inputs).logits
+    def clear(self):
+        self.heads = []
+    def close(self):
+        pass
+
+class Nothing(KnockOut):
+    unsupported = {"zero": "another imputation", "mean": "another imputation"}
+
+class Hopeless:
+    unsupported = {"meen": "misspelt"}
+'''
+THREE_LINES = """
+from ablation.checks import parametrize_with_checks
+from my_hook import KnockOut
+
+@parametrize_with_checks(KnockOut, expected_failures={"locality": "it holds"})
+def test_head_ablation(check):
+    check()
+"""
+FEWER = """
+from hypothesis import settings
+settings.register_profile("fewer", settings.get_profile("ci"), max_examples=3)
+settings.load_profile("fewer")
+"""
+
+
+@pytest.fixture
+def user_folder(pytester: pytest.Pytester) -> Iterator[Path]:
+    """Another project's folder: a hook that is a context manager, an adapter, and a test that would fail."""
+    pytester.makepyfile(my_hook=HOOK, test_my_hook=THREE_LINES, test_other="def test_other():\n    assert False")
+    pytester.makeconftest(FEWER)
+    pytester.syspathinsert(ROOT)
+    profile = settings.get_current_profile_name()
+    yield pytester.path
+    settings.load_profile(profile)
+
+
+Run = Callable[..., pytest.RunResult]
+
+
+@pytest.fixture
+def run_pytest(user_folder: Path, pytester: pytest.Pytester) -> Run:
+    """Runs pytest in the user's folder, in this process."""
+    return partial(pytester.runpytest_inprocess, "-p", "no:cacheprovider")
+
+
+# ---- in the user's own tests
+
+
+def test_three_lines_check_a_hook(run_pytest: Run) -> None:
+    done = run_pytest("-q", "test_my_hook.py")
+    assert done.ret == pytest.ExitCode.TESTS_FAILED
+    failed = [line for line in done.outlines if line.startswith("FAILED")]
+    assert len(failed) == 2
+    assert "test_head_ablation[locality]" in failed[0] and "test_head_ablation[hygiene.exception]" in failed[1]
+    output = done.stdout.str()
+    assert "locality passes, but is expected to fail: it holds" in output
+    assert "KnockOut breaks hygiene.exception (MUST)" in output
+    assert "the model is not as it was found: transformer.h.0.attn.c_proj._forward_pre_hooks" in output
+    assert re.search(r"in: gpt2, fail [a-z ]+ \d \w+\n", output)  # the shortest sequence of steps
+    assert "Traceback" not in output and len(done.outlines) < 60
+
+
+# ---- the plugin
+
+
+@pytest.fixture
+def run_plugin(run_pytest: Run) -> Run:
+    return partial(run_pytest, "-p", "ablation.checks.plugin", "--hypothesis-profile=mutants", "--implementation")
+
+
+def test_plugin_runs_the_specification_and_nothing_else(run_plugin: Run) -> None:
+    done = run_plugin(
+        "my_hook:KnockOut", "-k", "smoke or exception or mean and not sets", "--junitxml=report.xml"
+    )  # three, to be quick
+    assert done.ret == pytest.ExitCode.TESTS_FAILED
+    head, _, verdict = done.stdout.str().partition("= head ablation by my_hook:KnockOut =")
+    assert "implementation: my_hook:KnockOut" in head and "test_other" not in head
+    assert f"2 of 3 requirements hold; {len(CHECKS) - 3} were not run" not in verdict
+    assert f"1 of 3 requirements hold; {len(CHECKS) - 3} were not run" in verdict
+    assert "broken: hygiene.exception" in verdict
+    assert "not tried: oracle.mean (does not support 'mean': not written yet)" in verdict
+    assert 'failures="1" skipped="1" tests="3"' in Path("report.xml").read_text()
+
+
+@pytest.mark.parametrize(
+    ("known", "status", "verdict"),
+    [
+        ("hygiene.exception  no try/finally yet", pytest.ExitCode.OK, "known to be broken: hygiene.exception"),
+        (
+            "smoke  it starts",
+            pytest.ExitCode.TESTS_FAILED,
+            "no longer broken, so remove it from the expected failures: smoke",
+        ),
+    ],
+)
+def test_expected_failures_are_part_of_the_verdict(
+    known: str, status: pytest.ExitCode, verdict: str, run_plugin: Run
+) -> None:
+    Path("known.txt").write_text(f"# our issue 7\n\n{known}\n")
+    selection = "exception or smoke" if status == pytest.ExitCode.OK else "smoke"
+    done = run_plugin("my_hook:KnockOut", "--expected-failures", "known.txt", "-k", selection)
+    assert done.ret == status and verdict in done.stdout.str()
+
+
+def test_run_that_tries_no_check_fails(run_plugin: Run) -> None:
+    done = run_plugin("my_hook:Nothing", "-k", "oracle or smoke")
+    assert done.ret == pytest.ExitCode.TESTS_FAILED
+    assert "no check was tried, so this run fails" in done.stdout.str()
+
+
+@pytest.mark.parametrize(
+    ("options", "reason"),
+    [
+        (["nowhere:X"], "--implementation nowhere:X: No module named 'nowhere'; it should be MODULE:CLASS"),
+        (["my_hook:X"], "--implementation my_hook:X: module 'my_hook' has no attribute 'X'; it should be MODULE:CLASS"),
+        (["my_hook"], "it should be MODULE:CLASS"),
+        (["my_hook:__name__"], "it is no class; it should be MODULE:CLASS"),
+        (["broken:X"], "--implementation broken:X: ZeroDivisionError: division by zero"),
+        (["my_hook:Hopeless"], "`unsupported` names 'meen', which is none of zero, mean"),
+        (["my_hook:KnockOut", "--expected-failures", "no.txt"], "No such file or directory"),
+        (["my_hook:KnockOut", "--expected-failures", "bad.txt"], "'zero' is not the id of a check, or no reason"),
+    ],
+)
+def test_bad_option_is_one_line(options: list[str], reason: str, run_plugin: Run) -> None:
+    Path("bad.txt").write_text("zero it is\n")
+    Path("broken.py").write_text("1 / 0\n")
+    done = run_plugin(*options)
+    assert done.ret == pytest.ExitCode.USAGE_ERROR
+    assert reason in done.stderr.str() and "Traceback" not in done.stderr.str()
+
+
+def test_plugin_alone_imports_no_torch() -> None:
+    code = "import sys, ablation.checks.plugin; sys.exit('torch' in sys.modules or 'hypothesis' in sys.modules)"
+    assert subprocess.run([sys.executable, "-c", code], cwd=ROOT).returncode == 0
+
+
+# ---- ablation check
+
+
+def check_command(*arguments: str) -> tuple[int, str]:
+    """Run `ablation check` as a process of its own, in this folder."""
+    command = [
+        sys.executable,
+        "-c",
+        f"import sys; sys.path.insert(0, {str(ROOT)!r}); import ablation.cli as c; sys.exit(c.main())",
+    ]
+    done = subprocess.run([*command, "check", *arguments], capture_output=True, text=True)
+    return done.returncode, done.stdout + done.stderr
+
+
+def test_check_command_ignores_the_folders_configuration(user_folder: Path) -> None:
+    Path("pytest.ini").write_text("[pytest]\naddopts = --nonsense\n")
+    Path("conftest.py").write_text("1 / 0\n")
+    status, output = check_command("my_hook:KnockOut", "-k", "smoke or type", "--junit-xml", "report.xml")
+    assert status == 0 and "2 of 2 requirements hold" in output
+    assert 'failures="0" skipped="0" tests="2"' in Path("report.xml").read_text()
+
+
+def test_check_command_needs_an_adapter(capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["check"]) == 2
+    assert "name an adapter, as MODULE:CLASS, or use --list" in capsys.readouterr().err
+
+
+def test_check_command_lists_the_requirements(capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["check", "--list"]) == 0
+    assert capsys.readouterr().out == requirements_table()
+
+
+def test_missing_extra_is_named(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    monkeypatch.setitem(sys.modules, "hypothesis", None)
+    assert main(["check", "my_hook:KnockOut"]) == 2
+    assert "pip install 'head-ablation[checks]'" in capsys.readouterr().err
