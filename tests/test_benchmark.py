@@ -1,4 +1,4 @@
-"""The benchmark measures what it says; its times are no tests."""
+"""The benchmark measures what it says. Its times are not tested."""
 
 from __future__ import annotations
 
@@ -7,8 +7,10 @@ import torch
 from transformers import GPT2Config, LlamaConfig, PretrainedConfig
 
 from ablation.heads import find_heads
-from tests import benchmark
-from tests.benchmark import SWEEP, Multiplication, multiplications, timed
+from tests.benchmark import measuring
+from tests.benchmark.measuring import Multiplication, multiplication_time, multiplications, timed
+from tests.benchmark.tables import comparison
+from tests.benchmark.ways import SWEEP, WAYS, build
 
 GPT2 = GPT2Config(vocab_size=41, n_embd=6, n_layer=2, n_head=3, n_positions=16, bos_token_id=None, eos_token_id=None)
 LLAMA = LlamaConfig(
@@ -24,26 +26,24 @@ LLAMA = LlamaConfig(
 
 
 @pytest.mark.parametrize("config", [GPT2, LLAMA], ids=["gpt2", "llama"])
-def test_every_way_gives_what_the_sweep_gives(config: PretrainedConfig) -> None:
-    model = benchmark.build(config)
+def test_every_way_agrees_with_the_sweep(config: PretrainedConfig) -> None:
+    model = build(config)
     cells = 2 * 2 * find_heads(model).shape[1]
     with torch.no_grad():
         measured = timed(model, [3, 1, 4], rounds=1, parts=1, pattern="sweep|double|invokes|Captum")
     assert len(measured.cells) == cells and SWEEP in measured.seconds and "double loop" in str(measured.seconds)
-    assert len(list(benchmark.comparison(measured))) == 2 + len(measured.seconds) + 1
+    assert len(list(comparison(measured))) == 2 + len(measured.seconds) + 1
 
 
-def test_a_way_that_gives_something_else_is_not_timed(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setitem(
-        benchmark.WAYS, "double loop", ("", lambda model, ids, cells: iter(torch.zeros(len(cells), 41)))
-    )
+def test_way_that_disagrees_is_not_timed(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(WAYS, "double loop", ("", lambda model, ids, cells: iter(torch.zeros(len(cells), 41))))
     with pytest.raises(AssertionError, match="double loop differs by"), torch.no_grad():
-        timed(benchmark.build(GPT2), [3, 1, 4], rounds=1, parts=1, pattern="^double loop$|growing")
+        timed(build(GPT2), [3, 1, 4], rounds=1, parts=1, pattern="^double loop$|growing")
 
 
-def test_the_limit_counts_every_multiplication_of_a_layer() -> None:
+def test_every_multiplication_of_a_layer_is_counted() -> None:
     with torch.no_grad():
-        gpt2, llama = (multiplications(benchmark.build(config))[1] for config in (GPT2, LLAMA))
+        gpt2, llama = (multiplications(build(config))[1] for config in (GPT2, LLAMA))
     assert gpt2 == [
         Multiplication(False, 6, 18),
         Multiplication(True, 6, 6),
@@ -59,12 +59,12 @@ def test_the_limit_counts_every_multiplication_of_a_layer() -> None:
     ]
 
 
-def test_the_limit_multiplies_no_more_than_the_ablations_need(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Of 12 ablations, 6 differ from the clean run behind the first attention; behind the last, one token is needed."""
+def test_only_needed_multiplications_are_timed(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Of 12 ablations, 6 differ from the clean run after the first attention; after the last, one token is needed."""
     asked: list[tuple[int, int, int]] = []
-    monkeypatch.setattr(benchmark, "_product", lambda *shape: asked.append(shape) or 1.0)
+    monkeypatch.setattr(measuring, "product_time", lambda *shape: asked.append(shape) or 1.0)
     with torch.no_grad():
-        assert benchmark.limit(benchmark.build(GPT2), tokens=5) == 9
+        assert multiplication_time(build(GPT2), tokens=5) == 9
     assert asked == [
         *((0, 6, 18), (6 * 5, 6, 6), (6 * 5, 6, 24), (6 * 5, 24, 6)),
         *((6 * 5, 6, 18), (12, 6, 6), (12, 6, 24), (12, 24, 6)),

@@ -9,8 +9,9 @@ from typing import Any
 import numpy as np
 import pytest
 
+from ablation.models import LoadedModel
 from ablation.results import SweepResult
-from ablation.sources import NAMED_MODELS, LoadedModel
+from ablation.sources import NAMED_MODELS
 from tests.claims import CHECKS, check, claims_of
 
 PUBLISHED = claims_of("gpt2")

@@ -1,4 +1,4 @@
-"""Figures: all there, nothing cut off, no text over another, whatever the grid and the tokens."""
+"""Figures: complete, with no text cut off or overlapping, for any grid and any tokens."""
 
 from __future__ import annotations
 
@@ -60,7 +60,7 @@ def drawn(monkeypatch: pytest.MonkeyPatch) -> list[Figure]:
 
 
 def texts_of(figure: Figure) -> Iterator[Text]:
-    """Every text that shows, but for the numbers at the ticks."""
+    """Yield every visible text except tick labels."""
     ticks = {
         label
         for axes in figure.axes
@@ -71,7 +71,7 @@ def texts_of(figure: Figure) -> Iterator[Text]:
 
 
 def assert_composed(figure: Figure) -> None:
-    """No text is cut off, and none lies over another or over a panel."""
+    """Assert that no text is cut off, or overlaps another text or a panel."""
     width, height = figure.canvas.get_width_height()
     boxes = [(text, text.get_window_extent()) for text in texts_of(figure)]
     for text, box in boxes:
@@ -87,7 +87,7 @@ def assert_composed(figure: Figure) -> None:
 
 
 @pytest.mark.parametrize(("layers", "heads"), GRIDS)
-def test_every_figure_of_every_grid_is_composed(layers: int, heads: int, tmp_path: Path, drawn: list[Figure]) -> None:
+def test_figures_of_every_grid_have_no_overlaps(layers: int, heads: int, tmp_path: Path, drawn: list[Figure]) -> None:
     paths = figures.draw(
         random_sweep(layers, heads), tmp_path, title="capitals: Berlin is the capital of", token_texts=TEXTS
     )
@@ -113,12 +113,12 @@ def test_any_token_and_title_can_be_drawn(tmp_path: Path, drawn: list[Figure]) -
     assert any("“\\u65e5\\u672c”" in word for word in words)
 
 
-def test_one_imputation_has_no_difference(tmp_path: Path) -> None:
+def test_one_imputation_has_no_difference_figure(tmp_path: Path) -> None:
     paths = figures.draw(random_sweep(3, 4, imputations=1), tmp_path, title="x", token_texts=TEXTS)
     assert [path.name for path in paths] == ["sensitivity.png", "histograms.png", "head_means.png", "margins.png"]
 
 
-def test_the_maps_show_the_changes_in_percentage_points_on_one_scale_symmetric_about_0() -> None:
+def test_sensitivity_maps_share_a_symmetric_scale_in_points() -> None:
     sweep = random_sweep(12, 12)
     figure = figures.sensitivity(sweep, {0: "a", 1: "b", 2: "c"})
     images = [axes.images[0] for axes in figure.axes[:4]]
@@ -128,7 +128,7 @@ def test_the_maps_show_the_changes_in_percentage_points_on_one_scale_symmetric_a
     assert scale == (-scale[1], 100 * np.abs(sweep.probability_change).max())
 
 
-def test_rings_mark_the_flipped_heads_and_a_legend_says_so() -> None:
+def test_rings_mark_flipped_heads() -> None:
     sweep = random_sweep(12, 12)
     figure = figures.margins(sweep, {0: "a", 1: "b", 2: "c"})
     for index, axes in enumerate(figure.axes[:2]):
@@ -139,7 +139,7 @@ def test_rings_mark_the_flipped_heads_and_a_legend_says_so() -> None:
     assert "the argmax is not a" in [text.get_text() for text in legend.get_texts()]
 
 
-def test_the_users_settings_are_neither_used_nor_changed(tmp_path: Path) -> None:
+def test_user_settings_are_neither_used_nor_changed(tmp_path: Path) -> None:
     with matplotlib.rc_context({"image.origin": "lower", "font.size": 40}):
         before = dict(matplotlib.rcParams)
         (first, *_) = figures.draw(random_sweep(3, 4), tmp_path, title="x", token_texts=TEXTS)

@@ -20,9 +20,9 @@ from ablation.errors import InvalidHead
 from ablation.heads import find_heads
 from ablation.hook import HeadAblation
 from ablation.sweeps import SweepResult, sweep, sweep_sequential
-from tests.families import build, logits
+from tests.comparing import ATOL, IDS, assert_falls_back, assert_results_equal
+from tests.families.configurations import build, logits
 from tests.test_figures import assert_composed, drawn, texts_of  # noqa: F401 (fixture)
-from tests.test_sweep import ATOL, IDS, assert_equal, assert_noticed
 
 # Layer 1 alone has heads: gated attention among linear ones. Layers of 6, 4 and 6 heads.
 HYBRID, RAGGED = "qwen3_next", "inkling_text"
@@ -77,7 +77,7 @@ def test_a_layer_without_heads_is_not_waited_for() -> None:
 def test_a_sweep_has_no_values_where_there_is_no_head(family: str) -> None:
     result, has_head = swept(family), np.array(PRESENT[family], dtype=bool)
     assert result.provenance["method"] == "growing batch"
-    assert_equal(result, sweep_sequential(model_of(family), IDS), ATOL["float32"])
+    assert_results_equal(result, sweep_sequential(model_of(family), IDS), ATOL["float32"])
     assert np.array_equal(result.has_head, has_head)
     for name in ("probability_change", "log_probability_change", "margin"):
         array = getattr(result, name)
@@ -115,14 +115,14 @@ def test_the_findings_are_those_of_the_heads_that_there_are(family: str) -> None
     assert ("no attention heads in 2 of 3 layers: 0, 2" in report.render(found)) == (family == HYBRID)
 
 
-def test_figures_say_where_there_is_no_head(tmp_path: Path, drawn: list[Figure]) -> None:  # noqa: F811
+def test_figures_mark_missing_heads(tmp_path: Path, drawn: list[Figure]) -> None:  # noqa: F811
     result = swept(HYBRID)
     tokens = {int(token): "a" for token in (*result.watched, result.clean_argmax)}
     paths = figures.draw(result, tmp_path, title="a hybrid", token_texts=tokens)
     for path, figure in zip(paths, drawn, strict=True):
         assert_composed(figure)
         assert ("no heads" in {text.get_text() for text in texts_of(figure)}) == (path.stem != "histograms")
-    assert [patch.get_label() for patch in figures.absent(swept(RAGGED).head_mean)] == ["no such head"]
+    assert [patch.get_label() for patch in figures.missing_heads_legend(swept(RAGGED).head_mean)] == ["no such head"]
 
 
 def test_rows_that_are_mixed_up_in_one_layer_only_are_noticed() -> None:
@@ -132,7 +132,7 @@ def test_rows_that_are_mixed_up_in_one_layer_only_are_noticed() -> None:
     def mix(_: object, args: object, out: Tensor) -> Tensor:
         return torch.cat([out[:9], out[9:10].expand(len(out) - 9, -1, -1)]) if len(out) > 9 else out
 
-    assert_noticed(model, 1, mix)
+    assert_falls_back(model, 1, mix)
 
 
 def test_the_padding_that_a_model_of_several_parts_is_told_of_stays_out_of_the_mean() -> None:

@@ -15,7 +15,7 @@ from ablation.checks import CHECKS
 from ablation.cli import main
 from ablation.errors import ModelUnavailable
 from ablation.sources import NAMED_MODELS
-from tests.families import tiny
+from tests.families.configurations import tiny
 
 README = (Path(__file__).parent.parent / "README.md").read_text(encoding="utf-8")
 

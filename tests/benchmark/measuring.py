@@ -1,0 +1,141 @@
+"""How the ways are timed and compared, and the least time that the multiplications alone need."""
+
+from __future__ import annotations
+
+import re
+import sys
+import time
+from collections.abc import Callable, Iterable, Sequence
+from contextlib import ExitStack
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor, nn
+from transformers import PreTrainedModel
+from transformers.pytorch_utils import Conv1D
+
+from ablation.heads import find_heads
+from ablation.imputation import IMPUTATIONS
+from ablation.results import SweepResult
+from ablation.sweeps import sweep
+from tests.benchmark.ways import WAYS, Cell, double_loop, installed, watched
+
+NOISE = 3e-5
+"""Of a log-probability in float32, from kernels for another number of rows."""
+
+
+def largest_difference(swept: SweepResult, cells: Sequence[Cell], rows: Iterable[Tensor]) -> float:
+    """Return the largest difference between a sweep and the logits of a way, in log-probabilities of watched tokens."""
+    worst = 0.0
+    for (imputation, layer, head), logits in zip(cells, rows, strict=True):
+        change = swept.log_probability_change[:, swept.imputations.index(imputation), layer, head]
+        found = logits.double().log_softmax(dim=-1)[swept.watched].numpy()
+        worst = max(worst, abs(found - swept.clean_log_probability - change).max())
+    return worst
+
+
+def difference_on_one_thread(model: PreTrainedModel, ids: list[int], cells: Sequence[Cell]) -> float:
+    """Return the largest difference between the growing batch and the double loop, from the same kernels."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)  # with more, MKL uses another kernel for the few rows of one prompt
+    try:
+        return largest_difference(sweep(model, ids, watched(model)), cells, double_loop(model, ids, cells))
+    finally:
+        torch.set_num_threads(threads)
+
+
+class Multiplication(NamedTuple):
+    """[rows, inner] @ [inner, columns]. after_attention: whether the heads of its layer have been ablated before it."""
+
+    after_attention: bool
+    inner: int
+    columns: int
+
+
+def multiplications(model: PreTrainedModel) -> dict[int, list[Multiplication]]:
+    """Return the multiplications of each layer, in a forward pass of one row."""
+    found: dict[int, list[Multiplication]] = {}
+    with ExitStack() as hooks:
+        for layer in find_heads(model).layers:
+            here = found.setdefault(layer.index, [])
+
+            def note(module: nn.Module, args: Any, here: Any = here, projection: Any = layer.projection) -> None:
+                weight = module.weight if isinstance(module, Conv1D) else module.weight.T
+                after_attention = module is projection or any(m.after_attention for m in here)
+                here.append(Multiplication(after_attention, *weight.shape))
+
+            for module in layer.block.modules():
+                if isinstance(module, nn.Linear | Conv1D):
+                    hooks.callback(module.register_forward_pre_hook(note).remove)
+        model(torch.tensor([[0]]))
+    return found
+
+
+def multiplication_time(model: PreTrainedModel, tokens: int) -> float:
+    """Return the seconds that the multiplications of the ablations take, at the rate measured here for their shapes.
+
+    For each ablation these are the projection and what comes after it in its own layer, all of the layers above, only
+    the last token after the attention of the last layer, and one unembedding. Attention itself, norms, activations and
+    the clean run are left out.
+    """
+    heads, seconds, above = find_heads(model), 0.0, 0
+    products = multiplications(model)
+    for layer in heads.layers:
+        here = above + layer.num_heads * len(IMPUTATIONS)  # rows that differ from the clean run after its attention
+        after_attention = here * (1 if layer is heads.layers[-1] else tokens)
+        seconds += sum(
+            product_time(after_attention if m.after_attention else above * tokens, m.inner, m.columns)
+            for m in products[layer.index]
+        )
+        above = here
+    return seconds + product_time(above, *reversed(model.get_output_embeddings().weight.shape))
+
+
+def product_time(rows: int, inner: int, columns: int) -> float:
+    """Return the seconds of one multiplication."""
+    if not rows:
+        return 0.0
+    a, b = torch.randn(rows, inner), torch.randn(inner, columns)
+    return min(seconds_of(lambda: a @ b) for _ in range(3))
+
+
+def seconds_of(act: Callable[[], object]) -> float:
+    """Return the seconds that a call takes."""
+    started = time.perf_counter()
+    act()
+    return time.perf_counter() - started
+
+
+class Timed(NamedTuple):
+    """Seconds of each way for all ablations, and of the multiplications alone."""
+
+    seconds: dict[str, float]
+    least: float
+    cells: list[Cell]
+
+
+def timed(model: PreTrainedModel, ids: list[int], rounds: int, parts: int, pattern: str = "") -> Timed:
+    """Time the ways in turn, take the best of some rounds, and assert that they agree.
+
+    parts: a way that runs one ablation after the other runs one layer in that many, and its time is multiplied.
+    """
+    heads = find_heads(model)
+    cells = [(imputation, *pair) for imputation in IMPUTATIONS for pair in heads]
+    some = [cell for cell in cells if cell[1] % parts == 0]
+    ways = {name: way for name, (library, way) in WAYS.items() if re.search(pattern, name) and installed(library)}
+    if parts > 1:
+        ways.pop("`sweep_sequential`: one forward per ablation", None)  # it cannot run in part
+    times: dict[str, list[float]] = {name: [] for name in ways}
+    least = []
+    swept = sweep(model, ids, watched(model))
+    for turn in range(rounds):
+        least.append(multiplication_time(model, len(ids)))
+        for name, way in ways.items():
+            print(f"{turn + 1} of {rounds}: {name} ...", file=sys.stderr)
+            logits: list[Tensor] = []
+            seconds = seconds_of(lambda way=way, logits=logits: logits.extend(way(model, ids, some)))  # type: ignore[misc]
+            times[name].append(seconds * len(cells) / len(some) if logits else seconds)
+            if logits:
+                off = largest_difference(swept, some, logits)
+                assert off < NOISE, f"{name} differs by {off}"
+    return Timed({name: min(seconds) for name, seconds in times.items()}, min(least), cells)

@@ -1,0 +1,166 @@
+"""The ways to ablate every head: ours, by hand, and by other libraries."""
+
+from __future__ import annotations
+
+import importlib
+import importlib.util
+from collections.abc import Callable, Iterator, Sequence
+from functools import partial
+from typing import Any
+
+import torch
+from torch import Tensor
+from transformers import AutoModelForCausalLM, GPT2Config, LlamaConfig, PretrainedConfig, PreTrainedModel
+
+from ablation.heads import find_heads
+from ablation.sweeps import sweep, sweep_sequential
+
+SMOLLM2 = LlamaConfig(
+    vocab_size=49152,
+    hidden_size=576,
+    intermediate_size=1536,
+    num_hidden_layers=30,
+    num_attention_heads=9,
+    num_key_value_heads=3,
+    tie_word_embeddings=True,
+)
+SHAPES: dict[str, PretrainedConfig] = {
+    "GPT-2 small": GPT2Config(),
+    "SmolLM2-135M": SMOLLM2,
+    "GPT-2 medium": GPT2Config(n_embd=1024, n_layer=24, n_head=16),
+}
+
+Cell = tuple[str, int, int]
+"""An imputation, a layer and a head."""
+Way = Callable[[PreTrainedModel, list[int], Sequence[Cell]], Iterator[Tensor]]
+"""Gives the last token's logits [vocabulary] of each ablation."""
+
+
+def build(config: PretrainedConfig) -> PreTrainedModel:
+    """Return a model of that shape, with the same random weights each time."""
+    torch.manual_seed(0)
+    model: PreTrainedModel = AutoModelForCausalLM.from_config(config).eval()
+    return model
+
+
+def prompt(model: PreTrainedModel, tokens: int, seed: int = 0) -> list[int]:
+    """Return random token ids."""
+    generator = torch.Generator().manual_seed(seed)
+    ids: list[int] = torch.randint(0, model.config.vocab_size, (tokens,), generator=generator).tolist()
+    return ids
+
+
+def watched(model: PreTrainedModel) -> list[int]:
+    """Return tokens whose probabilities are compared, spread over the vocabulary."""
+    return list(range(0, model.config.vocab_size, model.config.vocab_size // 16))
+
+
+def double_loop(model: PreTrainedModel, ids: list[int], cells: Sequence[Cell]) -> Iterator[Tensor]:
+    """One hook and one forward pass for each ablation, as people write it by hand."""
+    heads = find_heads(model)
+    for imputation, index, head in cells:
+        channels = heads.layer(index).channels(head)
+
+        def hook(_: Any, args: tuple[Tensor, ...], channels: slice = channels, by: str = imputation) -> tuple[Tensor]:
+            z = args[0].clone()
+            z[..., channels] = 0 if by == "zero" else z[..., channels].mean()
+            return (z,)
+
+        handle = heads.layer(index).projection.register_forward_pre_hook(hook)
+        yield model(torch.tensor([ids])).logits[0, -1]
+        handle.remove()
+
+
+def adapter(module: str, model: PreTrainedModel, ids: list[int], cells: Sequence[Cell]) -> Iterator[Tensor]:
+    """One head at a time by a library, through its adapter in tests/implementations."""
+    found = importlib.import_module(f"tests.implementations.{module}")
+    (make,) = (
+        kind
+        for kind in vars(found).values()
+        if getattr(kind, "__module__", "") == found.__name__ and isinstance(kind, type)
+    )
+    implementation = make(model)
+    for imputation, layer, head in cells:
+        implementation.ablate([(layer, head)], imputation)
+        yield implementation.run(torch.tensor([ids]))[0, -1]
+    implementation.close()
+
+
+def nnsight_invokes(model: PreTrainedModel, ids: list[int], cells: Sequence[Cell]) -> Iterator[Tensor]:
+    """Many invokes in each trace, the batching of nnsight: with 6 tokens, 48 to 144 are fastest."""
+    from nnsight import NNsight
+
+    rows = max(12, 576 // len(ids))
+
+    class Batching(NNsight):  # a plain NNsight leaves it to the user to join the inputs of invokes
+        def _batch(self, invokes: list[Any], fn: Any) -> Any:
+            return (torch.cat([inputs[0] for inputs, _ in invokes]),), {}
+
+    wrapped, heads = Batching(model), find_heads(model)
+    for start in range(0, len(cells), rows):
+        saved = []
+        with wrapped.trace() as tracer:
+            for imputation, index, head in cells[start : start + rows]:
+                layer = heads.layer(index)
+                with tracer.invoke(torch.tensor([ids])):
+                    projection = wrapped.get(layer.projection_name)
+                    z = projection.input.clone()
+                    part = z[..., layer.channels(head)]
+                    z[..., layer.channels(head)] = 0 if imputation == "zero" else part.mean()
+                    projection.input = z
+                    saved.append(wrapped.output.logits[:, -1].save())
+        yield from (logits[0] for logits in saved)
+
+
+def captum_features(model: PreTrainedModel, ids: list[int], cells: Sequence[Cell]) -> Iterator[Tensor]:
+    """LayerFeatureAblation with one feature for each head, all heads of a layer at once."""
+    from captum.attr import LayerActivation, LayerFeatureAblation
+
+    heads = find_heads(model)
+    for imputation, index in dict.fromkeys(cell[:2] for cell in cells):
+        layer = heads.layer(index)
+        runs: list[Tensor] = []
+
+        def score(input_ids: Tensor, runs: list[Tensor] = runs) -> Tensor:
+            logits = model(input_ids).logits[:, -1]
+            runs.append(logits)
+            return logits[:, 0]
+
+        input_ids, where = torch.tensor([ids]), {"attribute_to_layer_input": True}
+        z = LayerActivation(score, layer.projection).attribute(input_ids, **where)
+        features = torch.arange(layer.num_heads).repeat_interleave(layer.head_dim)[None, None]
+        means = (
+            z.unflatten(-1, (layer.num_heads, layer.head_dim))
+            .mean(dim=(1, 3))
+            .repeat_interleave(layer.head_dim, dim=-1)
+        )
+        baseline = torch.zeros_like(z) if imputation == "zero" else means[:, None].expand_as(z)
+        runs.clear()
+        LayerFeatureAblation(score, layer.projection).attribute(
+            input_ids, baseline, layer_mask=features, perturbations_per_eval=layer.num_heads, **where
+        )
+        yield from torch.cat(runs)[-layer.num_heads :]  # the first row is the clean run
+
+
+def ours(way: Callable[..., Any], model: PreTrainedModel, ids: list[int], cells: Sequence[Cell]) -> Iterator[Tensor]:
+    """The sweep itself, always complete. It keeps no logits, so none are compared."""
+    way(model, ids)
+    return iter(())
+
+
+WAYS: dict[str, tuple[str, Way]] = {  # each with the library that it needs
+    "`sweep`: a growing batch": ("", partial(ours, sweep)),
+    "`sweep_sequential`: one forward per ablation": ("", partial(ours, sweep_sequential)),
+    "double loop of hooked forwards": ("", double_loop),
+    "TransformerLens, `run_with_hooks` per head": ("transformer_lens", partial(adapter, "transformer_lens")),
+    "nnsight, a trace per head": ("nnsight", partial(adapter, "nnsight")),
+    "nnsight, many invokes per trace": ("nnsight", nnsight_invokes),
+    "Captum, a layer's heads at once": ("captum", captum_features),
+    "pyvene, a model per head": ("pyvene", partial(adapter, "pyvene")),
+}
+SWEEP = next(iter(WAYS))
+
+
+def installed(library: str) -> bool:
+    """Whether a library can be imported; "" always can."""
+    return not library or importlib.util.find_spec(library) is not None

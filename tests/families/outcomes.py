@@ -1,0 +1,141 @@
+"""The outcome of every family, and the page that lists them."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+import transformers
+from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
+
+from ablation.errors import AblationNotApplied, UnsupportedModel
+from ablation.heads import AttentionLayer, HeadMap, find_heads
+from tests.families.configurations import build, logits
+from tests.families.evidence import check_heads, check_sweeps, check_zero_oracle
+
+PAGE = Path(__file__).parents[2] / "docs" / "families.md"
+VERSIONS = {"transformers": transformers.__version__, "torch": torch.__version__}
+
+# Families that are refused, and a part of the reason. One that is in neither table has to be supported.
+STATE_SPACE = "no attention heads: no layer has an attention module"
+NO_LINEAR = "has 0 attention output projections that are Linear or Conv1D"
+REFUSED = {
+    "blt": "BltForCausalLM has attention only outside a text decoder: local_encoder.layers,",
+    "cpmant": "attention_out received (4, 38, 64), not [4 rows, 6 tokens",  # 32 tokens of its own before the prompt
+    "deepseek_v4": NO_LINEAR,  # W_O is a product of two, the first in groups of heads
+    "diffllama": "subtracts heads from each other before W_O",
+    "dory": "model.layers.1.self_attn.o_proj was called 2 times in one forward",  # it runs layers in a loop
+    "falcon_mamba": STATE_SPACE,
+    "hrm_text": "2 lists of layers with attention (L_module.layers, H_module.layers)",  # each run several times
+    "jetmoe": NO_LINEAR,  # W_O is a mixture of experts
+    "longcat_flash": "has 2 attention output projections",  # two attentions per layer
+    "mamba": STATE_SPACE,
+    "mamba2": STATE_SPACE,
+    "prophetnet": "received 4 dimensions, not [rows, tokens, channels]",  # a z for each future token
+    "rwkv": "(RwkvSelfAttention) states neither its number of heads nor their size",  # a recurrence
+    "xlnet": NO_LINEAR,  # W_O is a parameter of an einsum
+    "xlstm": STATE_SPACE,
+}
+
+# Families that cannot be built from a small configuration, or run on a prompt alone, and a part of the reason.
+NOT_BUILT = {
+    "gemma3n": "requires the timm library",
+    "gemma4_assistant": "hidden_size_per_layer_input must be 0",  # its default configuration is invalid
+    "gemma4_unified_assistant": "shared_kv_states cannot be None",  # reads the keys of another model
+    "musicgen": "'MusicgenConfig' object has no attribute 'dropout'",  # the class takes another configuration
+    "musicgen_melody": "'MusicgenMelodyConfig' object has no attribute 'dropout'",
+}
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """What was found for a family. what: supported, refused or not built. note: the heads, or the reason."""
+
+    family: str
+    model: str
+    what: str
+    note: str
+    sweep: str = ""
+    z: str = ""
+
+
+def outcome(family: str) -> Outcome:
+    """Build a family and verify it. Raises AssertionError if it is silently wrong."""
+    name = MODEL_FOR_CAUSAL_LM_MAPPING_NAMES[family]
+    try:
+        model = build(family)
+    except Exception as error:  # of any kind
+        return Outcome(family, name, "not built", one_line(error))
+    try:
+        heads = find_heads(model)
+    except UnsupportedModel as error:
+        return Outcome(family, name, "refused", one_line(error))
+    try:
+        logits(model)
+    except Exception as error:
+        return Outcome(family, name, "not built", one_line(error))
+    try:
+        check_zero_oracle(model, heads)
+        how = check_sweeps(model, heads)
+    except (UnsupportedModel, AblationNotApplied) as error:
+        return Outcome(family, name, "refused", one_line(error))
+    own = check_heads(model, heads)
+    return Outcome(family, name, "supported", described(heads), one_line(how), "its own" if own else "mixed")
+
+
+def described(heads: HeadMap) -> str:
+    """Describe layers and heads in a few words."""
+
+    def one(layer: AttentionLayer) -> str:
+        return f"{layer.num_heads}/{layer.key_value_heads} x {layer.head_dim}"
+
+    without = heads.num_layers - len(heads.layers)
+    shapes = ", ".join(dict.fromkeys(map(one, heads.layers)))
+    return (
+        f"{len(heads.layers)} of {heads.num_layers} layers: {shapes}"
+        if without
+        else f"{heads.num_layers} layers: {shapes}"
+    )
+
+
+def one_line(message: object) -> str:
+    """Return a message as one line of a table."""
+    text = " ".join(str(message).replace("|", " ").split())
+    return text if len(text) <= 150 else f"{text[:150]}..."
+
+
+def page(outcomes: Sequence[Outcome]) -> str:
+    """Return the page with the table of all families."""
+    made = ", ".join(f"{name} {version}" for name, version in VERSIONS.items())
+    lines = [
+        "# Decoder families",
+        "",
+        f"{summary(outcomes)}; the others are refused, with the reason.",
+        "",
+        "Supported means: in a tiny random model, every head passes the zero oracle, the heads are those that are",
+        "observed to attend, and the sweep equals the sequential sweep.",
+        "",
+        f"Made by `python -m tests.families --write` with {made}; `pytest -m families` verifies it.",
+        "",
+        "- heads: layers, query/key-value heads x head_dim, in a tiny model with every layer type of the family.",
+        "- sweep: whether the batch grows, or the ablations run sequentially, and why.",
+        "- z: whether a head's channels at the projection's input are its own, gated or not, or mixed with those of",
+        "  other heads, for instance by a norm over all heads. The ablation replaces what the projection receives.",
+        "",
+        "| family | model | outcome | heads, or reason | sweep | z |",
+        "|---|---|---|---|---|---|",
+    ]
+    lines += [f"| {o.family} | {o.model} | {o.what} | {o.note} | {o.sweep} | {o.z} |" for o in outcomes]
+    return "\n".join(lines) + "\n"
+
+
+def summary(outcomes: Sequence[Outcome]) -> str:
+    """Return how many of the families that can be built are supported."""
+    built = [o for o in outcomes if o.what != "not built"]
+    supported = sum(o.what == "supported" for o in built)
+    version = VERSIONS["transformers"]
+    return (
+        f"{supported} of the {len(built)} causal-LM families of transformers {version} that can be built are supported"
+    )
