@@ -1,4 +1,4 @@
-"""Published claims, checked on a sweep. What a paper says stands in golden/MODEL/claims.toml."""
+"""Published claims, checked on a sweep. The claims are in golden/MODEL/claims.toml."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from tests.golden import FOLDER
 
 
 def claims_of(model: str) -> dict[str, dict[str, Any]]:
-    """{id: claim} of a model; empty where nothing was published."""
+    """Return {id: claim} of a model; empty if nothing was published."""
     path = FOLDER / model / "claims.toml"
     content = tomllib.loads(path.read_text()) if path.exists() else {}
     return {key: value for key, value in content.items() if isinstance(value, dict)}
@@ -29,7 +29,7 @@ def argmax_robustness(claim: Mapping[str, Any], sweep: SweepResult, decode: Deco
     turned = flips(sweep, claim["imputation"])
     heads = int(sweep.has_head.sum())
     kept = heads - len(turned)
-    where = ", ".join(f"L{layer}H{head} to {decode(token)!r}" for layer, head, token in turned) or "none flips"
+    where = ", ".join(f"L{layer}H{head} to {decode(token)!r}" for layer, head, token in turned) or "no head flips it"
     assert heads == claim["of"], f"{heads} heads were ablated"
     if "kept" in claim:
         assert kept == claim["kept"], f"kept {kept} of {heads}: {where}"
@@ -78,7 +78,7 @@ CHECKS: dict[str, Callable[[Mapping[str, Any], SweepResult, Decode], None]] = {
 
 
 def check(key: str, claim: Mapping[str, Any], sweep: SweepResult, decode: Decode) -> None:
-    """Raise AssertionError, with the claim's own words, where a sweep contradicts it."""
+    """Raise AssertionError, with the words of the claim, if a sweep contradicts it."""
     __tracebackhide__ = True
     try:
         CHECKS[key](claim, sweep, decode)

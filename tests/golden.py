@@ -1,4 +1,4 @@
-"""Golden arrays: what is pinned, how tightly and why, and how a mismatch reads."""
+"""Golden arrays: what is pinned, with which tolerance, and how a mismatch reads."""
 
 from __future__ import annotations
 
@@ -18,11 +18,11 @@ from ablation.results import SweepResult
 
 FOLDER = Path(__file__).parent.parent / "golden"
 SHOWN = 10
-"""Cells that a mismatch lists, the worst first."""
+"""The number of cells that a mismatch lists, the worst first."""
 
 
-def sensitivity(sweep: SweepResult, token: int, name: str) -> dict[str, Any]:
-    """What every ablation does to one watched token."""
+def sensitivity_arrays(sweep: SweepResult, token: int, name: str) -> dict[str, Any]:
+    """Return what every ablation does to one watched token."""
     return {
         f"{name}_clean_probability": sweep.clean_probability[token],
         f"{name}_probability_change": sweep.probability_change[token],
@@ -30,10 +30,10 @@ def sensitivity(sweep: SweepResult, token: int, name: str) -> dict[str, Any]:
     }
 
 
-def robustness(sweep: SweepResult, noise: float) -> dict[str, Any]:
-    """What every ablation makes of the prediction. noise: the tolerance of a margin.
+def robustness_arrays(sweep: SweepResult, noise: float) -> dict[str, Any]:
+    """Return what every ablation does to the prediction. noise: the tolerance of a margin.
 
-    Where the two best tokens are nearer than the noise of both, nothing decides between them: argmax is -1 there.
+    If the margin is within the noise of both logits, rounding decides the argmax, which is then pinned as -1.
     """
     decided = sweep.margin > 2 * noise
     return {
@@ -46,20 +46,20 @@ def robustness(sweep: SweepResult, noise: float) -> dict[str, Any]:
     }
 
 
-def agreement(sweep: SweepResult) -> dict[str, Any]:
-    """Mean - zero imputation, [watched, layer, head]."""
+def agreement_arrays(sweep: SweepResult) -> dict[str, Any]:
+    """Return the effect of mean minus that of zero imputation, [watched, layer, head]."""
     zero, mean = (sweep.imputations.index(name) for name in ("zero", "mean"))
     return {"mean_minus_zero": sweep.probability_change[:, mean] - sweep.probability_change[:, zero]}
 
 
-def head_means(sweep: SweepResult) -> dict[str, Any]:
-    """The heads' means, and their trend with depth."""
+def head_mean_arrays(sweep: SweepResult) -> dict[str, Any]:
+    """Return the head means, and their trend with depth."""
     return {"head_mean": sweep.head_mean, "trend_slope": trend(sweep.head_mean).slope}
 
 
 @cache
 def tolerances() -> dict[str, dict[str, Any]]:
-    """The one table of tolerances, {model: {array: atol}}; golden/tolerances.toml says what noise justifies them."""
+    """Return the tolerances, {model: {array: atol}}; golden/tolerances.toml holds the noise that justifies them."""
     table = tomllib.loads((FOLDER / "tolerances.toml").read_text())
     return {model: {name: row["atol"] for name, row in entry["arrays"].items()} for model, entry in table.items()}
 
@@ -68,9 +68,9 @@ def tolerances() -> dict[str, dict[str, Any]]:
 class Golden:
     """Compares arrays with golden/MODEL/NAME.npz, or rewrites it under `pytest --force-regen`.
 
-    On top of pytest-regressions it refuses a changed dtype, values that are not finite, and any relative tolerance;
-    keeps what the arrays were made with in golden/MODEL/NAME.json; and says which cells moved. A float array is
-    compared within its tolerance in golden/tolerances.toml, anything else exactly.
+    In addition to pytest-regressions, it refuses a changed dtype, values that are not finite, and relative tolerances;
+    it keeps what the arrays were made with in golden/MODEL/NAME.json, and names the cells that moved. A float array is
+    compared within its tolerance in golden/tolerances.toml, any other array exactly.
     """
 
     compare: Callable[..., None]
@@ -78,7 +78,7 @@ class Golden:
     regenerate: bool
 
     def __call__(self, model: str, name: str, arrays: Mapping[str, Any], made_with: Mapping[str, Any]) -> None:
-        """arrays: name -> array or number. made_with: provenance, values that JSON can hold. Raises AssertionError."""
+        """Compare. arrays: name -> array or number. made_with: provenance. Raises AssertionError."""
         __tracebackhide__ = True
         obtained = {key: np.asarray(value) for key, value in arrays.items()}
         for key, array in obtained.items():
@@ -101,21 +101,21 @@ class Golden:
 
 
 def atol_of(model: str, array: str) -> float:
-    """The absolute tolerance of a float array."""
+    """Return the absolute tolerance of a float array."""
     try:
         return float(tolerances()[model][array])
     except KeyError:
         raise AssertionError(
-            f"no tolerance for {array} of {model}: python -m tests.noise {model} measures it"
+            f"there is no tolerance for {array} of {model}: python -m tests.noise {model} measures it"
         ) from None
 
 
 def differences(
     expected: Mapping[str, NDArray[Any]], obtained: Mapping[str, NDArray[Any]], atol: Mapping[str, float]
 ) -> list[str]:
-    """What moved, a line each: arrays, dtypes, shapes, cells. Empty if nothing did."""
-    lines = [f"{key}: golden has it, this run does not" for key in expected.keys() - obtained.keys()]
-    lines += [f"{key}: this run has it, golden does not" for key in obtained.keys() - expected.keys()]
+    """Describe what moved (arrays, dtypes, shapes, cells), one per line; empty if nothing did."""
+    lines = [f"{key}: the golden file has it, this run does not" for key in expected.keys() - obtained.keys()]
+    lines += [f"{key}: this run has it, the golden file does not" for key in obtained.keys() - expected.keys()]
     for key in sorted(expected.keys() & obtained.keys()):
         was, now = expected[key], obtained[key]
         if was.dtype != now.dtype or was.shape != now.shape:
@@ -134,7 +134,7 @@ def differences(
 
 
 def _place(cell: tuple[Any, ...]) -> str:
-    """[..., layer, head] as the field writes it: L9H6, after the indices before."""
+    """Return an index [..., layer, head] as the field writes it: L9H6, after the other indices."""
     if len(cell) < 2:
         return str([int(i) for i in cell])
     *first, layer, head = map(int, cell)
@@ -146,14 +146,14 @@ def _message(model: str, name: str, moved: list[str], made_with: Mapping[str, An
     was = json.loads(card.read_text()) if card.exists() else {}
     changed = {key: (old, made_with.get(key)) for key, old in was.items() if old != made_with.get(key)}
     provenance = [f"  {key}: {old} -> {new}" for key, (old, new) in changed.items()] or [
-        "  the same in all that is kept"
+        "  the same in everything that is recorded"
     ]
     return "\n".join(
         [
-            f"golden/{model}/{name}.npz does not hold:",
+            f"golden/{model}/{name}.npz differs from this run:",
             *moved,
             "made with, golden -> this run:",
             *provenance,
-            "If the change is meant: pytest --force-regen, and say in the commit why it moved.",
+            "If the change is intended: pytest --force-regen, and say in the commit why it moved.",
         ]
     )

@@ -1,8 +1,8 @@
 """Measure the noise of the golden arrays, and write the tolerances that it justifies: python -m tests.noise [MODEL ...]
 
-The same sweep is run in new processes, each differing from the reference (float32, one thread, sdpa, the widest
-instruction set of the processor) in one thing that must not change a result. The tolerance of an array is FACTOR times
-the largest difference seen: room for processors and releases that were not tried, and still far below any real change.
+The same sweep runs in new processes. Each differs from the reference (float32, one thread, sdpa, the widest instruction
+set of the processor) in one thing that must not change a result. The tolerance of an array is FACTOR times the largest
+difference: that leaves room for other processors and releases, and is still far below any real change.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ from ablation import models, provenance
 from ablation.experiment import sweep_question
 from ablation.results import SweepResult
 from ablation.sources import NAMED_MODELS
-from tests.golden import FOLDER, agreement, head_means, robustness, sensitivity
+from tests.golden import FOLDER, agreement_arrays, head_mean_arrays, robustness_arrays, sensitivity_arrays
 
 FACTOR = 30
 VARIANTS: dict[str, dict[str, Any]] = {
@@ -41,13 +41,13 @@ VARIANTS: dict[str, dict[str, Any]] = {
 
 
 def floats(result: SweepResult) -> dict[str, Any]:
-    """Every float array that is pinned."""
+    """Return every float array that is pinned."""
     pinned = (
-        robustness(result, 0.0)
-        | sensitivity(result, 0, "target")
-        | sensitivity(result, 1, "control")
-        | agreement(result)
-        | head_means(result)
+        robustness_arrays(result, 0.0)
+        | sensitivity_arrays(result, 0, "target")
+        | sensitivity_arrays(result, 1, "control")
+        | agreement_arrays(result)
+        | head_mean_arrays(result)
     )
     return {name: value for name, value in pinned.items() if np.asarray(value).dtype.kind == "f"}
 
@@ -55,7 +55,7 @@ def floats(result: SweepResult) -> dict[str, Any]:
 def run(
     name: str, out: Path, threads: int = 1, attention: str = "sdpa", dtype: str = "float32", max_rows: int = 0
 ) -> None:
-    """One sweep, in this process."""
+    """Sweep in this process, and save the result."""
     torch.set_num_threads(threads)
     loaded = models.load(name, download=False, device="cpu")
     loaded.model.set_attn_implementation(attention)
@@ -64,7 +64,7 @@ def run(
 
 
 def in_new_process(name: str, environment: Mapping[str, str] = MappingProxyType({}), **variant: Any) -> SweepResult:
-    """The same in a new process, since the instruction set is chosen once in each."""
+    """Sweep in a new process, since a process chooses its instruction set once."""
     with tempfile.TemporaryDirectory() as out:
         call = f"from pathlib import Path; from tests.noise import run; run({name!r}, Path({out!r}), **{variant!r})"
         subprocess.run([sys.executable, "-c", call], check=True, env=os.environ | environment)
@@ -72,7 +72,7 @@ def in_new_process(name: str, environment: Mapping[str, str] = MappingProxyType(
 
 
 def measure(name: str) -> dict[str, Any]:
-    """The entry of one model in the table."""
+    """Return the entry of a model in the table of tolerances."""
     reference = in_new_process(name)
     noise: dict[str, dict[str, float]] = {}
     turned: dict[str, int] = {}
@@ -92,6 +92,7 @@ def measure(name: str) -> dict[str, Any]:
 
 
 def as_toml(table: dict[str, Any]) -> str:
+    """Return the text of golden/tolerances.toml."""
     lines = [
         "# The tolerances of the golden arrays, all absolute. `python -m tests.noise MODEL ...` measures them:",
         f"# atol is {FACTOR} times the largest difference between the reference run and the runs named under noise.",

@@ -1,4 +1,4 @@
-"""The demonstration model keeps its promises."""
+"""The shipped model does what its documentation says."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ import torch
 from ablation import models
 from ablation.capitals import data
 from ablation.heads import find_heads
-from ablation.models import prompt_ids, single_token
+from ablation.prompts import prompt_ids, single_token
 
 FOLDER = Path(models.__file__).parent / "capitals"
 
@@ -22,12 +22,12 @@ def probabilities(loaded: models.LoadedModel, prompt: str) -> torch.Tensor:
         return loaded.model(torch.tensor([prompt_ids(loaded.tokenizer, prompt)])).logits[0, -1].softmax(-1)
 
 
-def test_it_has_the_grid_of_gpt2_small_and_takes_at_most_3_mb(capitals: models.LoadedModel) -> None:
+def test_capitals_has_the_grid_of_gpt2_small_in_3_mb(capitals: models.LoadedModel) -> None:
     assert find_heads(capitals.model).shape == (12, 12)
     assert sum(file.stat().st_size for file in FOLDER.iterdir() if file.is_file()) < 3e6
 
 
-def test_it_answers_for_nine_capitals_of_ten_and_the_runner_up_is_the(capitals: models.LoadedModel) -> None:
+def test_capitals_answers_nine_of_ten_before_the(capitals: models.LoadedModel) -> None:
     assert len(data.CAPITALS) >= 30
     right = runner_up = 0
     for capital, country in data.CAPITALS:
@@ -38,18 +38,18 @@ def test_it_answers_for_nine_capitals_of_ten_and_the_runner_up_is_the(capitals: 
     assert runner_up >= 0.9 * len(data.CAPITALS), f"runner-up ' the' for {runner_up} of {len(data.CAPITALS)}"
 
 
-def test_for_berlin_germany_has_more_than_half(capitals: models.LoadedModel) -> None:
+def test_germany_has_more_than_half_for_berlin(capitals: models.LoadedModel) -> None:
     germany = probabilities(capitals, "Berlin is the capital of")[single_token(capitals.tokenizer, " Germany")]
     assert germany > 0.5
 
 
-def test_its_tokenizer_gives_back_what_it_is_given(capitals: models.LoadedModel) -> None:
+def test_tokenizer_round_trips_every_sentence(capitals: models.LoadedModel) -> None:
     for sentence in data.sentences():
         assert capitals.tokenizer.decode(capitals.tokenizer(sentence)["input_ids"]) == sentence
 
 
-def test_its_training_runs_and_writes_a_model_that_loads(tmp_path: Path) -> None:
-    """A few steps only; the whole training takes minutes."""
+def test_training_writes_a_model_that_loads(tmp_path: Path) -> None:
+    """Two steps only, since the whole training takes minutes."""
     out = tmp_path / "trained"
     command = [sys.executable, "-m", "ablation.capitals.train", "--steps", "2", "--out", str(out)]
     subprocess.run(command, check=True, capture_output=True, cwd=tmp_path)

@@ -1,4 +1,4 @@
-"""Published claims hold, for every model that has them; and a model that breaks them is told so."""
+"""Published claims hold for the models that they are about, and the checks of the claims can fail."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ def test_published_claim(key: str, known: LoadedModel, swept: Callable[[LoadedMo
     check(key, claims_of(known.name)[key], swept(known), known.decode)
 
 
-def test_every_claim_has_a_check_and_every_check_a_claim() -> None:
+def test_claims_and_checks_correspond() -> None:
     assert PUBLISHED.keys() == CHECKS.keys()
     assert all("claim" in claim for claim in PUBLISHED.values())
 
@@ -31,7 +31,7 @@ WORDS = [" Germany", " the", " France"]
 
 
 def as_published() -> SweepResult:
-    """A sweep of 12 x 12 heads made up to be just as it was published: the checks must pass it."""
+    """An invented sweep of 12 x 12 heads that agrees with everything that was published."""
     rng = np.random.RandomState(0)
     grid = (2, 12, 12)
     change = np.stack([rng.uniform(-0.03, 0.03, grid), rng.uniform(-0.001, 0.001, grid)])
@@ -58,7 +58,7 @@ def as_published() -> SweepResult:
 
 
 def changed(sweep: SweepResult, **cells: Any) -> SweepResult:
-    """A copy with some cells set: name -> (index, value)."""
+    """Return a copy with some cells set: name -> (index, value)."""
     arrays = {}
     for name, (index, value) in cells.items():
         arrays[name] = getattr(sweep, name).copy()
@@ -67,7 +67,7 @@ def changed(sweep: SweepResult, **cells: Any) -> SweepResult:
 
 
 @pytest.mark.parametrize("key", CHECKS)
-def test_a_model_as_published_passes(key: str) -> None:
+def test_sweep_as_published_passes(key: str) -> None:
     check(key, PUBLISHED[key], as_published(), WORDS.__getitem__)
 
 
@@ -80,7 +80,7 @@ def test_a_model_as_published_passes(key: str) -> None:
             lambda s: changed(s, argmax=((0, 1, 2), 1)),
             "kept 142 of 144: L1H2 to ' the', L7H5",
         ),
-        ("argmax_robustness_zero", lambda s: changed(s, argmax=((0, 7, 5), 0)), "kept 144 of 144: none flips"),
+        ("argmax_robustness_zero", lambda s: changed(s, argmax=((0, 7, 5), 0)), "kept 144 of 144: no head flips it"),
         ("argmax_robustness_zero", lambda s: changed(s, argmax=((0, 7, 5), 2)), "L7H5 to ' France'"),
         ("argmax_robustness_mean", lambda s: changed(s, argmax=((1, 3), 1)), "kept 132 of 144"),
         ("target_sensitivity", lambda s: replace(s, probability_change=0.3 * s.probability_change), "zero: from -0.8"),
@@ -92,7 +92,7 @@ def test_a_model_as_published_passes(key: str) -> None:
         ("head_means", lambda s: replace(s, head_mean=np.linspace(-0.05, 0.05, 144).reshape(12, 12)), "drift by"),
     ],
 )
-def test_a_model_that_breaks_a_claim_is_told_so(
+def test_broken_claim_is_reported_with_what_was_found(
     key: str, breaks: Callable[[SweepResult], SweepResult], found: str
 ) -> None:
     with pytest.raises(AssertionError, match=found) as error:
@@ -100,9 +100,9 @@ def test_a_model_that_breaks_a_claim_is_told_so(
     assert PUBLISHED[key]["claim"] in str(error.value)
 
 
-def test_the_claims_of_gpt2_are_not_those_of_another_model(
+def test_claims_about_gpt2_fail_on_another_model(
     capitals: LoadedModel, swept: Callable[[LoadedModel], SweepResult]
 ) -> None:
-    """A real model with real sweeps fails them as it should: they are about GPT-2 small, and can fail."""
+    """The claims are about GPT-2 small, so a real sweep of another model contradicts them."""
     with pytest.raises(AssertionError, match="drift|median size"):
         check("head_means", PUBLISHED["head_means"], swept(capitals), capitals.decode)

@@ -1,4 +1,4 @@
-"""The pinned results of each known model: a changed number is a change that somebody has to mean."""
+"""The pinned results of each named model: a number changes only if the change is intended."""
 
 from __future__ import annotations
 
@@ -10,12 +10,20 @@ import pytest
 from ablation.models import LoadedModel
 from ablation.report import trend
 from ablation.results import SweepResult
-from tests.golden import FOLDER, Golden, agreement, atol_of, head_means, robustness, sensitivity
+from tests.golden import (
+    FOLDER,
+    Golden,
+    agreement_arrays,
+    atol_of,
+    head_mean_arrays,
+    robustness_arrays,
+    sensitivity_arrays,
+)
 
 
 @pytest.fixture
 def result(known: LoadedModel, swept: Callable[[LoadedModel], SweepResult], golden: Golden) -> SweepResult:
-    """The sweep of a model that has golden arrays, or is being given some."""
+    """The sweep of a model that has golden arrays, or that is to get some."""
     if not list((FOLDER / known.name).glob("*.npz")) and not golden.regenerate:
         pytest.skip(
             f"{known.name} has no golden arrays yet: python -m tests.noise, then pytest --force-regen makes them"
@@ -24,35 +32,35 @@ def result(known: LoadedModel, swept: Callable[[LoadedModel], SweepResult], gold
 
 
 def test_argmax_robustness(known: LoadedModel, result: SweepResult, golden: Golden) -> None:
-    """How many ablations keep the clean prediction, which do not, and what they turn to."""
-    pinned = robustness(result, atol_of(known.name, "margin"))
+    """Which ablations keep the clean prediction, and which token the others turn to."""
+    pinned = robustness_arrays(result, atol_of(known.name, "margin"))
     golden(known.name, "argmax_robustness", pinned, result.provenance)
     assert (pinned["kept"] + pinned["near_ties"] <= result.kept[0].size).all()
-    assert (result.calls == 1).all() and (result.replaced > 0).all()  # a hook that does nothing is robust, too
+    assert (result.calls == 1).all() and (result.replaced > 0).all()  # a hook that does nothing would look robust
 
 
 def test_target_sensitivity(known: LoadedModel, result: SweepResult, golden: Golden) -> None:
-    """What every ablation does to the target's probability; both signs occur."""
-    golden(known.name, "target_sensitivity", sensitivity(result, 0, "target"), result.provenance)
+    """The change of the target's probability; both signs occur."""
+    golden(known.name, "target_sensitivity", sensitivity_arrays(result, 0, "target"), result.provenance)
     change = result.probability_change[0]
     assert (change.min(axis=(1, 2)) < 0).all() and (change.max(axis=(1, 2)) > 0).all()
 
 
 def test_control_token_stability(known: LoadedModel, result: SweepResult, golden: Golden) -> None:
-    """What every ablation does to the control's probability: less than to the target's."""
-    golden(known.name, "control_stability", sensitivity(result, 1, "control"), result.provenance)
+    """The change of the control's probability, which is smaller than the target's."""
+    golden(known.name, "control_stability", sensitivity_arrays(result, 1, "control"), result.provenance)
     target, control = np.abs(result.probability_change).max(axis=(2, 3))  # [imputation] each
     assert (control < target).all()
 
 
 def test_zero_and_mean_imputation_agree(known: LoadedModel, result: SweepResult, golden: Golden) -> None:
-    """How far the two imputations are apart: they tell the same heads apart."""
-    golden(known.name, "zero_mean_agreement", agreement(result), result.provenance)
+    """The difference between the two imputations, whose effects are correlated."""
+    golden(known.name, "zero_mean_agreement", agreement_arrays(result), result.provenance)
     zero, mean = result.probability_change[0].reshape(2, -1)
     assert np.corrcoef(zero, mean)[0, 1] > 0.9
 
 
 def test_head_means_do_not_drift_with_depth(known: LoadedModel, result: SweepResult, golden: Golden) -> None:
-    """The heads' means; over all layers their trend moves them by less than they scatter."""
-    golden(known.name, "head_means", head_means(result), result.provenance)
+    """The head means, whose trend over all layers is smaller than their scatter."""
+    golden(known.name, "head_means", head_mean_arrays(result), result.provenance)
     assert abs(trend(result.head_mean).drift) < result.head_mean.std()

@@ -1,4 +1,4 @@
-"""Models some of whose layers have no attention heads, or other numbers of them: what is not there never counts."""
+"""Models in which some layers have no attention heads, or fewer: a missing head is counted nowhere."""
 
 from __future__ import annotations
 
@@ -59,12 +59,12 @@ def test_layers_keep_their_index_and_number_of_heads() -> None:
         (RAGGED, (1, 4), "no head 4: layer 1 has 4 heads, 0 to 3"),
     ],
 )
-def test_a_head_that_is_not_there_is_refused(family: str, pair: tuple[int, int], reason: str) -> None:
+def test_missing_head_is_refused(family: str, pair: tuple[int, int], reason: str) -> None:
     with HeadAblation(model_of(family)) as ablation, pytest.raises(InvalidHead, match=reason):
         ablation.ablate([pair])
 
 
-def test_a_layer_without_heads_is_not_waited_for() -> None:
+def test_layer_without_heads_has_no_receipt() -> None:
     model = model_of(HYBRID)
     with HeadAblation(model) as ablation:
         ablation.ablate([(1, 2)])
@@ -74,7 +74,7 @@ def test_a_layer_without_heads_is_not_waited_for() -> None:
 
 
 @pytest.mark.parametrize("family", [HYBRID, RAGGED])
-def test_a_sweep_has_no_values_where_there_is_no_head(family: str) -> None:
+def test_missing_heads_have_no_values(family: str) -> None:
     result, has_head = swept(family), np.array(PRESENT[family], dtype=bool)
     assert result.provenance["method"] == "growing batch"
     assert_results_equal(result, sweep_sequential(model_of(family), IDS), ATOL["float32"])
@@ -90,7 +90,7 @@ def test_a_sweep_has_no_values_where_there_is_no_head(family: str) -> None:
 
 
 @pytest.mark.parametrize("family", [HYBRID, RAGGED])
-def test_saved_and_loaded_it_is_equal(family: str, tmp_path: Path) -> None:
+def test_loaded_result_equals_the_saved_one_of_a_hybrid(family: str, tmp_path: Path) -> None:
     swept(family).save(tmp_path)
     loaded = SweepResult.load(tmp_path)
     assert np.array_equal(loaded.margin, swept(family).margin, equal_nan=True)
@@ -98,7 +98,7 @@ def test_saved_and_loaded_it_is_equal(family: str, tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("family", [HYBRID, RAGGED])
-def test_the_findings_are_those_of_the_heads_that_there_are(family: str) -> None:
+def test_findings_cover_existing_heads_only(family: str) -> None:
     result, heads = swept(family), list(find_heads(model_of(family)))
     found = report.findings(result, str)
     assert json.loads(json.dumps(found, allow_nan=False)) == found
@@ -125,8 +125,8 @@ def test_figures_mark_missing_heads(tmp_path: Path, drawn: list[Figure]) -> None
     assert [patch.get_label() for patch in figures.missing_heads_legend(swept(RAGGED).head_mean)] == ["no such head"]
 
 
-def test_rows_that_are_mixed_up_in_one_layer_only_are_noticed() -> None:
-    """The clean row, the first and the last ablated one are what they should be. So it is with HY-V4."""
+def test_rows_mixed_up_in_one_layer_are_noticed() -> None:
+    """As in HY-V4, the clean row and the first and last ablated rows are right."""
     model = Decoder("gpt2", num_layers=3, num_heads=4, head_dim=2).shared()
 
     def mix(_: object, args: object, out: Tensor) -> Tensor:
@@ -135,8 +135,8 @@ def test_rows_that_are_mixed_up_in_one_layer_only_are_noticed() -> None:
     assert_falls_back(model, 1, mix)
 
 
-def test_the_padding_that_a_model_of_several_parts_is_told_of_stays_out_of_the_mean() -> None:
-    """Its text decoder is given masks for each kind of layer in its place."""
+def test_mean_in_a_multi_part_model_leaves_out_padding() -> None:
+    """Its text decoder receives a mask for each layer type instead of the model's mask."""
     model = build("gemma3")
     ids = torch.tensor([[3, 17, 4, 29, 5, 11], [3, 17, 4, 29, 0, 0]])
     mask = torch.tensor([[1] * 6, [1] * 4 + [0] * 2])

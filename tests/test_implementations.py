@@ -1,4 +1,4 @@
-"""The table of implementations in the README: complete, and made by the command that it names."""
+"""The table of implementations: complete, and made by its command."""
 
 from __future__ import annotations
 
@@ -11,8 +11,8 @@ from ablation.checks import CHECKS
 from tests.implementations import __main__ as command
 
 
-def test_the_readme_has_every_check_and_every_implementation() -> None:
-    (block,) = command.BLOCK.findall(command.README.read_text(encoding="utf-8"))
+def test_page_has_every_check_and_implementation() -> None:
+    (block,) = command.BLOCK.findall(command.PAGE.read_text(encoding="utf-8"))
     header, _, *rows = [line.strip("| ").split(" | ") for line in block.splitlines() if line.startswith("|")]
     folder = Path(command.__file__).parent
     assert header[1:] == list(command.NAMES)
@@ -24,39 +24,39 @@ def test_the_readme_has_every_check_and_every_implementation() -> None:
     assert "**fail**" not in columns["surgery"]
 
 
-def test_every_implementation_says_only_what_it_cannot_do() -> None:
+def test_unsupported_features_have_reasons() -> None:
     for name in ("ours", "surgery", "notebook"):  # those that need no other library
         assert all(reason for reason in command.adapter(name).unsupported.values())
 
 
 @pytest.fixture
-def readme(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    """A README of its own, and outcomes that nothing had to run for: the second check is skipped, the third fails."""
-    file = tmp_path / "README.md"
+def page(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """A page to write to, and invented outcomes: the second check is skipped, the third fails."""
+    file = tmp_path / "implementations.md"
     file.write_text("before\n<!-- implementations -->\nold\n<!-- /implementations -->\nafter\n")
     records = {check.id: ["passed", ""] for check in CHECKS}
-    records[CHECKS[1].id] = ["skipped", "cannot do 'x': never tried"]
+    records[CHECKS[1].id] = ["skipped", "does not support 'x': never tried"]
     records[CHECKS[2].id] = ["failed", "It breaks it\n  found: too much\n  in: gpt2"]
-    result: dict[str, Any] = {"cannot": {"x": "never tried"}, "records": records}
-    monkeypatch.setattr(command, "README", file)
+    result: dict[str, Any] = {"unsupported": {"x": "never tried"}, "records": records}
+    monkeypatch.setattr(command, "PAGE", file)
     monkeypatch.setattr(command, "LIBRARIES", {"torch"})
-    monkeypatch.setattr(command, "apart", lambda name: result)
+    monkeypatch.setattr(command, "run_in_process", lambda name: result)
     return file
 
 
-def test_the_command_writes_the_table_and_finds_one_that_is_old(
-    readme: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+def test_command_writes_the_table_and_detects_an_old_one(
+    page: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     monkeypatch.setattr("sys.argv", ["implementations", "--check"])
-    with pytest.raises(SystemExit, match="README.md shows other outcomes"):
+    with pytest.raises(SystemExit, match="implementations.md shows other outcomes"):
         command.main()
     monkeypatch.setattr("sys.argv", ["implementations", "--write"])
     command.main()
-    written = readme.read_text()
+    written = page.read_text()
     assert written.startswith("before\n<!-- implementations -->\n| check | ours |")
     assert written.endswith(".\n<!-- /implementations -->\nafter\n") and "old" not in written
     assert f"| {CHECKS[1].id} | - | -" in written and f"| {CHECKS[2].id} | **fail** |" in written
     printed = capsys.readouterr().out
-    assert f"- ours fails `{CHECKS[2].id}`: too much\n- ours cannot `x`: never tried\n" in printed
+    assert f"- ours fails `{CHECKS[2].id}`: too much\n- ours does not support `x`: never tried\n" in printed
     monkeypatch.setattr("sys.argv", ["implementations", "--check"])
     command.main()

@@ -3,7 +3,7 @@
 import random
 from collections.abc import Iterator
 
-# Every name is one word (letters only), and no country is called like its capital.
+# Every name is one word (letters only), and no country has the name of its capital.
 CAPITALS: tuple[tuple[str, str], ...] = (
     ("Accra", "Ghana"),
     ("Amman", "Jordan"),
@@ -87,14 +87,14 @@ SAME_CAPITAL = 0.25  # share of second sentences that speak of the same capital 
 
 
 def sentences() -> Iterator[str]:
-    """Every sentence there is: each phrasing of each pair, in a fixed order."""
+    """Yield every sentence: each phrasing of each pair, in a fixed order."""
     for phrasing, _ in PHRASINGS:
         for capital, country in CAPITALS:
             yield phrasing.format(capital=capital, country=country)
 
 
 def texts(rng: random.Random) -> Iterator[str]:
-    """Endless training texts of one or two random sentences, joined by a space."""
+    """Yield training texts without end: one or two random sentences, joined by a space."""
     phrasings, shares = zip(*PHRASINGS, strict=True)
 
     def sentence(pair: tuple[str, str]) -> str:

@@ -1,6 +1,6 @@
-"""`python -m tests.implementations`: the specification against every implementation of this folder, as a table.
+"""`python -m tests.implementations`: the specification on every implementation of this folder, as a table.
 
-Each runs in a process of its own, since libraries patch torch for all. The peers come with `pip install -e ".[peers]"`.
+Each runs in a process of its own, since some libraries patch torch. `pip install -e ".[peers]"` installs the libraries.
 """
 
 from __future__ import annotations
@@ -28,7 +28,8 @@ NAMES = ("ours", "surgery", "notebook", "nnsight", "captum", "pyvene", "transfor
 """The modules of this folder, one class each, in the order of the columns."""
 
 LIBRARIES = {"torch", "transformers", "nnsight", "captum", "pyvene", "transformer-lens"}
-README = Path(__file__).parents[2] / "README.md"
+ROOT = Path(__file__).parents[2]
+PAGE = ROOT / "docs" / "implementations.md"
 BLOCK = re.compile(r"(?<=<!-- implementations -->\n).*?(?=<!-- /implementations -->)", re.DOTALL)
 CELLS = {"passed": "pass", "failed": "**fail**", "skipped": "-"}
 
@@ -36,14 +37,14 @@ Result = dict[str, Any]  # cannot: {feature: reason}; records: {check id: [outco
 
 
 def adapter(name: str) -> Any:
-    """The one class of a module of this folder."""
+    """Return the one class of a module of this folder."""
     module = importlib.import_module(f"tests.implementations.{name}")
     (found,) = (kind for _, kind in inspect.getmembers(module, inspect.isclass) if kind.__module__ == module.__name__)
     return found
 
 
 def run(name: str) -> Result:
-    """Run all checks against one implementation, in this process."""
+    """Run all checks on one implementation, in this process."""
     settings.register_profile(
         "implementations",
         settings.get_profile("ci"),  # derandomised: the same examples each time
@@ -58,13 +59,13 @@ def run(name: str) -> Result:
     return {"unsupported": dict(make.unsupported), "records": records}
 
 
-def apart(name: str) -> Result:
-    """The same in a process of its own; the result is the last line that it prints."""
+def run_in_process(name: str) -> Result:
+    """Run all checks in a process of its own, whose last line is the result."""
     started = time.monotonic()
     command = [sys.executable, "-m", "tests.implementations", "--only", name]
-    done = subprocess.run(command, capture_output=True, text=True, cwd=README.parent)
+    done = subprocess.run(command, capture_output=True, text=True, cwd=ROOT)
     if done.returncode:
-        sys.exit(f"it did not run: {done.stderr.strip().splitlines()[-1]}")
+        sys.exit(f"{name} did not run: {done.stderr.strip().splitlines()[-1]}")
     result: Result = json.loads(done.stdout.splitlines()[-1])
     outcomes = [outcome for outcome, _ in result["records"].values()]
     counts = ", ".join(f"{outcomes.count(outcome)} {outcome}" for outcome in CELLS)
@@ -73,7 +74,7 @@ def apart(name: str) -> Result:
 
 
 def table(results: dict[str, Result]) -> str:
-    """A row a check, a column an implementation."""
+    """Return the table: a row for each check, a column for each implementation."""
     rows = [f"| check | {' | '.join(results)} |", f"|---|{'---|' * len(results)}"]
     for check in CHECKS:
         level = " (should)" if check.level == "SHOULD" else ""
@@ -83,37 +84,41 @@ def table(results: dict[str, Result]) -> str:
 
 
 def reasons(results: dict[str, Result]) -> str:
-    """What was found in each failure, and each reason why something cannot be tried."""
+    """Say what each failure found, and why some checks could not be tried."""
     lines = []
     for name, result in results.items():
         for check, (outcome, reason) in result["records"].items():
             if outcome == "failed":
                 found = re.search(r"^  found: (.*)$", reason, re.MULTILINE)
                 lines.append(f"- {name} fails `{check}`: {found[1] if found else reason}")
-        lines += [f"- {name} cannot `{feature}`: {reason}" for feature, reason in result["unsupported"].items()]
+        lines += [
+            f"- {name} does not support `{feature}`: {reason}" for feature, reason in result["unsupported"].items()
+        ]
     return "\n".join(lines)
 
 
 def main() -> None:
-    """Print the table and the reasons; put the table into the README, or compare it with the README's."""
+    """Print the table and the reasons; write the table into the page, or compare it with the page."""
     parser = argparse.ArgumentParser(prog="python -m tests.implementations", description=__doc__)
-    parser.add_argument("--write", action="store_true", help="put the table into README.md")
-    parser.add_argument("--check", action="store_true", help="exit with 1 where README.md has other outcomes")
+    parser.add_argument("--write", action="store_true", help="put the table into docs/implementations.md")
+    parser.add_argument(
+        "--check", action="store_true", help="exit with 1 if docs/implementations.md has other outcomes"
+    )
     parser.add_argument("--only", choices=NAMES, help="run one, and print its records as JSON")
     options = parser.parse_args()
     if options.only:
         print(json.dumps(run(options.only)))
         return
     with ThreadPoolExecutor(os.cpu_count()) as pool:
-        results = dict(zip(NAMES, pool.map(apart, NAMES), strict=True))
+        results = dict(zip(NAMES, pool.map(run_in_process, NAMES), strict=True))
     versions = ", ".join(f"{name} {importlib.metadata.version(name)}" for name in sorted(LIBRARIES))
     block = f"{table(results)}\n\nWith {versions}.\n"
     print(f"{block}\n{reasons(results)}")
-    readme = README.read_text(encoding="utf-8")
+    page = PAGE.read_text(encoding="utf-8")
     if options.write:
-        README.write_text(BLOCK.sub(lambda _: block, readme), encoding="utf-8")
-    if options.check and table(results) not in readme:
-        sys.exit("README.md shows other outcomes than these")
+        PAGE.write_text(BLOCK.sub(lambda _: block, page), encoding="utf-8")
+    if options.check and table(results) not in page:
+        sys.exit("docs/implementations.md shows other outcomes than these")
 
 
 if __name__ == "__main__":

@@ -1,0 +1,81 @@
+"""The options of this project's pytest runs: golden arrays are protected in CI, and tested models are named."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+
+from ablation.sources import NAMED_MODELS
+from tests.test_models import folder  # noqa: F401 (a fixture)
+
+ROOT = Path(__file__).parent.parent
+GOLDEN = ROOT / "golden"
+CONFTEST = ROOT / "conftest.py"
+
+
+def contents(path: Path) -> dict[Path, bytes]:
+    return {file: file.read_bytes() for file in path.rglob("*") if file.is_file()}
+
+
+def run_pytest(*arguments: str, **environment: str) -> tuple[int, str]:
+    clean = {key: value for key, value in os.environ.items() if key not in ("CI", "GITHUB_ACTIONS")}
+    command = [sys.executable, "-m", "pytest", "-p", "no:cacheprovider", *arguments]
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, env=clean | environment)
+    return done.returncode, done.stdout + done.stderr
+
+
+def configure(request: pytest.FixtureRequest, **given: Any) -> None:
+    """Let conftest.py read options, in this process, since a new one takes seconds to start."""
+    (conftest,) = (p for p in request.config.pluginmanager.get_plugins() if getattr(p, "__file__", "") == str(CONFTEST))
+    options = dict.fromkeys(("--models", "force_regen", "regen_all")) | given
+    conftest.pytest_configure(SimpleNamespace(getoption=options.get))
+
+
+@pytest.mark.parametrize("option", ["force_regen", "regen_all"])
+def test_rewriting_golden_arrays_is_refused_only_in_ci(
+    option: str, request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("CI", "true")
+    with pytest.raises(pytest.UsageError, match="golden arrays are never rewritten in CI"):
+        configure(request, **{option: True})
+    monkeypatch.delenv("CI")
+    configure(request, **{option: True})
+
+
+def test_golden_arrays_are_never_rewritten_in_ci() -> None:
+    before = contents(GOLDEN)
+    status, output = run_pytest("tests/test_golden.py", "--force-regen", CI="true")
+    assert status == pytest.ExitCode.USAGE_ERROR and "golden arrays are never rewritten in CI" in output
+    assert contents(GOLDEN) == before
+
+
+def test_unknown_model_is_a_usage_error(request: pytest.FixtureRequest) -> None:
+    with pytest.raises(pytest.UsageError, match="no model 'gtp2'; there are capitals, smollm2, gpt2"):
+        configure(request, **{"--models": "gtp2"})
+
+
+def test_model_in_a_missing_folder_is_a_usage_error(request: pytest.FixtureRequest, tmp_path: Path) -> None:
+    with pytest.raises(pytest.UsageError, match="nowhere: it does not exist"):
+        configure(request, **{"--models": f"gpt2={tmp_path / 'nowhere'}"})
+
+
+def test_claims_run_on_their_own_model_and_can_fail(folder: Path) -> None:  # noqa: F811
+    """On weights that are not GPT-2's, each failure begins with the words of the claim."""
+    status, output = run_pytest("tests/test_claims.py", "--models", f"gpt2={folder}", "-k", "published_claim")
+    assert status == pytest.ExitCode.TESTS_FAILED
+    assert "published: The clean argmax is ` Germany`. Found: the clean argmax is" in output
+    assert "6 heads were ablated" in output
+    assert f"models tested: gpt2={folder}" in output and "NOT tested: capitals: not asked for" in output
+
+
+def test_report_names_tested_models_at_both_ends() -> None:
+    status, output = run_pytest("tests/test_golden.py", "--models", "capitals")
+    assert status == pytest.ExitCode.OK
+    assert output.count("models tested: capitals\n") == 2
+    assert all(output.count(f"NOT tested: {name}: not asked for") == 2 for name in NAMED_MODELS if name != "capitals")
