@@ -1,4 +1,4 @@
-"""The kill matrix, every check against every mutant: `python -m tests.kill_matrix` writes tests/mutants.md."""
+"""The kill matrix, every check against every mutant: `python -m tests.kill_matrix` writes docs/mutants.md."""
 
 from __future__ import annotations
 
@@ -10,10 +10,10 @@ from typing import Any
 
 from ablation import provenance
 from ablation.checks import CHECKS
-from tests.mutants import ELSEWHERE, GROUPS, MUTANTS, Mutant
-from tests.mutants.trial import few_examples, tried
+from tests.mutants import GROUPS, MUTANTS, OUTSIDE_PROTOCOL, Mutant
+from tests.mutants.trial import few_examples, try_check
 
-PAGE = Path(__file__).parent / "mutants.md"
+PAGE = Path(__file__).parent.parent / "docs" / "mutants.md"
 EXAMPLES = 4
 KILLED, CRASHED, SURVIVED, NOT_TRIED = "x", "!", "", "-"
 
@@ -27,7 +27,7 @@ def measured() -> dict[type[Mutant], dict[str, str]]:
     with few_examples(examples=EXAMPLES):
         for mutant in MUTANTS:
             print(f"{len(matrix) + 1} of {len(MUTANTS)}: {mutant.__name__}", file=sys.stderr)
-            matrix[mutant] = {check.id: _mark(tried(check, mutant)) for check in CHECKS}
+            matrix[mutant] = {check.id: _mark(try_check(check, mutant)) for check in CHECKS}
     return matrix
 
 
@@ -38,15 +38,15 @@ def _mark(trial: Any) -> str:
 
 
 def killers(marks: Mapping[str, str]) -> list[str]:
-    """The checks that reject a mutant for a requirement, or, where its bug is a crash, at all."""
+    """Return the checks that reject a mutant for a requirement; if there are none, those in which it crashes."""
     return [check for check, mark in marks.items() if mark == KILLED] or [
         check for check, mark in marks.items() if mark == CRASHED
     ]
 
 
 def page(matrix: Matrix, made_with: Mapping[str, Any], date: str) -> str:
-    """The matrix and what follows from it, as Markdown."""
-    return "\n".join([*_head(made_with, date), *_findings(matrix), *_matrix(matrix), *_elsewhere()]) + "\n"
+    """Return the page: the matrix and what follows from it, as Markdown."""
+    return "\n".join([*_head(made_with, date), *_findings(matrix), *_matrix(matrix), *_outside_protocol()]) + "\n"
 
 
 def _head(made_with: Mapping[str, Any], date: str) -> Iterator[str]:
@@ -55,8 +55,8 @@ def _head(made_with: Mapping[str, Any], date: str) -> Iterator[str]:
     yield ""
     yield (
         f"{len(MUTANTS)} wrong implementations, each with one bug, and the checks that reject them. Made by "
-        f"`python -m tests.kill_matrix` on {date}, with {EXAMPLES} examples a check; {versions}. "
-        "`pytest -m mutants` asserts that every mutant dies, and that no right implementation is rejected."
+        f"`python -m tests.kill_matrix` on {date}, with {EXAMPLES} examples for each check; {versions}. "
+        "`pytest -m mutants` asserts that every mutant is rejected, and that correct implementations are accepted."
     )
 
 
@@ -64,56 +64,58 @@ def _findings(matrix: Matrix) -> Iterator[str]:
     alone = {mutant: killers(marks) for mutant, marks in matrix.items() if len(killers(marks)) == 1}
     none = [mutant for mutant, marks in matrix.items() if not killers(marks)]
     yield from ("", "## Thin places", "")
-    yield "Mutants that a single check rejects, some by chance: with more examples, other checks meet them, too."
+    yield "Mutants that a single check rejects. With more examples, other checks reject some of them, too."
     yield ""
     yield from (f"- {mutant.__name__}: `{check}`" for mutant, (check,) in alone.items())
-    yield from (f"- {mutant.__name__}: `{mutant.killer}`, but only with more examples than here" for mutant in none)
-    yield from ("", "## The checks", "", "What each rejects, and what no other does.", "")
+    yield from (
+        f"- {mutant.__name__}: `{mutant.expected_check}`, but only with more examples than here" for mutant in none
+    )
+    yield from ("", "## The checks", "", "What each check rejects, and what no other check rejects.", "")
     yield from ("| # | check | rejects | alone |", "|---|---|---|---|")
     for number, check in enumerate(CHECKS, start=1):
         rejects = sum(check.id in killers(marks) for marks in matrix.values())
         only = ", ".join(mutant.__name__ for mutant, (single,) in alone.items() if single == check.id)
         yield f"| {number} | `{check.id}` | {rejects} | {only} |"
     idle = [check.id for check in CHECKS if [check.id] not in alone.values()]
-    yield from ("", "### Checks that reject nothing alone", "")
-    yield "Every mutant that they reject is rejected by another check, too: candidates to remove, and what is for each."
+    yield from ("", "### Checks that no mutant needs", "")
+    yield "Another check rejects every mutant that these reject. Why they are kept:"
     yield ""
-    yield from (f"- `{check}`: {FOR_IT.get(check, 'it says more plainly what is wrong')}." for check in idle)
+    yield from (f"- `{check}`: {WHY_KEPT.get(check, 'its message is clearer')}." for check in idle)
 
 
-FOR_IT = {
-    "smoke": "it comes first, and tells a bad adapter from a bad implementation",
-    "identity": "the only one that is about doing nothing, in bfloat16 as well",
-    "identity.padded": "the only one to compare a clean padded batch with the bare model",
-    "locality": "the plainest words for the commonest bugs; it asks for a single row and a single head only",
-    "locality.padded": "the only one to look at what a row's mean is made of; `independence.padding` sees it in the logits",
-    "locality.sets": "for those that claim no padding, the only one to look at sets in a batch",
-    "independence.other_models": "the only one to ablate two models at once",
-    "independence.rows": "for those that claim no padding",
-    "independence.padding": "for those whose projections cannot be observed",
-    "independence.cache_padded": "the only one to decode behind padding",
-    "independence.later_tokens": "nothing: what it sees the oracles see. It could go",
-    "oracle.zero": "for those whose projections cannot be observed, and that claim no sets",
-    "oracle.zero_sets": "for those whose projections cannot be observed",
-    "oracle.mean": "for those whose projections cannot be observed, and that claim no sets",
-    "oracle.mean_sets": "the only one to look at means above another ablated head",
-    "oracle.numpy": "the only one that shares no code with transformers, and does not ask where heads are",
-    "oracle.unread_head": "to the last bit, where the oracles allow for rounding",
-    "oracle.permuted_heads": "it needs no account of what z is, but `oracle.numpy` asks for more. It could go",
-    "independence.earlier_runs": "the only one to run several prompts and sets on one implementation",
-    "independence.earlier_masks": "the only one to run with a mask, then with another, and then without",
-    "hygiene.global_state": "the only one to look beyond the model",
-    "refusal.no_side_effect": "the only one to go on after a refusal",
+WHY_KEPT = {
+    "smoke": "it comes first, and distinguishes a bad adapter from a bad implementation",
+    "identity": "the only one about ablating nothing in bfloat16",
+    "identity.padded": "the only one that compares a clean padded batch with the bare model",
+    "locality": "the clearest message for the most frequent bugs; it needs only one row and one head",
+    "locality.padded": "the only one that looks at the mean itself; `independence.padding` sees only the logits",
+    "locality.sets": "for implementations without padding, the only one that looks at sets in a batch",
+    "independence.other_models": "the only one that ablates two models at once",
+    "independence.rows": "for implementations without padding",
+    "independence.padding": "for implementations whose projections cannot be observed",
+    "independence.cache_padded": "the only one that decodes after padding",
+    "independence.later_tokens": "no other reason: the oracles see the same, so it could go",
+    "oracle.zero": "for implementations whose projections cannot be observed, and that ablate one head at a time",
+    "oracle.zero_sets": "for implementations whose projections cannot be observed",
+    "oracle.mean": "for implementations whose projections cannot be observed, and that ablate one head at a time",
+    "oracle.mean_sets": "the only one that looks at means above another ablated head",
+    "oracle.numpy": "the only one that shares no code with transformers, nor asks where the heads are",
+    "oracle.unread_head": "exact to the last bit, where the oracles allow for rounding",
+    "oracle.permuted_heads": "it does not need to know what z is; but `oracle.numpy` is stricter, so it could go",
+    "independence.earlier_runs": "the only one that runs several prompts and sets on one implementation",
+    "independence.earlier_masks": "the only one that runs with a mask, then with another, and then without",
+    "hygiene.global_state": "the only one that looks beyond the model",
+    "refusal.no_side_effect": "the only one that continues after a refusal",
     "refusal.type": "separate from `refusal.head`, since implementations differ in it",
-    "hygiene.lifecycle": "orders of steps that nobody has thought of",
+    "hygiene.lifecycle": "orders of steps that no one has thought of",
 }
 
 
 def _matrix(matrix: Matrix) -> Iterator[str]:
     yield from ("", "## The matrix", "")
     yield (
-        "Columns are the checks by their numbers above. x: rejected for the requirement; !: rejected because something "
-        "was raised; -: not tried, since the mutant does not claim what the check needs."
+        "Columns are the checks by their numbers above. x: rejected for the requirement; !: rejected since an error was "
+        "raised; -: not tried, since the mutant does not support what the check needs."
     )
     for group in GROUPS:
         title, _, about = (group.__doc__ or "").strip().partition(": ")
@@ -126,10 +128,11 @@ def _matrix(matrix: Matrix) -> Iterator[str]:
                 yield f"| {mutant.__name__} | {cause} | {mutant.source} | {' | '.join(marks.values())} |"
 
 
-def _elsewhere() -> Iterator[str]:
-    yield from ("", "## Elsewhere", "", "Bugs outside of the protocol, and the test that fails for each.", "")
+def _outside_protocol() -> Iterator[str]:
+    yield from ("", "## Outside the protocol", "")
+    yield from ("Bugs that no adapter can show, and the test that fails for each.", "")
     yield from ("| bug | cause | source | test |", "|---|---|---|---|")
-    for bug in ELSEWHERE:
+    for bug in OUTSIDE_PROTOCOL:
         yield f"| {bug.name} | {bug.cause} | {bug.source} | `{bug.test}` |"
 
 

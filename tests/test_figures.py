@@ -5,6 +5,7 @@ from __future__ import annotations
 import itertools
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import matplotlib
 import numpy as np
@@ -47,7 +48,7 @@ def drawn(monkeypatch: pytest.MonkeyPatch) -> list[Figure]:
     saved: list[Figure] = []
     save = Figure.savefig
 
-    def spy(self: Figure, *args: object, **kwargs: object) -> None:
+    def spy(self: Figure, *args: Any, **kwargs: Any) -> None:
         save(self, *args, **kwargs)
         as_saved = np.array([axes.get_position().bounds for axes in self.axes])
         self.draw_without_rendering()
@@ -123,7 +124,7 @@ def test_sensitivity_maps_share_a_symmetric_scale_in_points() -> None:
     figure = figures.sensitivity(sweep, {0: "a", 1: "b", 2: "c"})
     images = [axes.images[0] for axes in figure.axes[:4]]
     for image, change in zip(images, 100 * sweep.probability_change.reshape(4, 12, 12), strict=True):
-        assert np.array_equal(image.get_array(), change)  # row: layer, column: head
+        assert np.array_equal(np.asarray(image.get_array()), change)  # row: layer, column: head
     (scale,) = {image.get_clim() for image in images}
     assert scale == (-scale[1], 100 * np.abs(sweep.probability_change).max())
 
@@ -132,7 +133,7 @@ def test_rings_mark_flipped_heads() -> None:
     sweep = random_sweep(12, 12)
     figure = figures.margins(sweep, {0: "a", 1: "b", 2: "c"})
     for index, axes in enumerate(figure.axes[:2]):
-        rings = axes.lines[-1].get_xydata()  # x: head, y: layer
+        rings: Any = axes.lines[-1].get_xydata()  # x: head, y: layer
         assert [tuple(reversed(xy)) for xy in rings] == [tuple(cell) for cell in np.argwhere(~sweep.kept[index])]
         assert f"{sweep.kept[index].sum()} of 144 keep a" in axes.get_title()
     (legend,) = figure.findobj(Legend)

@@ -34,7 +34,7 @@ def arrays(original_datadir: Path, monkeypatch: pytest.MonkeyPatch) -> dict[str,
     monkeypatch.setattr(golden_module, "FOLDER", original_datadir)
     monkeypatch.setattr(golden_module, "tolerances", lambda: {"toy": {"margin": 1e-3}})
     (original_datadir / "toy").mkdir(exist_ok=True)
-    arrays = {"margin": np.arange(24.0).reshape(2, 3, 4), "argmax": np.arange(24).reshape(2, 3, 4)}
+    arrays: dict[str, Any] = {"margin": np.arange(24.0).reshape(2, 3, 4), "argmax": np.arange(24).reshape(2, 3, 4)}
     np.savez(original_datadir / "toy" / "margins.npz", **arrays)
     (original_datadir / "toy" / "margins.json").write_text(json.dumps({"torch": "0.9", "threads": 1}))
     return arrays

@@ -1,4 +1,4 @@
-"""The specification rejects every wrong implementation that is known, and no right one."""
+"""The specification rejects every known wrong implementation, and accepts correct ones."""
 
 from __future__ import annotations
 
@@ -12,38 +12,38 @@ import pytest
 from ablation.checks import CHECKS
 from tests.implementations.ours import Ours
 from tests.implementations.surgery import Surgery
-from tests.mutants import ELSEWHERE, GROUPS, MUTANTS, Mutant
-from tests.mutants.right import Reference
-from tests.mutants.styles import STYLES
-from tests.mutants.trial import death, few_examples, tried
+from tests.mutants import GROUPS, MUTANTS, OUTSIDE_PROTOCOL, Mutant
+from tests.mutants.correct_variants import CORRECT_VARIANTS
+from tests.mutants.reference import Reference
+from tests.mutants.trial import assert_rejected, few_examples, try_check
 
 TESTS = Path(__file__).parent
 
 
 @pytest.fixture(autouse=True)
 def examples(request: pytest.FixtureRequest) -> Iterator[None]:
-    """Derandomised, but for --hypothesis-seed. A right implementation goes through all examples, so it has fewer."""
-    right = request.node.name.startswith("test_no_right")
-    with few_examples(seeded=request.config.getoption("--hypothesis-seed") is not None, examples=4 if right else 15):
+    """Derandomised without --hypothesis-seed. A correct implementation runs all examples, so it has fewer."""
+    correct = request.node.name.startswith("test_correct")
+    with few_examples(seeded=request.config.getoption("--hypothesis-seed") is not None, examples=4 if correct else 15):
         yield
 
 
 @pytest.mark.mutants
 @pytest.mark.parametrize("mutant", MUTANTS, ids=lambda mutant: mutant.__name__)
-def test_a_mutant_is_rejected_for_a_requirement_that_it_breaks(mutant: type[Mutant]) -> None:
-    death(mutant)
+def test_mutant_is_rejected(mutant: type[Mutant]) -> None:
+    assert_rejected(mutant)
 
 
 @pytest.mark.mutants
-@pytest.mark.parametrize("make", [Reference, Ours, Surgery, *STYLES], ids=lambda make: make.__name__)
-def test_no_right_implementation_is_rejected(make: Any) -> None:
+@pytest.mark.parametrize("factory", [Reference, Ours, Surgery, *CORRECT_VARIANTS], ids=lambda factory: factory.__name__)
+def test_correct_implementation_is_accepted(factory: Any) -> None:
     for check in CHECKS:
-        trial = tried(check, make)
+        trial = try_check(check, factory)
         assert trial is None or not trial.rejected, trial.reason
 
 
 class Survivor(Mutant):
-    """Is no mutant at all."""
+    """Has no bug."""
 
 
 class Accident(Mutant):
@@ -54,19 +54,19 @@ class Accident(Mutant):
 
 
 @pytest.mark.mutants
-def test_a_survivor_and_an_accident_are_no_deaths() -> None:
+def test_survivors_and_crashes_do_not_count_as_killed() -> None:
     with few_examples(examples=1):
-        with pytest.raises(AssertionError, match="Survivor survives: Is no mutant at all"):
-            death(Survivor)
-        with pytest.raises(AssertionError, match=r"Accident is killed by accident only: locality: LookupError\('no"):
-            death(Accident)
+        with pytest.raises(AssertionError, match="Survivor survives: Has no bug"):
+            assert_rejected(Survivor)
+        with pytest.raises(AssertionError, match=r"Accident is only rejected by crashes: locality: LookupError\('no"):
+            assert_rejected(Accident)
 
 
-def test_an_implementation_that_is_not_deterministic_is_rejected_by_an_assertion() -> None:
-    """Hypothesis, which runs a failing case again, calls it flaky."""
+def test_nondeterministic_implementation_is_rejected() -> None:
+    """Hypothesis runs a failing case again, and calls it flaky."""
 
     class Once(Mutant):
-        """Ablates nothing, but only once."""
+        """Ablates nothing in its first run."""
 
         done: ClassVar[bool] = False
 
@@ -75,27 +75,27 @@ def test_an_implementation_that_is_not_deterministic_is_rejected_by_an_assertion
             return [] if once else super().targets(layer)
 
     smoke = next(check for check in CHECKS if check.id == "smoke")
-    trial = tried(smoke, Once)
-    assert trial is not None and trial.rejected and "what is tested is not deterministic" in trial.reason
+    trial = try_check(smoke, Once)
+    assert trial is not None and trial.rejected and "so the implementation is not deterministic" in trial.reason
 
 
-def test_every_mutant_has_a_cause_and_a_name_of_its_own() -> None:
+def test_mutants_have_unique_names_and_a_cause() -> None:
     assert len({mutant.__name__ for mutant in MUTANTS}) == len(MUTANTS)
     for mutant in MUTANTS:
         assert mutant.__doc__ != Mutant.__doc__ and (mutant.__doc__ or "").splitlines()[0].endswith("."), mutant
-        assert mutant.killer in {check.id for check in CHECKS}, mutant
+        assert mutant.expected_check in {check.id for check in CHECKS}, mutant
     for group in GROUPS:
         assert any(mutant.__module__ == group.__name__ for mutant in MUTANTS), group
 
 
-@pytest.mark.parametrize("bug", ELSEWHERE, ids=lambda bug: bug.name)
-def test_the_test_that_catches_a_bug_elsewhere_exists(bug: Any) -> None:
+@pytest.mark.parametrize("bug", OUTSIDE_PROTOCOL, ids=lambda bug: bug.name)
+def test_bug_outside_the_protocol_has_a_test(bug: Any) -> None:
     file, _, name = bug.test.partition("::")
     assert re.search(rf"^def {name}\(", (TESTS.parent / file).read_text(encoding="utf-8"), re.MULTILINE), bug.test
 
 
-def test_the_page_names_exactly_the_mutants_and_checks_there_are() -> None:
-    page = (TESTS / "mutants.md").read_text(encoding="utf-8")
-    rows = re.findall(r"^\| (\w+) \| (.+?) \| (.*?) \|", page.partition("\n## Elsewhere")[0], re.MULTILINE)
+def test_page_lists_all_mutants_and_checks() -> None:
+    page = (TESTS.parent / "docs" / "mutants.md").read_text(encoding="utf-8")
+    rows = re.findall(r"^\| (\w+) \| (.+?) \| (.*?) \|", page.partition("\n## Outside the protocol")[0], re.MULTILINE)
     assert [name for name, *_ in rows if name[0].isupper()] == [mutant.__name__ for mutant in MUTANTS]
     assert re.findall(r"^\| \d+ \| `(.+?)` \|", page, re.MULTILINE) == [check.id for check in CHECKS]

@@ -25,7 +25,7 @@ An adapter for a hook that is a context manager:
 from __future__ import annotations
 
 import inspect
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from typing import Any, Protocol
 
 from torch import Tensor
@@ -56,11 +56,9 @@ class Implementation(Protocol):
     A second implementation on the same model may be refused. If it is not, either may be closed first. Other models and
     global state must not change.
 
-    unsupported: name -> reason, for features of FEATURES, families (`gpt2`, ...) and dtypes (`float64`, ...) that the
-    implementation does not claim. Checks that need one are skipped, with that reason. It may be left out.
+    A class attribute `unsupported` may hold {name: reason} for features of FEATURES, families (`gpt2`, ...) and dtypes
+    (`float64`, ...) that the implementation does not claim. Checks that need one are skipped, with that reason.
     """
-
-    unsupported: Mapping[str, str]
 
     def __init__(self, model: PreTrainedModel) -> None: ...
 

@@ -5,7 +5,9 @@ from __future__ import annotations
 import warnings
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Literal
+
+import pytest
 
 from ablation.checks import hygiene, identity, independence, locality, oracles, refusal, smoke
 from ablation.checks.cases import Case
@@ -61,15 +63,15 @@ def check_implementation(factory: Factory, *, expected_failures: Mapping[str, st
     return [run_check(check, factory, expected_failures) for check in CHECKS]
 
 
-def parametrize_with_checks(*factories: Factory, expected_failures: Mapping[str, str] | None = None) -> Any:
+def parametrize_with_checks(
+    *factories: Factory, expected_failures: Mapping[str, str] | None = None
+) -> pytest.MarkDecorator:
     """Make a pytest test of every check of these implementations. The test takes `check` and calls it.
 
     @parametrize_with_checks(Mine, expected_failures={"independence.cache": "see issue 12"})
     def test_head_ablation(check):
         check()
     """
-    import pytest
-
     validate_ids(expected_failures or {})
 
     def bound(check: Check, factory: Factory) -> Callable[[], None]:
@@ -93,8 +95,6 @@ def parametrize_with_checks(*factories: Factory, expected_failures: Mapping[str,
 
 def report_to_pytest(record: Record) -> None:
     """End a pytest test with the outcome of a record."""
-    import pytest
-
     __tracebackhide__ = True
     match record.outcome:
         case "failed":

@@ -59,7 +59,7 @@ def multiplications(model: PreTrainedModel) -> dict[int, list[Multiplication]]:
         for layer in find_heads(model).layers:
             here = found.setdefault(layer.index, [])
 
-            def note(module: nn.Module, args: Any, here: Any = here, projection: Any = layer.projection) -> None:
+            def note(module: Any, args: Any, here: Any = here, projection: Any = layer.projection) -> None:
                 weight = module.weight if isinstance(module, Conv1D) else module.weight.T
                 after_attention = module is projection or any(m.after_attention for m in here)
                 here.append(Multiplication(after_attention, *weight.shape))

@@ -50,7 +50,7 @@ def gpt2_small(rounds: int, pattern: str) -> Iterator[str]:
     model = build(SHAPES["GPT-2 small"])
     ids = prompt(model, 6)
     measured = timed(model, ids, rounds, parts=1, pattern=pattern)
-    off = {
+    off: dict[torch.dtype, float] = {
         kind: difference_on_one_thread(model.to(kind), ids, measured.cells) for kind in (torch.float32, torch.float64)
     }
     yield from comparison(measured)

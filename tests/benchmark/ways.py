@@ -92,7 +92,7 @@ def nnsight_invokes(model: PreTrainedModel, ids: list[int], cells: Sequence[Cell
 
     rows = max(12, 576 // len(ids))
 
-    class Batching(NNsight):  # a plain NNsight leaves it to the user to join the inputs of invokes
+    class Batching(NNsight):  # type: ignore[misc]  # a plain NNsight leaves it to the user to join the inputs of invokes
         def _batch(self, invokes: list[Any], fn: Any) -> Any:
             return (torch.cat([inputs[0] for inputs, _ in invokes]),), {}
 

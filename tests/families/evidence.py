@@ -83,7 +83,7 @@ def projection_inputs(heads: HeadMap) -> Iterator[dict[int, Tensor]]:
 
 def blocks_of(model: PreTrainedModel, heads: HeadMap) -> Sequence[nn.Module]:
     """Return all decoder layers, including those without heads."""
-    lists = (m for m in heads.decoder.modules() if isinstance(m, nn.ModuleList) and len(m) == heads.num_layers)
+    lists: Any = (m for m in heads.decoder.modules() if isinstance(m, nn.ModuleList) and len(m) == heads.num_layers)
     return next(m for m in lists if heads.layers[0].block is m[heads.layers[0].index])
 
 

@@ -1,14 +1,26 @@
-"""Wrong implementations, one bug each: proof that the specification rejects what has gone wrong in real code."""
+"""Wrong implementations with one bug each: proof that the specification rejects bugs of real code."""
 
 from __future__ import annotations
 
 from types import ModuleType
 
-from tests.mutants import arguments, dtype, families, index, life, mean, shape, site, state
-from tests.mutants.elsewhere import ELSEWHERE
+from tests.mutants import arguments, dtype, families, hooks, index, mean, model, process, shape, site, state
 from tests.mutants.mutant import Mutant
+from tests.mutants.outside_protocol import OUTSIDE_PROTOCOL
 
-GROUPS: tuple[ModuleType, ...] = (site, index, shape, mean, state, life, dtype, families, arguments)
+GROUPS: tuple[ModuleType, ...] = (
+    site,
+    index,
+    shape,
+    mean,
+    state,
+    hooks,
+    model,
+    process,
+    dtype,
+    families,
+    arguments,
+)
 
 MUTANTS: tuple[type[Mutant], ...] = tuple(
     found
@@ -16,6 +28,6 @@ MUTANTS: tuple[type[Mutant], ...] = tuple(
     for found in vars(group).values()
     if isinstance(found, type) and issubclass(found, Mutant) and found.__module__ == group.__name__
 )
-"""All of them, group by group."""
+"""All mutants, group by group."""
 
-__all__ = ["ELSEWHERE", "GROUPS", "MUTANTS", "Mutant"]
+__all__ = ["GROUPS", "MUTANTS", "OUTSIDE_PROTOCOL", "Mutant"]

@@ -1,4 +1,4 @@
-"""Arguments: what is passed in is dropped, changed, or taken where it should be refused."""
+"""Arguments: inputs are dropped, changed, or accepted although they are invalid."""
 
 from __future__ import annotations
 
@@ -12,72 +12,72 @@ from tests.mutants.mutant import Mutant
 
 
 class NegativeHead(Mutant):
-    """Takes head -1, whose slice is empty, for a head that changes nothing."""
+    """Accepts head -1, whose slice is empty, as a head without effect."""
 
-    killer = "refusal.head"
+    expected_check = "refusal.head"
 
     def check(self, layer: Any, head: Any) -> None:
         super().check(layer, 0 if head == -1 else head)
 
 
 class HeadTooLarge(Mutant):
-    """Takes a head past the last, whose slice is empty, for a head that changes nothing."""
+    """Accepts a head after the last, whose slice is empty, as a head without effect."""
 
-    killer = "refusal.head"
+    expected_check = "refusal.head"
 
     def check(self, layer: Any, head: Any) -> None:
-        super().check(layer, 0 if type(head) is int and head >= self.count() else head)
+        super().check(layer, 0 if type(head) is int and head >= self.num_heads() else head)
 
 
 class LayerFromTheEnd(Mutant):
-    """Takes layer -1 for the last."""
+    """Accepts layer -1 as the last layer."""
 
-    killer = "refusal.head"
+    expected_check = "refusal.head"
 
     def check(self, layer: Any, head: Any) -> None:
-        super().check(layer % len(self.blocks()) if type(layer) is int and layer < 0 else layer, head)
+        super().check(layer % len(self.layers()) if type(layer) is int and layer < 0 else layer, head)
 
 
 class NoSuchLayer(Mutant):
-    """Takes a layer that is not there, and never meets it."""
+    """Accepts a layer that does not exist, and never reaches it."""
 
-    killer = "refusal.head"
+    expected_check = "refusal.head"
 
     def check(self, layer: Any, head: Any) -> None:
         super().check(0 if type(layer) is int and layer > 0 else layer, head)
 
 
 class BoolForHead(Mutant):
-    """Takes True for 1 and False for 0."""
+    """Accepts True as 1 and False as 0."""
 
-    killer = "refusal.type"
+    expected_check = "refusal.type"
 
     def check(self, layer: Any, head: Any) -> None:
         super().check(*(int(index) if isinstance(index, bool) and index < 1 else index for index in (layer, head)))
 
 
 class FloatForHead(Mutant):
-    """Takes 0.0 for 0."""
+    """Accepts 0.0 as 0."""
 
-    killer = "refusal.type"
+    expected_check = "refusal.type"
 
     def check(self, layer: Any, head: Any) -> None:
         super().check(*(int(index) if isinstance(index, float) else index for index in (layer, head)))
 
 
 class StringForHead(Mutant):
-    """Takes '0' for 0, and ablates nothing."""
+    """Accepts '0' as a head, and ablates nothing."""
 
-    killer = "refusal.type"
+    expected_check = "refusal.type"
 
     def check(self, layer: Any, head: Any) -> None:
         super().check(*(int(index) if isinstance(index, str) else index for index in (layer, head)))
 
 
 class NoReason(Mutant):
-    """Refuses without a word."""
+    """Refuses without a message."""
 
-    killer = "refusal.head"
+    expected_check = "refusal.head"
 
     def check(self, layer: Any, head: Any) -> None:
         try:
@@ -87,17 +87,17 @@ class NoReason(Mutant):
 
 
 class RefusedTooLate(Mutant):
-    """Finds out in the middle of a forward that a head is not there."""
+    """Refuses a missing head only in the middle of a forward pass."""
 
-    killer = "refusal.head"
+    expected_check = "refusal.head"
 
     def check(self, layer: Any, head: Any) -> None:
         pass
 
-    def edited(self, z: Tensor, heads: list[int]) -> Tensor:
+    def replace_heads(self, z: Tensor, heads: list[int]) -> Tensor:
         for layer, head in self.heads:
             super().check(layer, head)
-        return super().edited(z, heads)
+        return super().replace_heads(z, heads)
 
     def forward(self, input_ids: Tensor, **inputs: Any) -> Tensor:
         logits = super().forward(input_ids, **inputs)
@@ -107,39 +107,39 @@ class RefusedTooLate(Mutant):
 
 
 class UnknownIsMean(Mutant):
-    """Takes every imputation but "zero" for the mean: `else`."""
+    """Treats every imputation but "zero" as the mean: `else`."""
 
-    killer = "refusal.imputation"
+    expected_check = "refusal.imputation"
 
     def ablate(self, heads: Sequence[tuple[int, int]], imputation: str) -> None:
         super().ablate(heads, "zero" if imputation == "zero" else "mean")
 
 
 class MaskDropped(Mutant):
-    """Does not pass the attention mask on to the model."""
+    """Does not pass the attention mask to the model."""
 
     source = "huggingface/transformers#41620"
-    killer = "independence.padding"
+    expected_check = "independence.padding"
 
     def forward(self, input_ids: Tensor, **inputs: Any) -> Tensor:
         return super().forward(input_ids, **inputs | {"attention_mask": None})
 
 
 class PositionsDropped(Mutant):
-    """Does not pass the position ids on, which padding on the left needs."""
+    """Does not pass the position ids, which padding on the left needs."""
 
     source = "TransformerLensOrg/TransformerLens#344"
-    killer = "locality.padded"
+    expected_check = "locality.padded"
 
     def forward(self, input_ids: Tensor, **inputs: Any) -> Tensor:
         return super().forward(input_ids, **{name: given for name, given in inputs.items() if name != "position_ids"})
 
 
 class FirstTokenAdded(Mutant):
-    """Puts a token of its own before the prompt, and takes its logits away again."""
+    """Prepends a token to the prompt, and removes its logits."""
 
     source = "TransformerLensOrg/TransformerLens#282"
-    killer = "identity"
+    expected_check = "identity"
 
     def run(self, input_ids: Tensor, attention_mask: Tensor | None = None, **inputs: Any) -> Tensor:
         longer = torch.cat([input_ids[:, :1], input_ids], dim=1)
@@ -150,18 +150,18 @@ class FirstTokenAdded(Mutant):
 
 
 class LastTokenReturned(Mutant):
-    """Returns the logits of the last token only."""
+    """Returns only the logits of the last token."""
 
-    killer = "smoke"
+    expected_check = "smoke"
 
     def forward(self, input_ids: Tensor, **inputs: Any) -> Tensor:
         return super().forward(input_ids, **inputs)[:, -1:]
 
 
 class UnsetDropsMask(Mutant):
-    """Does not pass mask and positions on where nothing is ablated."""
+    """Does not pass mask and positions if nothing is ablated."""
 
-    killer = "identity.padded"
+    expected_check = "identity.padded"
 
     def forward(self, input_ids: Tensor, **inputs: Any) -> Tensor:
         dropped = {} if self.heads else {"attention_mask": None, "position_ids": None}
@@ -169,18 +169,18 @@ class UnsetDropsMask(Mutant):
 
 
 class UnsetDropsCache(Mutant):
-    """Passes nothing but the ids on where nothing is ablated, also those of a piece that follows a cache."""
+    """Passes only the ids if nothing is ablated, even for a piece that follows a cache."""
 
-    killer = "identity"
+    expected_check = "identity"
 
     def forward(self, input_ids: Tensor, **inputs: Any) -> Tensor:
         return super().forward(input_ids, **inputs if self.heads else {})
 
 
 class HalfRefused(Mutant):
-    """Replaces the set before head by head, until it meets one that it refuses."""
+    """Replaces the previous set head by head, until it meets one that it rejects."""
 
-    killer = "refusal.no_side_effect"
+    expected_check = "refusal.no_side_effect"
 
     def ablate(self, heads: Sequence[tuple[int, int]], imputation: str) -> None:
         super().ablate([], imputation)
@@ -190,9 +190,9 @@ class HalfRefused(Mutant):
 
 
 class RefusedForGood(Mutant):
-    """Keeps a head that it has refused in the list of those to be checked."""
+    """Keeps a rejected head in the list of heads to be checked."""
 
-    killer = "refusal.no_side_effect"
+    expected_check = "refusal.no_side_effect"
 
     def ablate(self, heads: Sequence[tuple[int, int]], imputation: str) -> None:
         asked = self.__dict__.setdefault("asked", [])
@@ -202,9 +202,9 @@ class RefusedForGood(Mutant):
 
 
 class SortsTheCallersList(Mutant):
-    """Sorts the list of heads that it is given, in place."""
+    """Sorts the caller's list of heads in place."""
 
-    killer = "hygiene.global_state"
+    expected_check = "hygiene.global_state"
 
     def ablate(self, heads: Sequence[tuple[int, int]], imputation: str) -> None:
         super().ablate(heads, imputation)
@@ -212,9 +212,9 @@ class SortsTheCallersList(Mutant):
 
 
 class WritesIntoTheIds(Mutant):
-    """Writes token 0 over the padding of the ids that it is given, in place."""
+    """Writes token 0 over the padding of the caller's ids, in place."""
 
-    killer = "hygiene.global_state"
+    expected_check = "hygiene.global_state"
 
     def forward(self, input_ids: Tensor, **inputs: Any) -> Tensor:
         if self.real.shape == input_ids.shape:
@@ -223,9 +223,9 @@ class WritesIntoTheIds(Mutant):
 
 
 class OnlyLastValidated(Mutant):
-    """Looks at the last head of the list only: the check stands behind the loop."""
+    """Validates only the last head of the list: the check is after the loop."""
 
-    killer = "refusal.head"
+    expected_check = "refusal.head"
 
     def ablate(self, heads: Sequence[tuple[int, int]], imputation: str) -> None:
         super().ablate(heads[-1:], imputation)
@@ -233,9 +233,9 @@ class OnlyLastValidated(Mutant):
 
 
 class ImputationInString(Mutant):
-    """Asks whether the imputation is in a string, where a comma is missing."""
+    """Tests whether the imputation is in a string, since a comma is missing."""
 
-    killer = "refusal.imputation"
+    expected_check = "refusal.imputation"
 
     def ablate(self, heads: Sequence[tuple[int, int]], imputation: str) -> None:
         known = isinstance(imputation, str) and imputation in "zeromean"
@@ -243,9 +243,9 @@ class ImputationInString(Mutant):
 
 
 class RefusedSwitchesImputation(Mutant):
-    """Takes the imputation over before it refuses the heads."""
+    """Sets the imputation before it rejects the heads."""
 
-    killer = "refusal.no_side_effect"
+    expected_check = "refusal.no_side_effect"
 
     def ablate(self, heads: Sequence[tuple[int, int]], imputation: str) -> None:
         if imputation in ("zero", "mean"):
@@ -254,9 +254,9 @@ class RefusedSwitchesImputation(Mutant):
 
 
 class CallersList(Mutant):
-    """Keeps the list that it was given, which its owner changes later."""
+    """Keeps the caller's list, which its owner changes later."""
 
-    killer = "independence.earlier_runs"
+    expected_check = "independence.earlier_runs"
 
     def ablate(self, heads: Sequence[tuple[int, int]], imputation: str) -> None:
         super().ablate(heads, imputation)
@@ -264,9 +264,9 @@ class CallersList(Mutant):
 
 
 class NeedsAList(Mutant):
-    """Takes a list of heads, and no other sequence."""
+    """Accepts a list of heads, and no other sequence."""
 
-    killer = "independence.head_order"
+    expected_check = "independence.head_order"
     crashes = AttributeError
 
     def ablate(self, heads: Sequence[tuple[int, int]], imputation: str) -> None:
@@ -274,9 +274,9 @@ class NeedsAList(Mutant):
 
 
 class PaddingScrubbed(Mutant):
-    """Writes the padding token into the ids that it was given, where the mask says padding."""
+    """Writes the padding token into the caller's ids wherever the mask says padding."""
 
-    killer = "hygiene.global_state"
+    expected_check = "hygiene.global_state"
 
     def forward(self, input_ids: Tensor, **inputs: Any) -> Tensor:
         mask = inputs.get("attention_mask")
@@ -286,9 +286,9 @@ class PaddingScrubbed(Mutant):
 
 
 class PositionsInvented(Mutant):
-    """Counts positions from the mask, where the model would count them otherwise."""
+    """Derives positions from the mask, even if the model would count them differently."""
 
-    killer = "identity.padded"
+    expected_check = "identity.padded"
 
     def forward(self, input_ids: Tensor, **inputs: Any) -> Tensor:
         mask = inputs.get("attention_mask")

@@ -1,4 +1,4 @@
-"""Dtype: numbers that pass through a type that cannot hold them, and other arithmetic that is nearly right."""
+"""Dtype: numbers pass through a dtype that cannot hold them, or the arithmetic is nearly right."""
 
 from __future__ import annotations
 
@@ -11,14 +11,14 @@ from tests.mutants.mutant import Mutant
 
 
 class FillerOfDefaultType(Mutant):
-    """Makes its filler in float32 whatever z is: torch then widens a bfloat16 z, and the projection refuses it."""
+    """Makes its filler in float32 for any z: torch then promotes a bfloat16 z, and the projection rejects it."""
 
     source = "TransformerLensOrg/TransformerLens#1260"
     crashes = RuntimeError
 
-    def edited(self, z: Tensor, heads: list[int]) -> Tensor:
+    def replace_heads(self, z: Tensor, heads: list[int]) -> Tensor:
         if self.imputation == "mean":
-            return super().edited(z, heads)
+            return super().replace_heads(z, heads)
         channels = torch.zeros(z.shape[-1], dtype=torch.bool)
         for head in heads:
             channels[self.channels(head, z)] = True
@@ -40,41 +40,41 @@ class MeanInFloat16(Mutant):
 
 
 class LayerInFloat16(Mutant):
-    """Takes the whole layer through float16: all heads are rounded."""
+    """Casts the whole layer to float16 and back, which rounds all heads."""
 
-    def edited(self, z: Tensor, heads: list[int]) -> Tensor:
-        return super().edited(z, heads).half().to(z.dtype)
+    def replace_heads(self, z: Tensor, heads: list[int]) -> Tensor:
+        return super().replace_heads(z, heads).half().to(z.dtype)
 
 
 class FloatForAll(Mutant):
-    """Takes every layer through float32, also where nothing is ablated: the identity is none."""
+    """Casts every layer to float32 and back, even if nothing is ablated."""
 
-    killer = "identity"
+    expected_check = "identity"
 
     def hook(self, layer: int, module: nn.Module, args: tuple[Any, ...]) -> Any:
         return ((super().hook(layer, module, args) or args)[0].float().to(args[0].dtype),)
 
 
 class HalfForAll(Mutant):
-    """Takes every layer through bfloat16, also where nothing is ablated."""
+    """Casts every layer to bfloat16 and back, even if nothing is ablated."""
 
-    killer = "identity"
+    expected_check = "identity"
 
     def hook(self, layer: int, module: nn.Module, args: tuple[Any, ...]) -> Any:
         return ((super().hook(layer, module, args) or args)[0].bfloat16().to(args[0].dtype),)
 
 
 class LogitsInFloat32(Mutant):
-    """Returns the logits in float32, whatever the model's type."""
+    """Returns the logits in float32, whatever the model's dtype."""
 
-    killer = "identity"
+    expected_check = "identity"
 
     def forward(self, input_ids: Tensor, **inputs: Any) -> Tensor:
         return super().forward(input_ids, **inputs).float()
 
 
 class NearlyZero(Mutant):
-    """Writes a small number for zero, so as not to divide by it later."""
+    """Writes a small number instead of zero, to avoid dividing by zero later."""
 
     def zero(self, z: Tensor) -> Tensor | float:
         return 1e-6
@@ -95,19 +95,19 @@ class Negated(Mutant):
 
 
 class OthersRescaled(Mutant):
-    """Scales the other heads up to make good for the one that is missing, as dropout does."""
+    """Scales the other heads up to compensate for the missing one, as dropout does."""
 
-    def edited(self, z: Tensor, heads: list[int]) -> Tensor:
-        out = z * (self.count() / max(1, self.count() - len(heads)))
+    def replace_heads(self, z: Tensor, heads: list[int]) -> Tensor:
+        out = z * (self.num_heads() / max(1, self.num_heads() - len(heads)))
         for head in heads:
             out[..., self.channels(head, z)] = self.value(z[..., self.channels(head, z)])
         return out
 
 
 class LogitsNormalised(Mutant):
-    """Returns log-probabilities for logits."""
+    """Returns log-probabilities instead of logits."""
 
-    killer = "identity"
+    expected_check = "identity"
 
     def forward(self, input_ids: Tensor, **inputs: Any) -> Tensor:
         return super().forward(input_ids, **inputs).log_softmax(dim=-1)

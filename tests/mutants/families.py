@@ -1,4 +1,4 @@
-"""Families: works on one architecture or attention implementation, and quietly does something else on another."""
+"""Families: works on one architecture or attention implementation, and silently fails on another."""
 
 from __future__ import annotations
 
@@ -10,9 +10,9 @@ from tests.mutants.mutant import Mutant
 
 
 class LinearOnly(Mutant):
-    """Looks for `nn.Linear`, which a GPT-2's projection is not."""
+    """Looks for `nn.Linear`, which the projection of a GPT-2 is not."""
 
-    killer = "smoke"
+    expected_check = "smoke"
 
     def hook(self, layer: int, module: nn.Module, args: tuple[Any, ...]) -> Any:
         return super().hook(layer, module, args) if isinstance(module, nn.Linear) else None
@@ -22,44 +22,44 @@ class EagerOnly(Mutant):
     """Does nothing under any attention implementation but eager."""
 
     source = "stanfordnlp/pyvene#202"
-    killer = "smoke"
+    expected_check = "smoke"
 
     def targets(self, layer: int) -> list[int]:
         return super().targets(layer) if self.config._attn_implementation == "eager" else []
 
 
 class GroupedLeft(Mutant):
-    """Does nothing where query heads share key/value heads."""
+    """Does nothing if query heads share key/value heads."""
 
-    killer = "smoke"
+    expected_check = "smoke"
 
     def targets(self, layer: int) -> list[int]:
-        shared = getattr(self.config, "num_key_value_heads", self.count())
-        return super().targets(layer) if shared == self.count() else []
+        shared = getattr(self.config, "num_key_value_heads", self.num_heads())
+        return super().targets(layer) if shared == self.num_heads() else []
 
 
 class ExpertsLeft(Mutant):
     """Does nothing in a mixture of experts."""
 
-    killer = "locality.padded"
+    expected_check = "locality.padded"
 
     def targets(self, layer: int) -> list[int]:
         return [] if hasattr(self.config, "num_local_experts") else super().targets(layer)
 
 
 class ThirdLayerLeft(Mutant):
-    """Hooks as many layers as the toy model had on which it was tried."""
+    """Hooks only as many layers as the toy model had on which it was tried."""
 
-    killer = "smoke"
+    expected_check = "smoke"
 
-    def projections(self) -> list[nn.Module]:
+    def projections(self) -> list[Any]:
         return super().projections()[:2]
 
 
 class SingleTokenLeft(Mutant):
-    """Squeezes a dimension of one token, and then sees no layer in it."""
+    """Squeezes the dimension of a single token, and then finds nothing to ablate."""
 
-    killer = "locality"
+    expected_check = "locality"
 
-    def edited(self, z: Tensor, heads: list[int]) -> Tensor:
-        return super().edited(z, heads) if z.shape[1] > 1 else z
+    def replace_heads(self, z: Tensor, heads: list[int]) -> Tensor:
+        return super().replace_heads(z, heads) if z.shape[1] > 1 else z

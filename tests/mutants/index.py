@@ -1,4 +1,4 @@
-"""Index: another head, another layer, or other channels than those asked for."""
+"""Index: another head, another layer, or other channels than requested."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from tests.mutants.mutant import Mutant
 
 
 class CountsFromOne(Mutant):
-    """Takes heads to be counted from 1: head 0 is an empty slice, the others are their neighbours."""
+    """Counts heads from 1: head 0 is an empty slice, and the others are their neighbours."""
 
     def channels(self, head: int, z: Tensor) -> slice:
         return super().channels(head - 1, z)
@@ -20,25 +20,25 @@ class NextHead(Mutant):
     """Ablates the next head."""
 
     def targets(self, layer: int) -> list[int]:
-        return [(head + 1) % self.count() for head in super().targets(layer)]
+        return [(head + 1) % self.num_heads() for head in super().targets(layer)]
 
 
 class HeadsBackwards(Mutant):
     """Counts heads from the end."""
 
     def targets(self, layer: int) -> list[int]:
-        return [self.count() - 1 - head for head in super().targets(layer)]
+        return [self.num_heads() - 1 - head for head in super().targets(layer)]
 
 
 class LayersBackwards(Mutant):
     """Counts layers from the end."""
 
     def targets(self, layer: int) -> list[int]:
-        return super().targets(len(self.blocks()) - 1 - layer)
+        return super().targets(len(self.layers()) - 1 - layer)
 
 
 class NextLayer(Mutant):
-    """Ablates the head of that number one layer up, as where a list of hidden states starts with the embedding."""
+    """Ablates the head in the next layer, as if a list of hidden states began with the embedding."""
 
     def targets(self, layer: int) -> list[int]:
         return super().targets(layer - 1)
@@ -48,27 +48,27 @@ class SwappedPair(Mutant):
     """Reads the pair (layer, head) as (head, layer)."""
 
     def targets(self, layer: int) -> list[int]:
-        return [first for first, second in self.heads if second == layer and first < self.count()]
+        return [first for first, second in self.heads if second == layer and first < self.num_heads()]
 
 
 class EveryLayer(Mutant):
-    """Ablates the heads of that number in every layer."""
+    """Ablates the head of that number in every layer."""
 
     def targets(self, layer: int) -> list[int]:
         return sorted({head for _, head in self.heads})
 
 
 class LayersAbove(Mutant):
-    """Ablates the head of that number in its layer and in all above: `>=` for `==`."""
+    """Ablates the head of that number in its layer and all later layers: `>=` for `==`."""
 
-    killer = "oracle.zero"
+    expected_check = "oracle.zero"
 
     def targets(self, layer: int) -> list[int]:
         return sorted({head for index, head in self.heads if layer >= index})
 
 
 class LateBinding(Mutant):
-    """Makes its hooks in a loop, and each sees the loop's last layer."""
+    """Creates its hooks in a loop, so that each sees the last layer of the loop."""
 
     def install(self) -> None:
         for layer, projection in enumerate(self.projections()):
@@ -79,25 +79,25 @@ class TiledGroups(Mutant):
     """Orders the query heads of grouped attention as if key/value heads were tiled, not repeated."""
 
     source = "ekzhang/jax-js#180"
-    killer = "locality.sets"
+    expected_check = "locality.sets"
 
     def targets(self, layer: int) -> list[int]:
-        shared = getattr(self.config, "num_key_value_heads", self.count())
-        group = self.count() // shared
+        shared = getattr(self.config, "num_key_value_heads", self.num_heads())
+        group = self.num_heads() // shared
         return [head % shared * group + head // shared for head in super().targets(layer)]
 
 
 class WrongReshape(Mutant):
-    """Reshapes to [width, heads] for [heads, width]: a head becomes every n-th channel."""
+    """Reshapes to [head_dim, heads] instead of [heads, head_dim]: a head becomes every n-th channel."""
 
     source = "TransformerLensOrg/TransformerLens#520"
 
     def channels(self, head: int, z: Tensor) -> slice:
-        return slice(head, None, self.count())
+        return slice(head, None, self.num_heads())
 
 
 class HeadAsChannel(Mutant):
-    """Takes the head's number for a channel."""
+    """Uses the head's number as a channel."""
 
     def channels(self, head: int, z: Tensor) -> slice:
         return slice(head, head + 1)
@@ -118,53 +118,53 @@ class FromTheHead(Mutant):
 
 
 class LastChannelLeft(Mutant):
-    """Ends the slice one channel early."""
+    """Ends the slice one channel too early."""
 
     def channels(self, head: int, z: Tensor) -> slice:
         return slice(head * self.head_dim(z), (head + 1) * self.head_dim(z) - 1)
 
 
 class OneChannelMore(Mutant):
-    """Ends the slice one channel late."""
+    """Ends the slice one channel too late."""
 
     def channels(self, head: int, z: Tensor) -> slice:
         return slice(head * self.head_dim(z), (head + 1) * self.head_dim(z) + 1)
 
 
 class HeadForRow(Mutant):
-    """Indexes a batch by the place in the list of heads: each head is ablated in its own row only."""
+    """Indexes the batch by the position in the list of heads: each head is ablated in one row only."""
 
     source = "decoderesearch/circuit-tracer#88"
-    killer = "locality.padded"
+    expected_check = "locality.padded"
 
-    def edited(self, z: Tensor, heads: list[int]) -> Tensor:
+    def replace_heads(self, z: Tensor, heads: list[int]) -> Tensor:
         out = z.clone()
         for i, head in enumerate(heads):
             channels = self.channels(head, z)
-            out[i : i + 1, :, channels] = super().edited(z, [head])[i : i + 1, :, channels]
+            out[i : i + 1, :, channels] = super().replace_heads(z, [head])[i : i + 1, :, channels]
         return out
 
 
 class OtherHeadsInFirstRow(Mutant):
     """Ablates the first head of a layer in all rows, and the others in the first row only."""
 
-    killer = "locality.sets"
+    expected_check = "locality.sets"
 
-    def edited(self, z: Tensor, heads: list[int]) -> Tensor:
-        out = super().edited(z, heads[:1])
-        out[0] = super().edited(z, heads)[0]
+    def replace_heads(self, z: Tensor, heads: list[int]) -> Tensor:
+        out = super().replace_heads(z, heads[:1])
+        out[0] = super().replace_heads(z, heads)[0]
         return out
 
 
 class HeadZeroLeft(Mutant):
-    """Takes head 0 for no head: `if head:`."""
+    """Treats head 0 as no head: `if head:`."""
 
     def targets(self, layer: int) -> list[int]:
         return [head for head in super().targets(layer) if head]
 
 
 class LayerZeroLeft(Mutant):
-    """Takes layer 0 for no layer: `if layer:`."""
+    """Treats layer 0 as no layer: `if layer:`."""
 
     def targets(self, layer: int) -> list[int]:
         return super().targets(layer) if layer else []
@@ -173,18 +173,18 @@ class LayerZeroLeft(Mutant):
 class NamesSorted(Mutant):
     """Sorts layers by name: layer 10 comes before layer 2."""
 
-    killer = "oracle.zero_deep"
+    expected_check = "oracle.zero_deep"
 
     def projections(self) -> list[Any]:
-        names = sorted(str(layer) for layer in range(len(self.blocks())))
+        names = sorted(str(layer) for layer in range(len(self.layers())))
         projections = super().projections()
         return [projections[int(name)] for name in names]
 
 
 class FirstLayerOnly(Mutant):
-    """Leaves out the heads of all layers but the first that is named."""
+    """Ablates only the heads of the first layer that is named."""
 
-    killer = "oracle.zero_sets"
+    expected_check = "oracle.zero_sets"
 
     def targets(self, layer: int) -> list[int]:
         return super().targets(layer) if self.heads and layer == self.heads[0][0] else []
@@ -193,16 +193,16 @@ class FirstLayerOnly(Mutant):
 class LastLayerLeft(Mutant):
     """Hooks all layers but the last: `range(layers - 1)`."""
 
-    killer = "smoke"
+    expected_check = "smoke"
 
     def projections(self) -> list[Any]:
         return super().projections()[:-1]
 
 
 class TwelveHeads(Mutant):
-    """Numbers the heads of all layers in one row, twelve a layer, as GPT-2 small has them."""
+    """Numbers all heads consecutively, twelve per layer, as in GPT-2 small."""
 
-    killer = "oracle.zero_deep"
+    expected_check = "oracle.zero_deep"
 
     def targets(self, layer: int) -> list[int]:
         numbers = [12 * index + head for index, head in self.heads]

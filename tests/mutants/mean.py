@@ -11,7 +11,7 @@ from tests.mutants.mutant import Mutant
 
 
 class MeanPerChannel(Mutant):
-    """Takes a mean over tokens for each channel."""
+    """Uses a mean over tokens for each channel."""
 
     def mean(self, z: Tensor, real: Tensor) -> Tensor:
         kept = z.where(real[..., None], 0)
@@ -19,50 +19,50 @@ class MeanPerChannel(Mutant):
 
 
 class MeanPerToken(Mutant):
-    """Takes a mean over channels for each token."""
+    """Uses a mean over channels for each token."""
 
     def mean(self, z: Tensor, real: Tensor) -> Tensor:
         return z.mean(dim=-1, keepdim=True)
 
 
 class MeanOverRows(Mutant):
-    """Takes a mean over the batch: with one prompt, that changes nothing."""
+    """Uses a mean over the batch, which changes nothing for one prompt."""
 
-    killer = "smoke"
+    expected_check = "smoke"
 
     def mean(self, z: Tensor, real: Tensor) -> Tensor:
         return z.mean(dim=0, keepdim=True)
 
 
 class MeanOfBatch(Mutant):
-    """Takes one mean for all rows of a batch."""
+    """Uses one mean for all rows of a batch."""
 
-    killer = "locality.padded"
+    expected_check = "locality.padded"
 
     def mean(self, z: Tensor, real: Tensor) -> Tensor:
         return z[real].double().mean().to(z.dtype)
 
 
 class MeanOfFirstRow(Mutant):
-    """Takes the first row's mean for all rows."""
+    """Uses the mean of the first row for all rows."""
 
-    killer = "independence.rows"
+    expected_check = "independence.rows"
 
     def mean(self, z: Tensor, real: Tensor) -> Tensor:
         return super().mean(z, real)[:1]
 
 
 class MeanOfPadding(Mutant):
-    """Takes the padding into the mean."""
+    """Includes the padding in the mean."""
 
-    killer = "locality.padded"
+    expected_check = "locality.padded"
 
     def mean(self, z: Tensor, real: Tensor) -> Tensor:
         return super().mean(z, torch.ones_like(real))
 
 
 class MaskOfLastToken(Mutant):
-    """Builds its own mask, which marks only the last real token of each row."""
+    """Builds a mask of its own that marks only the last real token of each row."""
 
     source = "hannamw/EAP-IG, utils.py"
 
@@ -74,16 +74,16 @@ class MaskOfLastToken(Mutant):
 class MaskFlipped(Mutant):
     """Reads padding on the left as padding on the right."""
 
-    killer = "locality.padded"
+    expected_check = "locality.padded"
 
     def mean(self, z: Tensor, real: Tensor) -> Tensor:
         return super().mean(z, real.flip(1))
 
 
 class PaddingCounted(Mutant):
-    """Sums the real tokens and divides by all."""
+    """Sums the real tokens and divides by the number of all tokens."""
 
-    killer = "locality.padded"
+    expected_check = "locality.padded"
 
     def mean(self, z: Tensor, real: Tensor) -> Tensor:
         return super().mean(z.where(real[..., None], 0), torch.ones_like(real))
@@ -103,7 +103,7 @@ class MeanOfMeans(Mutant):
 
 
 class MeanOfTokensBefore(Mutant):
-    """Takes, at each token, the mean of the tokens up to it."""
+    """Uses, at each token, the mean of the tokens up to it."""
 
     def mean(self, z: Tensor, real: Tensor) -> Tensor:
         kept = z.mean(dim=-1).where(real, 0).cumsum(dim=-1)
@@ -127,7 +127,7 @@ class MeanOfOneLess(Mutant):
 
 
 class MeanOfAblated(Mutant):
-    """Measures the mean behind its own hook, where the head is off already."""
+    """Measures the mean after its own hook, which has already replaced the head."""
 
     source = "ArthurConmy/Automatic-Circuit-Discovery#52"
 
@@ -136,22 +136,22 @@ class MeanOfAblated(Mutant):
 
 
 class MeanOfLayer(Mutant):
-    """Takes one mean for all heads of the layer."""
+    """Uses one mean for all heads of the layer."""
 
-    def edited(self, z: Tensor, heads: list[int]) -> Tensor:
+    def replace_heads(self, z: Tensor, heads: list[int]) -> Tensor:
         self.layer = z
-        return super().edited(z, heads)
+        return super().replace_heads(z, heads)
 
     def mean(self, z: Tensor, real: Tensor) -> Tensor:
         return super().mean(self.layer, real)
 
 
 class MeanOfSet(Mutant):
-    """Takes one mean for all ablated heads of a layer."""
+    """Uses one mean for all ablated heads of a layer."""
 
-    killer = "locality.sets"
+    expected_check = "locality.sets"
 
-    def edited(self, z: Tensor, heads: list[int]) -> Tensor:
+    def replace_heads(self, z: Tensor, heads: list[int]) -> Tensor:
         out = z.clone()
         for head in heads:
             together = torch.cat([z[..., self.channels(head, z)] for head in sorted(set(heads))], dim=-1)
@@ -167,7 +167,7 @@ class MeanOfSizes(Mutant):
 
 
 class Median(Mutant):
-    """Takes the median."""
+    """Uses the median."""
 
     def mean(self, z: Tensor, real: Tensor) -> Tensor:
         return torch.stack([row[here].median() for row, here in zip(z, real, strict=True)])[:, None, None]
@@ -195,16 +195,16 @@ class DeviationKept(Mutant):
 
 
 class HalfWay(Mutant):
-    """Goes half of the way to the mean."""
+    """Moves z only half of the way to the mean."""
 
     def mean(self, z: Tensor, real: Tensor) -> Tensor:
         return (z + super().mean(z, real)) / 2
 
 
 class MeanOfUnmaskedBatch(Mutant):
-    """Takes one mean for all rows of a batch that has no attention mask."""
+    """Uses one mean for all rows of a batch without an attention mask."""
 
-    killer = "independence.rows"
+    expected_check = "independence.rows"
 
     def run(self, input_ids: Tensor, attention_mask: Tensor | None = None, **inputs: Any) -> Tensor:
         self.masked = attention_mask is not None
@@ -215,9 +215,9 @@ class MeanOfUnmaskedBatch(Mutant):
 
 
 class PaddingByToken(Mutant):
-    """Takes every padding token of the configuration for padding, whatever the mask says."""
+    """Treats every padding token of the configuration as padding, whatever the mask says."""
 
-    killer = "oracle.mean"
+    expected_check = "oracle.mean"
 
     def forward(self, input_ids: Tensor, **inputs: Any) -> Tensor:
         if self.config.pad_token_id is not None:
@@ -226,22 +226,22 @@ class PaddingByToken(Mutant):
 
 
 class MaskUsedUp(Mutant):
-    """Takes the mask out of its state in the first layer that needs it, and has none in those above."""
+    """Removes the mask from its state in the first layer that needs it, so later layers have none."""
 
-    killer = "independence.padding"
+    expected_check = "independence.padding"
 
-    def edited(self, z: Tensor, heads: list[int]) -> Tensor:
-        out = super().edited(z, heads)
+    def replace_heads(self, z: Tensor, heads: list[int]) -> Tensor:
+        out = super().replace_heads(z, heads)
         self.real = torch.ones_like(self.real)
         return out
 
 
 class MaskOfFirstHead(Mutant):
-    """Overwrites the mask with its weights, which leaves none for the next head of the layer."""
+    """Overwrites the mask with weights, which leaves none for the next head of the layer."""
 
-    killer = "locality.padded"
+    expected_check = "locality.padded"
 
-    def edited(self, z: Tensor, heads: list[int]) -> Tensor:
+    def replace_heads(self, z: Tensor, heads: list[int]) -> Tensor:
         out, real = z.clone(), self.real
         for head in heads:
             channels = self.channels(head, z)
@@ -252,9 +252,9 @@ class MaskOfFirstHead(Mutant):
 
 
 class PaddingOnOneSide(Mutant):
-    """Takes a row's real tokens to be its first or its last ones, by the first row's padding."""
+    """Assumes that the padding of all rows is on the side of the first row's."""
 
-    killer = "locality.padded"
+    expected_check = "locality.padded"
 
     def mean(self, z: Tensor, real: Tensor) -> Tensor:
         left = not real[:, 0].all()
@@ -264,9 +264,9 @@ class PaddingOnOneSide(Mutant):
 
 
 class PaddedMeanInFloat32(Mutant):
-    """Sums in float32 where there is padding, whatever z is."""
+    """Sums in float32 if there is padding, whatever the dtype of z."""
 
-    killer = "locality.padded"
+    expected_check = "locality.padded"
 
     def mean(self, z: Tensor, real: Tensor) -> Tensor:
         if real.all():

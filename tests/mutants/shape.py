@@ -1,4 +1,4 @@
-"""Shape: the head's width, its rows or its tokens are taken wrongly."""
+"""Shape: head_dim, the rows or the tokens are wrong."""
 
 from __future__ import annotations
 
@@ -11,26 +11,26 @@ from tests.mutants.mutant import Mutant
 
 
 class WidthFromHidden(Mutant):
-    """Takes a head to be hidden_size / heads wide, which it is not where the configuration names a width."""
+    """Assumes that head_dim is hidden_size / heads, which is wrong if the configuration states head_dim."""
 
     source = "stanfordnlp/pyvene#229"
 
     def head_dim(self, z: Tensor) -> int:
-        return self.config.hidden_size // self.count()
+        return self.config.hidden_size // self.num_heads()
 
 
 class SkipsMismatch(Mutant):
-    """Leaves a layer alone, in silence, where its width is not hidden_size."""
+    """Silently skips a layer whose heads do not add up to hidden_size."""
 
     source = "interp-reasoning/thought-anchors#7"
-    killer = "smoke"
+    expected_check = "smoke"
 
     def hook(self, layer: int, module: nn.Module, args: tuple[Any, ...]) -> Any:
         return super().hook(layer, module, args) if args[0].shape[-1] == self.config.hidden_size else None
 
 
 class GuessedHeads(Mutant):
-    """Guesses the number of heads where the configuration calls it otherwise."""
+    """Guesses the number of heads if the configuration gives it another name."""
 
     source = "interp-reasoning/thought-anchors#7"
 
@@ -44,7 +44,7 @@ class KeyValueWidth(Mutant):
     source = "TransformerLensOrg/TransformerLens#980"
 
     def head_dim(self, z: Tensor) -> int:
-        return z.shape[-1] // getattr(self.config, "num_key_value_heads", self.count())
+        return z.shape[-1] // getattr(self.config, "num_key_value_heads", self.num_heads())
 
 
 class AllHeads(Mutant):
@@ -57,31 +57,31 @@ class AllHeads(Mutant):
 
 
 class CopyLost(Mutant):
-    """Writes into what a reshape has copied, and returns what it has copied from."""
+    """Writes into the copy that a reshape made, and returns the original."""
 
     source = "ndif-team/nnsight, documentation of modifications"
-    killer = "smoke"
+    expected_check = "smoke"
 
-    def edited(self, z: Tensor, heads: list[int]) -> Tensor:
-        per_head = z.unflatten(-1, (self.count(), -1)).transpose(1, 2).contiguous()  # [rows, heads, tokens, width]
+    def replace_heads(self, z: Tensor, heads: list[int]) -> Tensor:
+        per_head = z.unflatten(-1, (self.num_heads(), -1)).transpose(1, 2).contiguous()  # [rows, heads, tokens, width]
         per_head[:, heads] = 0
         return z
 
 
 class LastTokenOnly(Mutant):
-    """Ablates the last token only, the one that is looked at."""
+    """Ablates only the last token, whose logits are read."""
 
-    def edited(self, z: Tensor, heads: list[int]) -> Tensor:
+    def replace_heads(self, z: Tensor, heads: list[int]) -> Tensor:
         out = z.clone()
-        out[:, -1:] = super().edited(z, heads)[:, -1:]
+        out[:, -1:] = super().replace_heads(z, heads)[:, -1:]
         return out
 
 
 class FirstTokenLeft(Mutant):
-    """Leaves the first token, taken for one that begins every sequence, as it is."""
+    """Leaves out the first token, as if every sequence began with a special one."""
 
-    def edited(self, z: Tensor, heads: list[int]) -> Tensor:
-        out = super().edited(z, heads)
+    def replace_heads(self, z: Tensor, heads: list[int]) -> Tensor:
+        out = super().replace_heads(z, heads)
         out[:, 0] = z[:, 0]
         return out
 
@@ -89,60 +89,60 @@ class FirstTokenLeft(Mutant):
 class SixTokens(Mutant):
     """Ablates as many tokens as the prompt had for which it was written."""
 
-    def edited(self, z: Tensor, heads: list[int]) -> Tensor:
+    def replace_heads(self, z: Tensor, heads: list[int]) -> Tensor:
         out = z.clone()
-        out[:, :6] = super().edited(z, heads)[:, :6]
+        out[:, :6] = super().replace_heads(z, heads)[:, :6]
         return out
 
 
 class FirstRowOnly(Mutant):
-    """Ablates the first row of a batch, as where all rows' tokens lie in one dimension and the slice ends early."""
+    """Ablates only the first row of a batch, as if all tokens were in one dimension and the slice ended early."""
 
     source = "ndif-team/nnsight#722"
-    killer = "independence.rows"
+    expected_check = "independence.rows"
 
-    def edited(self, z: Tensor, heads: list[int]) -> Tensor:
+    def replace_heads(self, z: Tensor, heads: list[int]) -> Tensor:
         out = z.clone()
-        out[0] = super().edited(z, heads)[0]
+        out[0] = super().replace_heads(z, heads)[0]
         return out
 
 
 class OneRowOnly(Mutant):
     """Ablates nothing in a batch of several rows."""
 
-    killer = "independence.rows"
+    expected_check = "independence.rows"
 
     def hook(self, layer: int, module: nn.Module, args: tuple[Any, ...]) -> Any:
         return super().hook(layer, module, args) if len(args[0]) == 1 else None
 
 
 class PaddedRowsLeft(Mutant):
-    """Ablates nothing in rows that are padded."""
+    """Ablates nothing in padded rows."""
 
-    killer = "locality.padded"
+    expected_check = "locality.padded"
 
-    def edited(self, z: Tensor, heads: list[int]) -> Tensor:
+    def replace_heads(self, z: Tensor, heads: list[int]) -> Tensor:
         if self.real.shape != z.shape[:2]:
-            return super().edited(z, heads)
-        return super().edited(z, heads).where(self.real.all(dim=-1)[:, None, None], z)
+            return super().replace_heads(z, heads)
+        return super().replace_heads(z, heads).where(self.real.all(dim=-1)[:, None, None], z)
 
 
 class RightPaddingOnly(Mutant):
-    """Takes the first n tokens of a row for its n real ones, which they are only with padding on the right."""
+    """Uses the first n tokens of a row as its n real ones, which is right only for padding on the right."""
 
-    killer = "locality.padded"
+    expected_check = "locality.padded"
 
-    def edited(self, z: Tensor, heads: list[int]) -> Tensor:
+    def replace_heads(self, z: Tensor, heads: list[int]) -> Tensor:
         out = z.clone()
         for row, tokens in enumerate(self.real.sum(dim=-1).tolist()):
-            out[row, :tokens] = super().edited(z, heads)[row, :tokens]
+            out[row, :tokens] = super().replace_heads(z, heads)[row, :tokens]
         return out
 
 
 class ChunksOfFour(Mutant):
-    """Runs four rows at a time, to save memory, each time with the mask of the first four."""
+    """Runs four rows at a time to save memory, always with the mask of the first four."""
 
-    killer = "independence.padding"
+    expected_check = "independence.padding"
     unsupported: ClassVar[dict[str, str]] = {"single_forward": "it runs four rows at a time"}
 
     def run(self, input_ids: Tensor, attention_mask: Tensor | None = None, **inputs: Any) -> Tensor:

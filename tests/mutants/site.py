@@ -10,13 +10,13 @@ from torch import Tensor, nn
 from torch.nn import functional
 from transformers.pytorch_utils import Conv1D
 
+from tests.mutants.correct_variants import AttentionFunctions
 from tests.mutants.mutant import Mutant
-from tests.mutants.right import Reference
-from tests.mutants.styles import AttentionFunctions
+from tests.mutants.reference import Reference
 
 
 class PseudoHeads(Mutant):
-    """Cuts the output of the projection into heads: residual coordinates that all heads have written to."""
+    """Cuts the output of the projection into heads: these are residual coordinates that all heads have written to."""
 
     source = "interp-reasoning/thought-anchors#7, ndif-team/nnsight#525"
 
@@ -25,21 +25,21 @@ class PseudoHeads(Mutant):
             self.handles.append(projection.register_forward_hook(partial(self.after, layer)))
 
     def after(self, layer: int, module: nn.Module, args: Any, out: Tensor) -> Tensor:
-        return self.edited(out, self.targets(layer))
+        return self.replace_heads(out, self.targets(layer))
 
 
 class ResidualSlice(Mutant):
-    """Edits the input of the whole layer, the residual stream, as if heads had channels of their own there."""
+    """Edits the input of the whole layer, the residual stream, as if it consisted of heads."""
 
-    def projections(self) -> list[nn.Module]:
-        return self.blocks()
+    def projections(self) -> list[Any]:
+        return self.layers()
 
 
 class AttentionWeights(Mutant):
     """Zeroes the attention weights that a layer returns, after they were used."""
 
     def install(self) -> None:
-        for layer, block in enumerate(self.blocks()):
+        for layer, block in enumerate(self.layers()):
             attention = next(m for m in block.modules() if type(m).__name__.endswith("Attention"))
             self.handles.append(attention.register_forward_hook(partial(self.after, layer)))
 
@@ -50,10 +50,10 @@ class AttentionWeights(Mutant):
 
 
 class TransposedWeight(Mutant):
-    """Cuts the head out of W_O as if every projection kept its weight as [out, in]; a Conv1D keeps [in, out]."""
+    """Cuts the head out of W_O as if every projection kept its weight as [out, in]; Conv1D keeps [in, out]."""
 
     source = "goodfire-ai/causalab#61"
-    killer = "oracle.numpy"
+    expected_check = "oracle.numpy"
     unsupported: ClassVar[dict[str, str]] = {
         "mean": "weights do not depend on prompts",
         "observable": "z stays as it is",
@@ -80,7 +80,7 @@ class Bypassed(Mutant):
     source = "pytorch/pytorch#78109"
 
     def install(self) -> None:
-        for layer, block in enumerate(self.blocks()):
+        for layer, block in enumerate(self.layers()):
             for module in block.modules():
                 for name, child in module.named_children():
                     if child is self.projections()[layer]:
@@ -103,14 +103,15 @@ class Functional(nn.Module):
     def forward(self, z: Tensor) -> Tensor:
         (z,) = self.hook(self, (z,)) or (z,)
         weight: Any = self.projection.weight
-        return functional.linear(z, weight.T if isinstance(self.projection, Conv1D) else weight, self.projection.bias)
+        bias: Any = self.projection.bias
+        return functional.linear(z, weight.T if isinstance(self.projection, Conv1D) else weight, bias)
 
 
 class BiasGone(Mutant):
-    """Takes the projection's whole bias away with the head."""
+    """Removes the projection's whole bias together with the head."""
 
     source = "ArthurConmy/Automatic-Circuit-Discovery#52"
-    killer = "oracle.zero"
+    expected_check = "oracle.zero"
     share = 1.0
 
     def install(self) -> None:
@@ -125,20 +126,20 @@ class BiasGone(Mutant):
 
 
 class BiasShared(BiasGone):
-    """Takes each head to own a share of the projection's bias."""
+    """Assumes that each head owns a share of the projection's bias."""
 
     @property
     def share(self) -> float:  # type: ignore[override]
-        return 1 / self.count()
+        return 1 / self.num_heads()
 
 
 class ValueBiasKept(Mutant):
-    """Zeroes what is left of a head when its value bias was folded into the projection's, and so keeps that bias."""
+    """Zeroes a head whose value bias was folded into the projection's bias, and so keeps that bias."""
 
     def hook(self, layer: int, module: nn.Module, args: tuple[Any, ...]) -> Any:
         edited = super().hook(layer, module, args)
         if edited and self.imputation == "zero" and self.config.model_type == "gpt2":
-            bias = self.blocks()[layer].attn.c_attn.bias.chunk(3)[2]
+            bias = self.layers()[layer].attn.c_attn.bias.chunk(3)[2]
             for head in self.targets(layer):
                 channels = self.channels(head, args[0])
                 edited[0][..., channels] = bias[channels]
@@ -146,25 +147,25 @@ class ValueBiasKept(Mutant):
 
 
 class KeyValueHead(Mutant):
-    """Hooks the values' projection, and so ablates every query head that shares the key/value head."""
+    """Hooks the projection of the values, and so ablates every query head that shares the key/value head."""
 
     source = "TransformerLensOrg/TransformerLens#980"
 
     def targets(self, layer: int) -> list[int]:
-        group = self.count() // getattr(self.config, "num_key_value_heads", self.count())
+        group = self.num_heads() // getattr(self.config, "num_key_value_heads", self.num_heads())
         firsts = {head // group * group for head in super().targets(layer)}
         return [first + i for first in firsts for i in range(group)]
 
 
 class Queries(Mutant):
-    """Zeroes the head's queries, which leaves an even mean over the tokens it sees."""
+    """Zeroes the queries of the head, which leaves a uniform mean over the tokens it attends to."""
 
-    killer = "oracle.zero"
+    expected_check = "oracle.zero"
 
-    def projections(self) -> list[nn.Module]:
+    def projections(self) -> list[Any]:
         if self.config.model_type in ("gpt2", "gpt_neox"):
             return super().projections()
-        return [block.self_attn.q_proj for block in self.blocks()]
+        return [block.self_attn.q_proj for block in self.layers()]
 
     def install(self) -> None:
         if self.config.model_type in ("gpt2", "gpt_neox"):
@@ -174,23 +175,23 @@ class Queries(Mutant):
         return None
 
     def after(self, layer: int, module: nn.Module, args: Any, out: Tensor) -> Tensor:
-        return self.edited(out, self.targets(layer))
+        return self.replace_heads(out, self.targets(layer))
 
 
 class MatchesNothing(Mutant):
     """Looks for hook points by a name that this model does not use, and finds none."""
 
     source = "ArthurConmy/Automatic-Circuit-Discovery#82"
-    killer = "smoke"
+    expected_check = "smoke"
 
-    def projections(self) -> list[nn.Module]:
+    def projections(self) -> list[Any]:
         return [module for name, module in self.model.named_modules() if "attn_result" in name]
 
 
 class MatchesTooMuch(Mutant):
-    """Takes every module of the projection's name: a GPT-2 has one in each MLP, too."""
+    """Hooks every module with the name of the projection: a GPT-2 has one in each MLP, too."""
 
-    def projections(self) -> list[nn.Module]:
+    def projections(self) -> list[Any]:
         ends = ("c_proj", "o_proj", "out_proj", "attention.dense")
         return [module for name, module in self.model.named_modules() if name.endswith(ends)]
 
@@ -198,20 +199,20 @@ class MatchesTooMuch(Mutant):
 class MlpToo(Mutant):
     """Edits the same channels of the MLP's input as well."""
 
-    killer = "oracle.zero"
+    expected_check = "oracle.zero"
 
     def install(self) -> None:
         super().install()
-        for layer, block in enumerate(self.blocks()):
+        for layer, block in enumerate(self.layers()):
             names = dict(block.named_children())
             mlp = names.get("mlp") or names.get("fc1")
             self.handles.append(mlp.register_forward_pre_hook(partial(self.hook, layer)))
 
 
 class WholeAttention(Mutant):
-    """Switches off the attention of the whole layer with the head."""
+    """Switches off the attention of the whole layer."""
 
-    killer = "oracle.zero"
+    expected_check = "oracle.zero"
 
     def install(self) -> None:
         super().install()
@@ -225,7 +226,7 @@ class WholeAttention(Mutant):
 class EveryModel(Mutant, AttentionFunctions):
     """Replaces transformers' attention functions, for every model that has a layer of that number."""
 
-    killer = "independence.other_models"
+    expected_check = "independence.other_models"
 
     def install(self) -> None:
         self.replace()
@@ -233,7 +234,7 @@ class EveryModel(Mutant, AttentionFunctions):
     def remove(self) -> None:
         self.restore()
 
-    def layer(self, attention: nn.Module) -> int | None:
+    def layer(self, attention: Any) -> int | None:
         return attention.layer_idx
 
     def forward(self, input_ids: Tensor, **inputs: Any) -> Tensor:

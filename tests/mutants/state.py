@@ -1,4 +1,4 @@
-"""State: what an implementation remembers between runs, sets and clears, and what it forgets."""
+"""State: an implementation remembers or forgets something between runs, sets and clears."""
 
 from __future__ import annotations
 
@@ -16,10 +16,10 @@ from tests.mutants.mutant import Mutant
 
 
 class StaleMean(Mutant):
-    """Uses the mean that it captured in the run before."""
+    """Uses the mean that it captured in the previous run."""
 
     source = "TransformerLensOrg/TransformerLens#1687"
-    killer = "independence.earlier_runs"
+    expected_check = "independence.earlier_runs"
 
     def hook(self, layer: int, module: nn.Module, args: tuple[Any, ...]) -> Any:
         self.layer = layer
@@ -34,9 +34,9 @@ class StaleMean(Mutant):
 
 
 class FirstMeanKept(Mutant):
-    """Measures the mean in the first run, and uses it in all others."""
+    """Measures the mean in the first run, and uses it in all later runs."""
 
-    killer = "independence.earlier_runs"
+    expected_check = "independence.earlier_runs"
 
     def hook(self, layer: int, module: nn.Module, args: tuple[Any, ...]) -> Any:
         self.place = layer, len(args[0])
@@ -48,9 +48,9 @@ class FirstMeanKept(Mutant):
 
 
 class MeanKeptByPrompt(Mutant):
-    """Keeps the means of a prompt, and forgets that they are of one head."""
+    """Caches means by prompt only, and not by head."""
 
-    killer = "independence.earlier_runs"
+    expected_check = "independence.earlier_runs"
 
     def hook(self, layer: int, module: nn.Module, args: tuple[Any, ...]) -> Any:
         self.layer = layer
@@ -66,9 +66,9 @@ class MeanKeptByPrompt(Mutant):
 
 
 class StaleMask(Mutant):
-    """Keeps the attention mask of the run before where a run has none."""
+    """Reuses the attention mask of an earlier run in a run without a mask."""
 
-    killer = "independence.earlier_masks"
+    expected_check = "independence.earlier_masks"
 
     def run(self, input_ids: Tensor, attention_mask: Tensor | None = None, **inputs: Any) -> Tensor:
         before = self.real
@@ -78,9 +78,9 @@ class StaleMask(Mutant):
 
 
 class OneRunLate(Mutant):
-    """Applies a set of heads from the second run on."""
+    """Applies a set of heads only from the second run on."""
 
-    killer = "smoke"
+    expected_check = "smoke"
     set: Any = ()
 
     def ablate(self, heads: Sequence[tuple[int, int]], imputation: str) -> None:
@@ -99,9 +99,9 @@ class OneRunLate(Mutant):
 
 
 class FirstRunOnly(Mutant):
-    """Takes its hooks off in the first run."""
+    """Removes its hooks in the first run."""
 
-    killer = "independence.earlier_runs"
+    expected_check = "independence.earlier_runs"
 
     def hook(self, layer: int, module: nn.Module, args: tuple[Any, ...]) -> Any:
         if self.targets(layer):
@@ -110,10 +110,10 @@ class FirstRunOnly(Mutant):
 
 
 class EveryOtherRun(Mutant):
-    """Counts calls, and takes every other one for a backward pass that computes the forward again."""
+    """Counts calls, and treats every second call as a recomputation for a backward pass."""
 
     source = "huggingface/peft#2826"
-    killer = "independence.earlier_runs"
+    expected_check = "independence.earlier_runs"
     runs = 0
 
     def forward(self, input_ids: Tensor, **inputs: Any) -> Tensor:
@@ -125,9 +125,9 @@ class EveryOtherRun(Mutant):
 
 
 class SetsAdd(Mutant):
-    """Adds the heads that are named to those that were."""
+    """Adds the named heads to the previous ones."""
 
-    killer = "independence.earlier_runs"
+    expected_check = "independence.earlier_runs"
 
     def ablate(self, heads: Sequence[tuple[int, int]], imputation: str) -> None:
         super().ablate([*self.heads, *heads], imputation)
@@ -136,7 +136,7 @@ class SetsAdd(Mutant):
 class FirstSetKept(Mutant):
     """Ignores a second set until it is cleared."""
 
-    killer = "independence.earlier_runs"
+    expected_check = "independence.earlier_runs"
 
     def ablate(self, heads: Sequence[tuple[int, int]], imputation: str) -> None:
         before = self.heads
@@ -147,7 +147,7 @@ class FirstSetKept(Mutant):
 class FirstImputationKept(Mutant):
     """Ignores a second imputation."""
 
-    killer = "independence.earlier_runs"
+    expected_check = "independence.earlier_runs"
 
     def ablate(self, heads: Sequence[tuple[int, int]], imputation: str) -> None:
         super().ablate(
@@ -156,9 +156,9 @@ class FirstImputationKept(Mutant):
 
 
 class EmptySetIgnored(Mutant):
-    """Takes an empty set for no set at all: `if heads:`."""
+    """Ignores an empty set: `if heads:`."""
 
-    killer = "identity"
+    expected_check = "identity"
 
     def ablate(self, heads: Sequence[tuple[int, int]], imputation: str) -> None:
         before = self.heads
@@ -167,19 +167,19 @@ class EmptySetIgnored(Mutant):
 
 
 class EmptySetIsAll(Mutant):
-    """Takes an empty set for all heads."""
+    """Treats an empty set as all heads."""
 
-    killer = "identity"
+    expected_check = "identity"
 
     def ablate(self, heads: Sequence[tuple[int, int]], imputation: str) -> None:
-        every = [(layer, head) for layer in range(len(self.blocks())) for head in range(self.count())]
+        every = [(layer, head) for layer in range(len(self.layers())) for head in range(self.num_heads())]
         super().ablate(heads or every, imputation)
 
 
 class ClearsNothing(Mutant):
-    """Goes on after `clear`: the next clean run is measured with the hook on."""
+    """Stays active after `clear`, so the next clean run is measured with the hook on."""
 
-    killer = "identity"
+    expected_check = "identity"
 
     def clear(self) -> None:
         pass
@@ -188,16 +188,16 @@ class ClearsNothing(Mutant):
 class ClearsOneLayer(Mutant):
     """Clears the heads of one layer only."""
 
-    killer = "independence.earlier_runs"
+    expected_check = "independence.earlier_runs"
 
     def clear(self) -> None:
         self.heads = [(layer, head) for layer, head in self.heads if layer]
 
 
 class NotAfterClear(Mutant):
-    """Takes its hooks off in `clear`, and never puts them back."""
+    """Removes its hooks in `clear`, and never registers them again."""
 
-    killer = "independence.earlier_runs"
+    expected_check = "independence.earlier_runs"
 
     def clear(self) -> None:
         super().clear()
@@ -205,9 +205,9 @@ class NotAfterClear(Mutant):
 
 
 class NotAfterInterrupt(Mutant):
-    """Switches itself off for good when a forward raises."""
+    """Disables itself permanently when a forward pass raises."""
 
-    killer = "independence.earlier_runs"
+    expected_check = "independence.earlier_runs"
 
     def forward(self, input_ids: Tensor, **inputs: Any) -> Tensor:
         try:
@@ -218,21 +218,21 @@ class NotAfterInterrupt(Mutant):
 
 
 class CountsLayers(Mutant):
-    """Counts its calls to know the layer, and is out of step after a forward that stopped half way."""
+    """Counts its calls to know the layer, and is out of step after an interrupted forward pass."""
 
-    killer = "independence.earlier_runs"
+    expected_check = "independence.earlier_runs"
     calls = 0
 
     def hook(self, layer: int, module: nn.Module, args: tuple[Any, ...]) -> Any:
-        layer = self.calls % len(self.blocks())
+        layer = self.calls % len(self.layers())
         self.calls += 1
         return super().hook(layer, module, args)
 
 
 class TwiceIsNotAtAll(Mutant):
-    """Toggles a head each time that it is named."""
+    """Toggles a head each time it is named."""
 
-    killer = "independence.head_order"
+    expected_check = "independence.head_order"
 
     def ablate(self, heads: Sequence[tuple[int, int]], imputation: str) -> None:
         super().ablate([pair for pair in dict.fromkeys(heads) if list(heads).count(pair) % 2], imputation)
@@ -241,39 +241,39 @@ class TwiceIsNotAtAll(Mutant):
 
 
 class LastHeadWins(Mutant):
-    """Edits the same input once for each head of a layer, and keeps the last edit."""
+    """Edits the same input once for each head of a layer, and keeps only the last edit."""
 
     source = "TransformerLensOrg/TransformerLens#1722"
-    killer = "locality.sets"
+    expected_check = "locality.sets"
 
-    def edited(self, z: Tensor, heads: list[int]) -> Tensor:
-        return super().edited(z, heads[-1:])
+    def replace_heads(self, z: Tensor, heads: list[int]) -> Tensor:
+        return super().replace_heads(z, heads[-1:])
 
 
 class OneHeadALayer(Mutant):
-    """Keeps its heads in a dict by layer."""
+    """Keeps its heads in a dict by layer, one for each."""
 
-    killer = "locality.sets"
+    expected_check = "locality.sets"
 
     def targets(self, layer: int) -> list[int]:
         return [head for index, head in dict(self.heads).items() if index == layer]
 
 
 class InPlace(Mutant):
-    """Writes into the tensor that it is given, which others may have kept."""
+    """Writes in place into the tensor that it receives, which others may have kept."""
 
     source = "TransformerLensOrg/TransformerLens#336"
-    killer = "locality.input_untouched"
+    expected_check = "locality.input_untouched"
 
-    def edited(self, z: Tensor, heads: list[int]) -> Tensor:
-        z.copy_(super().edited(z, heads))
+    def replace_heads(self, z: Tensor, heads: list[int]) -> Tensor:
+        z.copy_(super().replace_heads(z, heads))
         return z
 
 
 class ForgotReturn(Mutant):
     """Edits a copy, and does not return it."""
 
-    killer = "smoke"
+    expected_check = "smoke"
 
     def hook(self, layer: int, module: nn.Module, args: tuple[Any, ...]) -> Any:
         super().hook(layer, module, args)
@@ -283,7 +283,7 @@ class CleanPrefix(Mutant):
     """Fills the cache with a clean prefix, and ablates only what is decoded after it."""
 
     source = "UFO-101/auto-circuit@a50da28"
-    killer = "independence.cache"
+    expected_check = "independence.cache"
 
     def forward(self, input_ids: Tensor, **inputs: Any) -> Tensor:
         past = inputs.get(CACHE)
@@ -295,9 +295,9 @@ class CleanPrefix(Mutant):
 
 
 class PrefixOnly(Mutant):
-    """Ablates the first forward, and not the tokens that are decoded from its cache."""
+    """Ablates the first forward pass, and not the tokens that are decoded from its cache."""
 
-    killer = "independence.cache"
+    expected_check = "independence.cache"
 
     def forward(self, input_ids: Tensor, **inputs: Any) -> Tensor:
         past = inputs.get(CACHE)
@@ -309,9 +309,9 @@ class PrefixOnly(Mutant):
 
 
 class PiecesLeft(Mutant):
-    """Takes a piece of several tokens that follows a cache for a prompt that was ablated already."""
+    """Treats a piece of several tokens that follows a cache as a prompt that was ablated already."""
 
-    killer = "independence.cache"
+    expected_check = "independence.cache"
 
     def forward(self, input_ids: Tensor, **inputs: Any) -> Tensor:
         past = inputs.get(CACHE)
@@ -325,7 +325,7 @@ class PiecesLeft(Mutant):
 class RemembersLogits(Mutant):
     """Returns the logits of the first run on the same prompt, whatever is ablated."""
 
-    killer = "smoke"
+    expected_check = "smoke"
 
     def forward(self, input_ids: Tensor, **inputs: Any) -> Tensor:
         known: dict[Any, Tensor] = self.__dict__.setdefault("known", {})
@@ -336,9 +336,9 @@ class RemembersLogits(Mutant):
 
 
 class Noise(Mutant):
-    """Draws a new number each time."""
+    """Draws a new number in each run."""
 
-    killer = "independence.earlier_runs"
+    expected_check = "independence.earlier_runs"
 
     def value(self, z: Tensor) -> Tensor | float:
         return super().value(z) + 1e-4 * torch.rand(()).item()
@@ -347,7 +347,7 @@ class Noise(Mutant):
 class SharedSet(Mutant):
     """Keeps its heads on the class, where the next implementation finds them."""
 
-    killer = "identity"
+    expected_check = "identity"
     shared: list[tuple[int, int]] = []  # noqa: RUF012 (the bug)
 
     def __init__(self, model: PreTrainedModel) -> None:
@@ -356,11 +356,11 @@ class SharedSet(Mutant):
 
     def ablate(self, heads: Sequence[tuple[int, int]], imputation: str) -> None:
         super().ablate(heads, imputation)
-        type(self).shared = self.heads = [pair for pair in self.heads if pair[0] < len(self.blocks())]
+        type(self).shared = self.heads = [pair for pair in self.heads if pair[0] < len(self.layers())]
 
 
 class MeanKeptByHead(MeanKeptByPrompt):
-    """Keeps the mean of a head in a prompt, and forgets that it depends on what is ablated below."""
+    """Caches means by prompt and head, although they depend on the heads that are ablated in lower layers."""
 
     def channels(self, head: int, z: Tensor) -> slice:
         self.head = head
@@ -372,9 +372,9 @@ class MeanKeptByHead(MeanKeptByPrompt):
 
 
 class MaskKeptByShape(Mutant):
-    """Prepares a mask once for each shape, and uses it for every other of that shape."""
+    """Prepares a mask once for each shape, and uses it for every other mask of that shape."""
 
-    killer = "independence.earlier_masks"
+    expected_check = "independence.earlier_masks"
 
     def forward(self, input_ids: Tensor, **inputs: Any) -> Tensor:
         kept: dict[Any, Tensor] = self.__dict__.setdefault("kept", {})
@@ -384,13 +384,13 @@ class MaskKeptByShape(Mutant):
 
 
 class MaskQueued(Mutant):
-    """Queues the mask before each layer, where that of a forward that was interrupted waits for the next."""
+    """Queues the mask before each layer, so the mask of an interrupted forward pass reaches the next one."""
 
-    killer = "independence.earlier_masks"
+    expected_check = "independence.earlier_masks"
 
     def install(self) -> None:
-        self.queues: list[deque[Any]] = [deque() for _ in self.blocks()]
-        for block, queue in zip(self.blocks(), self.queues, strict=True):
+        self.queues: list[deque[Any]] = [deque() for _ in self.layers()]
+        for block, queue in zip(self.layers(), self.queues, strict=True):
             self.handles.append(block.register_forward_pre_hook(lambda *_, queue=queue: queue.append(self.real)))
         super().install()
 
@@ -402,13 +402,13 @@ class MaskQueued(Mutant):
 
 
 class OutputQueued(Mutant):
-    """Queues z to correct what the attention gives, where that of a forward that was interrupted waits for the next."""
+    """Queues z to correct the attention's output, so the z of an interrupted forward pass reaches the next one."""
 
-    killer = "independence.earlier_runs"
+    expected_check = "independence.earlier_runs"
     unsupported: ClassVar[dict[str, str]] = {"observable": "it corrects what the attention gives"}
 
     def install(self) -> None:
-        for layer, (block, projection) in enumerate(zip(self.blocks(), self.projections(), strict=True)):
+        for layer, (block, projection) in enumerate(zip(self.layers(), self.projections(), strict=True)):
             queue: deque[Tensor] = deque()
             attention = next(m for m in block.modules() if type(m).__name__.endswith("Attention"))
             self.handles.append(
@@ -427,9 +427,9 @@ class OutputQueued(Mutant):
 
 
 class LogitsOverwritten(Mutant):
-    """Puts the logits into one tensor for each set of heads, as CUDA graphs do: the next run overwrites the last."""
+    """Returns logits in one tensor for each set of heads, as CUDA graphs do, so the next run overwrites them."""
 
-    killer = "independence.earlier_runs"
+    expected_check = "independence.earlier_runs"
 
     def forward(self, input_ids: Tensor, **inputs: Any) -> Tensor:
         logits = super().forward(input_ids, **inputs)
@@ -439,32 +439,32 @@ class LogitsOverwritten(Mutant):
 
 
 class BufferReused(Mutant):
-    """Puts the ablated z of a layer into one tensor: who has kept it sees that of the next run."""
+    """Writes the ablated z of a layer into one buffer, so a kept tensor shows the z of the next run."""
 
-    killer = "locality.input_untouched"
+    expected_check = "locality.input_untouched"
 
     def hook(self, layer: int, module: nn.Module, args: tuple[Any, ...]) -> Any:
         self.layer = layer
         return super().hook(layer, module, args)
 
-    def edited(self, z: Tensor, heads: list[int]) -> Tensor:
+    def replace_heads(self, z: Tensor, heads: list[int]) -> Tensor:
         buffers: dict[Any, Tensor] = self.__dict__.setdefault("buffers", {})
-        return buffers.setdefault((self.layer, z.shape), torch.empty_like(z)).copy_(super().edited(z, heads))
+        return buffers.setdefault((self.layer, z.shape), torch.empty_like(z)).copy_(super().replace_heads(z, heads))
 
 
 class PaddedDecoding(Mutant):
-    """Takes the first columns of the mask for those of the tokens that are decoded."""
+    """Uses the first columns of the mask for the tokens that are decoded."""
 
-    killer = "independence.cache_padded"
+    expected_check = "independence.cache_padded"
 
-    def edited(self, z: Tensor, heads: list[int]) -> Tensor:
-        return super().edited(z, heads).where(self.real[:, : z.shape[1], None], z)
+    def replace_heads(self, z: Tensor, heads: list[int]) -> Tensor:
+        return super().replace_heads(z, heads).where(self.real[:, : z.shape[1], None], z)
 
 
 class OneSetForAll(Mutant):
-    """Keeps its heads on the class: a second implementation changes the first."""
+    """Keeps its heads on the class, so a second implementation changes the first."""
 
-    killer = "independence.other_models"
+    expected_check = "independence.other_models"
     shared: list[tuple[int, int]] = []  # noqa: RUF012 (the bug)
 
     @property
@@ -477,9 +477,9 @@ class OneSetForAll(Mutant):
 
 
 class OneStackForAll(Mutant):
-    """Keeps its heads on top of a stack of the class: a second implementation is on top of it."""
+    """Keeps its heads on a stack of the class, so a second implementation covers the first."""
 
-    killer = "independence.other_models"
+    expected_check = "independence.other_models"
     stack: list[list[tuple[int, int]]] = []  # noqa: RUF012 (the bug)
 
     def __init__(self, model: PreTrainedModel) -> None:
@@ -500,9 +500,9 @@ class OneStackForAll(Mutant):
 
 
 class MeansWithoutMask(Mutant):
-    """Keeps the means of a prompt, and takes them again for the same tokens under another mask."""
+    """Caches the means of a prompt, and reuses them for the same tokens under another mask."""
 
-    killer = "independence.earlier_masks"
+    expected_check = "independence.earlier_masks"
 
     def run(self, input_ids: Tensor, attention_mask: Tensor | None = None, **inputs: Any) -> Tensor:
         self.prompt = str(input_ids.tolist())
@@ -519,9 +519,9 @@ class MeansWithoutMask(Mutant):
 
 
 class SetInConfiguration(Mutant):
-    """Keeps what is ablated in the configuration, which other models may share."""
+    """Keeps its heads in the configuration, which other models may share."""
 
-    killer = "independence.other_models"
+    expected_check = "independence.other_models"
 
     def ablate(self, heads: Sequence[tuple[int, int]], imputation: str) -> None:
         super().ablate(heads, imputation)

@@ -14,49 +14,55 @@ from tests.mutants.mutant import Mutant
 
 
 class Trial(NamedTuple):
-    """What a check makes of an implementation. A crash is what the adapter or the model raised, where it did."""
+    """The outcome of a check. crash: the error that the adapter or the model raised, if that is the reason."""
 
     rejected: bool
     reason: str = ""
     crash: BaseException | None = None
 
 
-def tried(check: Check, make: Any) -> Trial | None:
-    """Run one check; None where the implementation does not claim what it needs."""
-    if check.missing(make):
+def try_check(check: Check, factory: Any) -> Trial | None:
+    """Run one check. Returns None if the implementation does not support what the check needs."""
+    if check.skip_reason(factory):
         return None
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")
-            check(make)
-    except AssertionError as error:  # a check that meets another exception says so by its cause
+            check(factory)
+    except AssertionError as error:  # a check raises it from any other error
         return Trial(True, str(error), error.__cause__)
     return Trial(False)
 
 
-def death(mutant: type[Mutant]) -> tuple[str, str]:
-    """The id of the first check that rejects it, and why. Raises AssertionError for a survivor, or for an accident."""
+def assert_rejected(mutant: type[Mutant]) -> tuple[str, str]:
+    """Return the id of the first check that rejects a mutant, and the reason.
+
+    Raises AssertionError if the mutant survives, or if checks only reject it because something crashed.
+    """
     crashes = []
-    for check in sorted(CHECKS, key=lambda check: check.id != mutant.killer):
-        trial = tried(check, mutant)
+    for check in sorted(CHECKS, key=lambda check: check.id != mutant.expected_check):
+        trial = try_check(check, mutant)
         if trial is None or not trial.rejected:
             continue
         if trial.crash is None or (mutant.crashes and isinstance(trial.crash, mutant.crashes)):
             return check.id, trial.reason
         crashes.append(f"{check.id}: {trial.crash!r}")
-    assert not crashes, f"{mutant.__name__} is killed by accident only: {'; '.join(crashes)}"
+    assert not crashes, f"{mutant.__name__} is only rejected by crashes: {'; '.join(crashes)}"
     raise AssertionError(f"{mutant.__name__} survives: {mutant.__doc__}")
 
 
 @contextmanager
 def few_examples(seeded: bool = False, examples: int = 15) -> Iterator[None]:
-    """A profile without shrinking; the same cases each time, unless hypothesis was given a seed."""
+    """Load a profile without shrinking, with the same cases each time unless hypothesis was given a seed.
+
+    The simplest cases are left out: most mutants would fail in them, and the drawn cases are to be tested.
+    """
     profile = settings.get_current_profile_name()
     settings.register_profile(
         "few",
         settings.get_profile("ci"),
         max_examples=examples,
-        phases=[Phase.generate],  # no plain case, which most would fail: drawn ones have to do it
+        phases=[Phase.generate],
         derandomize=not seeded,
         report_multiple_bugs=False,
     )

@@ -1,4 +1,4 @@
-"""Right implementations in other styles: what the specification must not reject."""
+"""Correct implementations in other styles, which the specification must not reject."""
 
 from __future__ import annotations
 
@@ -15,24 +15,24 @@ from transformers import PreTrainedModel
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 from transformers.pytorch_utils import Conv1D
 
-from tests.mutants.right import Reference
+from tests.mutants.reference import Reference
 
 
 class Where(Reference):
-    """Chooses between old and new by a mask of channels; writes nothing."""
+    """Chooses between old and new by a mask of channels, and writes nothing in place."""
 
-    def edited(self, z: Tensor, heads: list[int]) -> Tensor:
-        per_head = z.unflatten(-1, (self.count(), -1))  # [rows, tokens, heads, width]
-        chosen = torch.zeros(self.count(), dtype=torch.bool, device=z.device)
+    def replace_heads(self, z: Tensor, heads: list[int]) -> Tensor:
+        per_head = z.unflatten(-1, (self.num_heads(), -1))  # [rows, tokens, heads, width]
+        chosen = torch.zeros(self.num_heads(), dtype=torch.bool, device=z.device)
         chosen[heads] = True
         values = torch.stack([torch.as_tensor(self.value(head)).to(z).expand_as(head) for head in per_head.unbind(-2)])
         return torch.where(chosen[:, None], values.movedim(0, -2), per_head).flatten(-2)
 
 
 class Concatenated(Reference):
-    """Puts the heads together anew."""
+    """Concatenates the heads again."""
 
-    def edited(self, z: Tensor, heads: list[int]) -> Tensor:
+    def replace_heads(self, z: Tensor, heads: list[int]) -> Tensor:
         parts = list(z.split(self.head_dim(z), dim=-1))
         for head in heads:
             parts[head] = torch.as_tensor(self.value(parts[head])).to(z).expand_as(parts[head])
@@ -40,33 +40,33 @@ class Concatenated(Reference):
 
 
 class Multiplied(Reference):
-    """Zeros by a factor, which leaves -0.0 where z is negative."""
+    """Multiplies by zero, which leaves -0.0 where z is negative."""
 
-    def edited(self, z: Tensor, heads: list[int]) -> Tensor:
+    def replace_heads(self, z: Tensor, heads: list[int]) -> Tensor:
         if self.imputation == "mean":
-            return super().edited(z, heads)
-        gates = torch.ones(self.count()).index_fill(0, torch.tensor(heads), 0).to(z)
-        return (z.unflatten(-1, (self.count(), -1)) * gates[:, None]).flatten(-2)
+            return super().replace_heads(z, heads)
+        gates = torch.ones(self.num_heads()).index_fill(0, torch.tensor(heads), 0).to(z)
+        return (z.unflatten(-1, (self.num_heads(), -1)) * gates[:, None]).flatten(-2)
 
 
 class RealTokensOnly(Reference):
-    """Leaves the padding as it is."""
+    """Leaves the padding unchanged."""
 
-    def edited(self, z: Tensor, heads: list[int]) -> Tensor:
+    def replace_heads(self, z: Tensor, heads: list[int]) -> Tensor:
         if self.real is None or self.real.shape != z.shape[:2]:  # tokens of a cache, not padded
-            return super().edited(z, heads)
-        return super().edited(z, heads).where(self.real[..., None], z)
+            return super().replace_heads(z, heads)
+        return super().replace_heads(z, heads).where(self.real[..., None], z)
 
 
 class OwnPrecision(Reference):
-    """Takes the mean in the type of z, row by row."""
+    """Computes the mean in the dtype of z, row by row."""
 
     def mean(self, z: Tensor, real: Tensor) -> Tensor:
         return torch.stack([row[here].mean() for row, here in zip(z, real, strict=True)])[:, None, None]
 
 
 class CleanMeans(Reference):
-    """Takes the means of all heads from a clean forward of the same inputs, beforehand."""
+    """Measures the means of all heads in a clean forward pass of the same inputs, beforehand."""
 
     unsupported: ClassVar[dict[str, str]] = {"single_forward": "it measures first"}
 
@@ -93,9 +93,9 @@ class CleanMeans(Reference):
         self.layer = layer
         return super().hook(layer, module, args)
 
-    def edited(self, z: Tensor, heads: list[int]) -> Tensor:
+    def replace_heads(self, z: Tensor, heads: list[int]) -> Tensor:
         if self.imputation != "mean":
-            return super().edited(z, heads)
+            return super().replace_heads(z, heads)
         out = z.clone()
         for head in heads:
             out[..., self.channels(head, z)] = self.means[self.layer][head]
@@ -103,7 +103,7 @@ class CleanMeans(Reference):
 
 
 class PerRun(Reference):
-    """Installs its hooks for each run, before all others, also to be called when a forward raises."""
+    """Registers its hooks for each run, before all others, to be called also when a forward pass raises."""
 
     def install(self) -> None:
         pass
@@ -120,7 +120,7 @@ class PerRun(Reference):
 
 
 class PerSet(Reference):
-    """Installs hooks on the layers that it ablates, when they are named."""
+    """Registers hooks on the layers that it ablates, when they are named."""
 
     def install(self) -> None:
         pass
@@ -138,7 +138,7 @@ class PerSet(Reference):
 
 
 class GlobalHook(Reference):
-    """One hook on all modules there are; the model itself is not touched."""
+    """Registers one hook for all modules of the process, and does not touch the model itself."""
 
     def install(self) -> None:
         index = {projection: layer for layer, projection in enumerate(self.projections())}
@@ -150,7 +150,7 @@ class GlobalHook(Reference):
 
 
 class WrappedForward(Reference):
-    """Puts a function in the place of each projection's `forward`, of which there can be one only."""
+    """Replaces the `forward` of each projection by a function, one at a time."""
 
     def taken(self) -> bool:
         return any(isinstance(projection.forward, partial) for projection in self.projections())
@@ -165,7 +165,7 @@ class WrappedForward(Reference):
 
     def replaced(self, layer: int, forward: Any, z: Tensor) -> Any:
         heads = self.targets(layer)
-        return forward(self.edited(z, heads) if heads else z)
+        return forward(self.replace_heads(z, heads) if heads else z)
 
     def remove(self) -> None:
         for projection, forward in self.before:
@@ -188,7 +188,7 @@ class Wrapper(nn.Module):
 
 
 class WrappedModule(Reference):
-    """Puts a module of its own around each projection, but none around that of another."""
+    """Wraps each projection in a module of its own, unless it is wrapped already."""
 
     def install(self) -> None:
         self.places: list[tuple[nn.Module, str, nn.Module]] = []
@@ -203,7 +203,7 @@ class WrappedModule(Reference):
 
     def edit(self, layer: int, z: Tensor) -> Tensor:
         heads = self.targets(layer)
-        return self.edited(z, heads) if heads else z
+        return self.replace_heads(z, heads) if heads else z
 
     def remove(self) -> None:
         for place, name, projection in self.places:
@@ -211,7 +211,7 @@ class WrappedModule(Reference):
 
 
 class Subtracted(Reference):
-    """Leaves z alone, and corrects what the projection makes of it."""
+    """Leaves z unchanged, and corrects the projection's output."""
 
     unsupported: ClassVar[dict[str, str]] = {"observable": "it corrects the projection's output"}
 
@@ -229,7 +229,7 @@ class Subtracted(Reference):
 
 
 class PatchedPerRun(WrappedForward):
-    """Puts its functions in the place of `forward` for each run."""
+    """Replaces `forward` for each run."""
 
     def install(self) -> None:
         pass
@@ -246,7 +246,7 @@ class PatchedPerRun(WrappedForward):
 
 
 class ClassSwapped(Reference):
-    """Makes each projection an instance of a class of its own, for each run."""
+    """Changes the class of each projection for each run."""
 
     unsupported: ClassVar[dict[str, str]] = {"observable": "z changes in a `forward` of a class"}
 
@@ -268,17 +268,17 @@ class ClassSwapped(Reference):
 
     def replaced(self, layer: int, kind: type[nn.Module], projection: nn.Module, z: Tensor) -> Any:
         heads = self.targets(layer)
-        return kind.forward(projection, self.edited(z, heads) if heads else z)
+        return kind.forward(projection, self.replace_heads(z, heads) if heads else z)
 
 
 class AttentionFunctions(Reference):
-    """Edits what transformers' attention functions give, for the attention modules of this model, for each run."""
+    """Edits the output of transformers' attention functions for this model's modules, in each run."""
 
     functions: ClassVar[Any] = ALL_ATTENTION_FUNCTIONS
 
     def install(self) -> None:
         self.layer_of = {}
-        for layer, block in enumerate(self.blocks()):
+        for layer, block in enumerate(self.layers()):
             attention = next(m for m in block.modules() if type(m).__name__.endswith("Attention"))
             self.layer_of[attention] = layer
 
@@ -297,7 +297,7 @@ class AttentionFunctions(Reference):
         z, weights = attention(module, *args, **kwargs)  # z: [rows, tokens, heads, width]
         layer = self.layer(module)
         heads = [] if layer is None else self.targets(layer)
-        return self.edited(z.flatten(2), heads).view_as(z) if heads else z, weights
+        return self.replace_heads(z.flatten(2), heads).view_as(z) if heads else z, weights
 
     def layer(self, attention: nn.Module) -> int | None:
         return self.layer_of.get(attention)
@@ -311,7 +311,7 @@ class AttentionFunctions(Reference):
 
 
 class InPlaceSurgery(Reference):
-    """Writes zeros into W_O for each run, and puts back what was there."""
+    """Writes zeros into W_O for each run, and restores the weights."""
 
     unsupported: ClassVar[dict[str, str]] = {
         "mean": "weights do not depend on prompts",
@@ -343,10 +343,10 @@ class InPlaceSurgery(Reference):
 
 
 class FunctionalCall(InPlaceSurgery):
-    """Calls the model with other weights, and writes nothing anywhere."""
+    """Calls the model with other weights, and writes nothing."""
 
     def forward(self, input_ids: Tensor, **inputs: Any) -> Tensor:
-        weights = {}
+        weights: dict[str, Tensor] = {}
         for name, parameter in self.model.named_parameters():
             for layer, head in self.heads:
                 if parameter is self.projections()[layer].weight:
@@ -379,7 +379,7 @@ class Masked(Reference):
         self.chosen.zero_()
 
 
-STYLES = (
+CORRECT_VARIANTS = (
     Where,
     Concatenated,
     Multiplied,

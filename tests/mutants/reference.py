@@ -1,4 +1,4 @@
-"""Head ablation by forward pre-hooks, in steps that can be overridden one at a time: what the mutants are made from."""
+"""Head ablation by forward pre-hooks, in steps that a mutant can override one at a time."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ LLAMA = ("model.layers", "self_attn.o_proj")
 
 
 class Reference:
-    """One hook a projection, from `__init__` to `close`; it replaces slices of a copy."""
+    """One hook on each projection, from `__init__` to `close`, which replaces slices of a copy of z."""
 
     unsupported: ClassVar[Mapping[str, str]] = {}
 
@@ -28,7 +28,7 @@ class Reference:
         self.model, self.config = model, model.config
         self.heads: list[tuple[int, int]] = []
         self.imputation = "zero"
-        self.real: Tensor | None = None  # [rows, tokens] bool, in a run
+        self.real: Any = None  # [rows, tokens] bool, in a run
         self.handles: list[RemovableHandle] = []
         try:
             self.install()
@@ -36,21 +36,22 @@ class Reference:
             self.remove()
             raise
 
-    # ---- where
+    # ---- which channels of which projection
 
-    def blocks(self) -> list[nn.Module]:
-        return list(self.model.get_submodule(PLACES.get(self.config.model_type, LLAMA)[0]))  # type: ignore[arg-type]
+    def layers(self) -> list[Any]:
+        layers: Any = self.model.get_submodule(PLACES.get(self.config.model_type, LLAMA)[0])
+        return list(layers)
 
-    def projections(self) -> list[nn.Module]:
+    def projections(self) -> list[Any]:
         name = PLACES.get(self.config.model_type, LLAMA)[1]
-        return [block.get_submodule(name) for block in self.blocks()]
+        return [block.get_submodule(name) for block in self.layers()]
 
-    def count(self) -> int:
+    def num_heads(self) -> int:
         count: int = self.config.num_attention_heads
         return count
 
     def head_dim(self, z: Tensor) -> int:
-        return z.shape[-1] // self.count()
+        return z.shape[-1] // self.num_heads()
 
     def channels(self, head: int, z: Tensor) -> slice:
         return slice(head * self.head_dim(z), (head + 1) * self.head_dim(z))
@@ -58,10 +59,10 @@ class Reference:
     def targets(self, layer: int) -> list[int]:
         return [head for index, head in self.heads if index == layer]
 
-    # ---- by what
+    # ---- the replacement
 
     def value(self, z: Tensor) -> Tensor | float:
-        """What replaces z [rows, tokens, width] of one head; broadcasts to it."""
+        """Return the replacement of one head's z, [rows, tokens, head_dim], to which it broadcasts."""
         return self.zero(z) if self.imputation == "zero" else self.mean(z, self.real)
 
     def zero(self, z: Tensor) -> Tensor | float:
@@ -71,10 +72,10 @@ class Reference:
         per_token = z.double().mean(dim=-1).where(real, 0)  # [rows, tokens]
         return (per_token.sum(dim=-1) / real.sum(dim=-1))[:, None, None].to(z.dtype)
 
-    # ---- how
+    # ---- the hook
 
-    def edited(self, z: Tensor, heads: list[int]) -> Tensor:
-        """A copy of z [rows, tokens, heads * width] with these heads replaced."""
+    def replace_heads(self, z: Tensor, heads: list[int]) -> Tensor:
+        """Return a copy of z, [rows, tokens, num_heads * head_dim], with these heads replaced."""
         out = z.clone()
         for head in heads:
             channels = self.channels(head, z)
@@ -83,7 +84,7 @@ class Reference:
 
     def hook(self, layer: int, module: nn.Module, args: tuple[Any, ...]) -> Any:
         if heads := self.targets(layer):
-            return (self.edited(args[0], heads), *args[1:])
+            return (self.replace_heads(args[0], heads), *args[1:])
         return None
 
     def install(self) -> None:
@@ -98,7 +99,7 @@ class Reference:
     # ---- the protocol
 
     def check(self, layer: Any, head: Any) -> None:
-        for index, size in ((layer, len(self.blocks())), (head, self.count())):
+        for index, size in ((layer, len(self.layers())), (head, self.num_heads())):
             if type(index) is not int or not 0 <= index < size:
                 raise IndexError(f"no layer {layer!r} head {head!r}")
 

@@ -1,0 +1,150 @@
+"""Bugs that no adapter can show, and the test of this project that fails for each."""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+
+class Bug(NamedTuple):
+    """A bug that the specification cannot see. test: the test of this project that fails for it."""
+
+    name: str
+    cause: str
+    test: str
+    source: str = ""
+
+
+OUTSIDE_PROTOCOL = (
+    Bug(
+        "WidthFromConfig",
+        "Uses config.head_dim for the channels of z, which is wrong for latent attention.",
+        "tests/test_heads.py::test_head_dim_is_what_the_projection_reads",
+    ),
+    Bug(
+        "Compiled",
+        "Hooks a module that was compiled earlier, so that its hooks may never fire.",
+        "tests/test_heads.py::test_unsupported_model_is_refused_with_the_reason",
+        "pytorch/pytorch#117758",
+    ),
+    Bug(
+        "SharedProjection",
+        "Ablates one layer of a model whose layers share one module.",
+        "tests/test_heads.py::test_unsupported_model_is_refused_with_the_reason",
+    ),
+    Bug(
+        "CalledByKeyword",
+        "Expects z as a positional argument of the projection.",
+        "tests/test_hook.py::test_projection_may_be_called_by_keyword",
+        "pytorch/pytorch#35643",
+    ),
+    Bug(
+        "NotCalled",
+        "Accepts a forward pass that never called the projection as an ablated one.",
+        "tests/test_hook.py::test_projection_that_is_not_called_is_an_error",
+        "TransformerLensOrg/TransformerLens#1256",
+    ),
+    Bug(
+        "MeanOfAPiece",
+        "Computes the mean of the tokens in one forward pass, although others are in a cache.",
+        "tests/test_hook.py::test_mean_of_a_cached_sequence_is_refused",
+        "stanfordnlp/pyvene#193",
+    ),
+    Bug(
+        "CacheRenamed",
+        "Looks for a cache under the name that it has in another version of transformers.",
+        "tests/test_hook.py::test_mean_of_a_cached_sequence_is_refused",
+    ),
+    Bug(
+        "Nested",
+        "Lets a second ablation join the first on one model.",
+        "tests/test_refusals.py::test_second_ablation_is_refused_and_the_first_persists",
+        "TransformerLensOrg/TransformerLens#1098",
+    ),
+    Bug(
+        "WrongCells",
+        "Assigns the rows of a later pass to the ablations of the first.",
+        "tests/test_sweep.py::test_sweep_equals_sequential_sweep",
+    ),
+    Bug(
+        "TransposedMap",
+        "Fills the map as [head, layer] instead of [layer, head], which a grid of 12 x 12 hides.",
+        "tests/test_sweep.py::test_each_cell_is_the_single_ablation_of_that_head",
+    ),
+    Bug(
+        "TransposedFigure",
+        "Draws the map with layers and heads exchanged.",
+        "tests/test_figures.py::test_sensitivity_maps_share_a_symmetric_scale_in_points",
+    ),
+    Bug(
+        "AblatedBaseline",
+        "Measures the clean run with a head off.",
+        "tests/test_sweep.py::test_clean_values_are_those_of_a_model_without_hooks",
+    ),
+    Bug(
+        "RowsSeeEachOther",
+        "Accepts a batch in which rows depend on each other.",
+        "tests/test_engine.py::test_rows_that_see_each_other_are_noticed",
+        "ndif-team/nnsight#722",
+    ),
+    Bug(
+        "PromptsMixedUp",
+        "Gives one prompt the result of another.",
+        "tests/test_sweep.py::test_each_prompt_is_its_own_sweep",
+    ),
+    Bug(
+        "WeightsElsewhere",
+        "Ignores that accelerate keeps weights elsewhere until they are needed.",
+        "tests/test_devices.py::test_offloaded_weights_give_identical_results",
+        "huggingface/accelerate#3127",
+    ),
+    Bug(
+        "NoEffectIsRobust",
+        "Reports a hook that changed nothing as a robust model.",
+        "tests/test_engine.py::test_hook_that_changes_nothing_is_no_robust_model",
+        "TransformerLensOrg/TransformerLens#1688",
+    ),
+    Bug(
+        "NanIsRobust",
+        "Reports the argmax of logits that are not finite.",
+        "tests/test_refusals.py::test_non_finite_clean_logits_are_refused",
+    ),
+    Bug(
+        "TieAtRandom",
+        "Lets rounding choose among equally probable tokens.",
+        "tests/test_measure.py::test_lowest_of_equal_tokens_is_the_prediction",
+    ),
+    Bug(
+        "DropoutOn",
+        "Sweeps a model in training mode.",
+        "tests/test_refusals.py::test_refusal_precedes_any_forward_and_leaves_nothing",
+    ),
+    Bug(
+        "FirstOfSeveralTokens",
+        "Uses the first token of a target of several tokens.",
+        "tests/test_models.py::test_target_of_several_tokens_is_refused_with_a_hint",
+        "kanishkamisra/minicons#2",
+    ),
+    Bug(
+        "TokenBeforeThePrompt",
+        "Adds a token before the prompt that the tokenizer does not add.",
+        "tests/test_models.py::test_prompt_keeps_the_tokens_of_its_tokenizer",
+        "TransformerLensOrg/TransformerLens#282",
+    ),
+    Bug(
+        "ShiftedNumbers",
+        "Changes every number a little in a refactoring.",
+        "tests/test_golden.py::test_target_sensitivity",
+        "huggingface/transformers#41620",
+    ),
+    Bug(
+        "BlindSpecification",
+        "Compares tensors, and discards the result.",
+        "tests/test_mutants.py::test_mutant_is_rejected",
+        "stanfordnlp/pyvene@42c5550",
+    ),
+    Bug(
+        "OwnErrorBlamedOnTheModel",
+        "Takes an error in its own hook for a model that accepts no batches, and falls back to a slow way.",
+        "tests/test_engine.py::test_error_in_our_own_hook_propagates",
+    ),
+)
