@@ -114,8 +114,8 @@ WHY_KEPT = {
 def _matrix(matrix: Matrix) -> Iterator[str]:
     yield from ("", "## The matrix", "")
     yield (
-        "Columns are the checks by their numbers above. x: rejected for the requirement; !: rejected since an error was "
-        "raised; -: not tried, since the mutant does not support what the check needs."
+        "Columns are the checks by their numbers above. x: rejected for the requirement; !: rejected since an error "
+        "was raised; -: not tried, since the mutant does not support what the check needs."
     )
     for group in GROUPS:
         title, _, about = (group.__doc__ or "").strip().partition(": ")

@@ -62,7 +62,12 @@ def test_every_multiplication_of_a_layer_is_counted() -> None:
 def test_only_needed_multiplications_are_timed(monkeypatch: pytest.MonkeyPatch) -> None:
     """Of 12 ablations, 6 differ from the clean run after the first attention; after the last, one token is needed."""
     asked: list[tuple[int, int, int]] = []
-    monkeypatch.setattr(measuring, "product_time", lambda *shape: (asked.append(shape), 1.0)[1])
+
+    def product_time(rows: int, inner: int, columns: int) -> float:
+        asked.append((rows, inner, columns))
+        return 1.0
+
+    monkeypatch.setattr(measuring, "product_time", product_time)
     with torch.no_grad():
         assert multiplication_time(build(GPT2), tokens=5) == 9
     assert asked == [

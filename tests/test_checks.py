@@ -161,7 +161,7 @@ class AfterProjection(Ours):
 @pytest.mark.parametrize("imputation", ["zero", "mean"])
 def test_edit_after_the_projection_is_located(imputation: str) -> None:
     with pytest.raises(
-        AssertionError, match="but the logits changed: the edit is downstream of the projection's input"
+        AssertionError, match="is unchanged at the projection, though the logits changed: the edit is downstream of it"
     ):
         reproduce("locality", AfterProjection, replace(CASE, imputation=imputation))
     with pytest.raises(AssertionError, match="holds 8 of 8 elements that are not 0"):

@@ -1,63 +1,91 @@
-"""The README shows what the program really prints."""
+"""The README and the documentation show what the programs really print, and every command of the README is run."""
 
 from __future__ import annotations
 
 import contextlib
 import io
+import os
 import re
 import shlex
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
-from transformers import Qwen3NextConfig
 
-from ablation.checks import CHECKS
 from ablation.cli import main
 from ablation.errors import ModelUnavailable
 from ablation.sources import NAMED_MODELS
-from tests.families.configurations import tiny
 
-README = (Path(__file__).parent.parent / "README.md").read_text(encoding="utf-8")
+ROOT = Path(__file__).parent.parent
+README = (ROOT / "README.md").read_text(encoding="utf-8")
+SHOWN = re.findall(
+    r"^\$ (.+)\n((?:[^$`\n].*\n|\n)*)", "\n".join(re.findall(r"```console\n(.*?)```", README, re.DOTALL)), re.M
+)
+"""Each command of the README, and the output that it shows."""
+
+INSTALLATIONS = [command for command, _ in SHOWN if command.startswith("pip install torch==")]
+COMMANDS = {command: output for command, output in SHOWN if command not in INSTALLATIONS}
 
 
-def test_the_sweep_it_shows_is_the_sweep_it_prints(
+def test_readme_has_one_page() -> None:
+    assert len(README.splitlines()) <= 150
+
+
+def test_every_command_of_the_readme_is_run() -> None:
+    """CI runs the two installations in new environments, where the tests below run the other commands."""
+    assert len(INSTALLATIONS) == 2 and INSTALLATIONS[1].endswith(" && pytest")
+    assert r"sed -n 's/^\$ \(pip install torch==.*\)/\1/p' README.md" in (ROOT / "scripts" / "ci").read_text()
+    assert [shlex.split(command)[:2] for command in COMMANDS] == [["ablation", "sweep"], ["ablation", "check"]]
+
+
+def test_shown_sweep_is_what_is_printed(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     try:
         NAMED_MODELS["smollm2"].locate()
     except ModelUnavailable as error:
         pytest.skip(str(error))
-    (shown,) = re.findall(r"\$ python -m (ablation sweep --model smollm2 .*)\n((?:.*\n)+?)```", README)
+    (command,) = (command for command in COMMANDS if " sweep " in command)
     monkeypatch.chdir(tmp_path)
-    assert main(shlex.split(shown[0])[1:]) == 0
+    assert main(shlex.split(command)[1:]) == 0
     printed, _, _ = capsys.readouterr().out.rpartition("\nArrays")
-    assert printed.strip() == shown[1].strip()
+    assert printed.strip() == COMMANDS[command].strip()
 
 
-def test_the_map_of_heads_it_shows_is_the_one_it_prints(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
-) -> None:
-    (shown,) = re.findall(r"\$ python -m (ablation heads .*)\n((?:.*\n)+?)```", README)
-    arguments = shlex.split(shown[0])[1:]
-    monkeypatch.chdir(tmp_path)
-    tiny(Qwen3NextConfig).save_pretrained(arguments[-1])
-    assert main(arguments) == 0
-    assert capsys.readouterr().out.strip() == shown[1].strip()
+def test_shown_check_is_what_is_printed(tmp_path: Path) -> None:
+    (command,) = (command for command in COMMANDS if " check " in command)
+    (hook,) = re.findall(r"```python\n(# my_hook.py\n.*?)```", README, re.DOTALL)
+    (tmp_path / "my_hook.py").write_text(hook)
+    done = subprocess.run(
+        [sys.executable, "-m", *shlex.split(command)],
+        cwd=tmp_path,
+        env=os.environ | {"PYTHONPATH": str(ROOT)},
+        capture_output=True,
+        text=True,
+    )
+    assert done.returncode == pytest.ExitCode.TESTS_FAILED, done.stderr
+    *printed, last = done.stdout.splitlines()  # the last line says how long it took
+    assert printed == COMMANDS[command].splitlines() and last.startswith("1 failed, 1 passed")
 
 
-def test_the_python_it_shows_prints_what_it_says() -> None:
-    shown = re.findall(r"```python\n([^`]*?)```\s*```\n(.*?)```", README, re.DOTALL)
-    assert len(shown) == 2
+@pytest.mark.parametrize(("page", "examples"), [("README.md", 1), ("docs/python.md", 4)])
+def test_shown_python_prints_what_is_shown(page: str, examples: int) -> None:
+    text = (ROOT / page).read_text(encoding="utf-8")
+    shown = re.findall(r"```python\n([^`]*?)```\s*```\n(.*?)```", text, re.DOTALL)
+    assert len(shown) == examples
     names: dict[str, object] = {}
     for code, output in shown:
         printed = io.StringIO()
         with contextlib.redirect_stdout(printed):
-            exec(code, names)  # noqa: S102 (our own README)
+            exec(code, names)  # noqa: S102 (our own documentation)
         assert printed.getvalue() == output
 
 
-def test_the_table_of_checks_is_the_specification() -> None:
-    for check in CHECKS:
-        level = " (should)" if check.level == "SHOULD" else ""
-        assert f"| `{check.id}`{level} | {check.requirement} |" in README
-    assert README.count("\n| `") - README.count("| `sweep") - len(NAMED_MODELS) == len(CHECKS)
+@pytest.mark.parametrize(
+    "page", ["README.md", "CONTRIBUTING.md", *(f"docs/{p.name}" for p in (ROOT / "docs").iterdir())]
+)
+def test_links_lead_to_existing_files(page: str) -> None:
+    text = (ROOT / page).read_text(encoding="utf-8")
+    for target in re.findall(r"\]\((?!https?:)([^)#]+)", text):
+        assert (ROOT / page).parent.joinpath(target).exists(), f"{page} links to {target}"

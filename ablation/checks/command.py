@@ -47,7 +47,19 @@ def _check(arguments: argparse.Namespace) -> int:
     options = ["-p", "ablation.checks.plugin", "--implementation", arguments.implementation]
     options += ["--hypothesis-profile", "ablation-check"]
     # Nothing of the folder changes the run: neither its configuration nor its conftest.py.
-    options += ["-c", os.devnull, "--rootdir", ".", "--noconftest", "-p", "no:cacheprovider", "-q"]
+    options += [
+        "-c",
+        os.devnull,
+        "--rootdir",
+        ".",
+        "--noconftest",
+        "-p",
+        "no:cacheprovider",
+        "-p",
+        "no:warnings",
+        "-q",
+        "-rN",
+    ]
     if arguments.k:
         options += ["-k", arguments.k]
     if arguments.expected_failures:

@@ -95,9 +95,7 @@ def _assert_local(factory: Factory, case: Case, model: PreTrainedModel) -> None:
                 held, own = (z[row, here, head] for z in (new, old))  # [tokens, head_dim]
                 problem = _imputation_problem(held, own if layer.index == first else None, case.imputation)
                 if problem and unchanged and not torch.equal(logits[real], bare[real]):
-                    problem = (
-                        "is unchanged there, but the logits changed: the edit is downstream of the projection's input"
-                    )
+                    problem = "is unchanged at the projection, though the logits changed: the edit is downstream of it"
                 assert not problem, f"{what}; the z of head {head} in row {row} {problem}"
 
 

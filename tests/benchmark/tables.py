@@ -11,6 +11,7 @@ import tempfile
 from collections.abc import Iterator
 from functools import partial
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch.profiler import ProfilerActivity, profile
@@ -47,7 +48,7 @@ def made_with() -> str:
 
 def gpt2_small(rounds: int, pattern: str) -> Iterator[str]:
     """Yield the first table: every ablation of GPT-2 small's shape."""
-    model = build(SHAPES["GPT-2 small"])
+    model: Any = build(SHAPES["GPT-2 small"])
     ids = prompt(model, 6)
     measured = timed(model, ids, rounds, parts=1, pattern=pattern)
     off: dict[torch.dtype, float] = {
