@@ -1,4 +1,4 @@
-"""The model's side of a run: validated inputs, and forward passes whose failures are told apart."""
+"""Validated inputs of a run, and forward passes that distinguish a failure of the model from an error of ours."""
 
 from __future__ import annotations
 

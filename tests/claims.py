@@ -52,8 +52,8 @@ def control_stability(claim: Mapping[str, Any], sweep: SweepResult, decode: Deco
 
 def zero_mean_agreement(claim: Mapping[str, Any], sweep: SweepResult, decode: Decode) -> None:
     zero, mean = (sweep.imputations.index(name) for name in ("zero", "mean"))
-    apart = sweep.probability_change[:, mean] - sweep.probability_change[:, zero]
-    worst = 100 * np.abs(apart[:, sweep.has_head]).max()
+    difference = sweep.probability_change[:, mean] - sweep.probability_change[:, zero]
+    worst = 100 * np.abs(difference[:, sweep.has_head]).max()
     assert worst <= claim["at_most_pp"], f"mean - zero is up to {worst:.2f} pp"
 
 

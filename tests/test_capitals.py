@@ -7,6 +7,7 @@ import subprocess
 import sys
 from pathlib import Path
 
+import pytest
 import torch
 
 from ablation import models
@@ -48,6 +49,7 @@ def test_tokenizer_round_trips_every_sentence(capitals: models.LoadedModel) -> N
         assert capitals.tokenizer.decode(capitals.tokenizer(sentence)["input_ids"]) == sentence
 
 
+@pytest.mark.slow
 def test_training_writes_a_model_that_loads(tmp_path: Path) -> None:
     """Two steps only, since the whole training takes minutes."""
     out = tmp_path / "trained"

@@ -159,7 +159,7 @@ def broken_apply_edits(error: Exception) -> Iterator[None]:
 
 
 class Failing(Imputation):
-    """An imputation of the user's with an error in it."""
+    """A user's imputation that raises."""
 
     name = "failing"
     per_token = True

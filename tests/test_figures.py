@@ -79,14 +79,15 @@ def assert_composed(figure: Figure) -> None:
         inside = box.x0 >= 0 and box.y0 >= 0 and box.x1 <= width and box.y1 <= height
         assert inside, f"{text.get_text()!r} is cut off"
     for (one, a), (other, b) in itertools.combinations(boxes, 2):
-        apart = a.x1 <= b.x0 or b.x1 <= a.x0 or a.y1 <= b.y0 + 1 or b.y1 <= a.y0 + 1
-        assert apart, f"{one.get_text()!r} lies over {other.get_text()!r}"
+        separate = a.x1 <= b.x0 or b.x1 <= a.x0 or a.y1 <= b.y0 + 1 or b.y1 <= a.y0 + 1
+        assert separate, f"{one.get_text()!r} overlaps {other.get_text()!r}"
     for axes, (text, box) in itertools.product(figure.axes, boxes):
         panel = axes.get_window_extent()
-        apart = panel.x1 <= box.x0 or box.x1 <= panel.x0 or panel.y1 <= box.y0 + 1 or box.y1 <= panel.y0 + 1
-        assert apart, f"{text.get_text()!r} lies over a panel"
+        separate = panel.x1 <= box.x0 or box.x1 <= panel.x0 or panel.y1 <= box.y0 + 1 or box.y1 <= panel.y0 + 1
+        assert separate, f"{text.get_text()!r} overlaps a panel"
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("layers", "heads"), GRIDS)
 def test_figures_of_every_grid_have_no_overlaps(layers: int, heads: int, tmp_path: Path, drawn: list[Figure]) -> None:
     paths = figures.draw(
@@ -104,6 +105,7 @@ def test_figures_of_every_grid_have_no_overlaps(layers: int, heads: int, tmp_pat
         assert_composed(figure)
 
 
+@pytest.mark.slow
 def test_any_token_and_title_can_be_drawn(tmp_path: Path, drawn: list[Figure]) -> None:
     texts = {0: "$\\frac{1}$\n incomprehensibilities", 1: "\t", 2: "日本"}
     figures.draw(random_sweep(12, 12), tmp_path, title="x" * 300 + "$y$", token_texts=texts)

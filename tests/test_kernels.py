@@ -41,6 +41,7 @@ def test_last_bits_depend_on_rows_and_columns(layer: nn.Module) -> None:
     assert len(set(alone[0].tolist())) > 1
 
 
+@pytest.mark.slow
 @parametrize_with_checks(Ours)
 def test_specification_holds(check: object) -> None:
     check()  # type: ignore[operator]

@@ -48,6 +48,7 @@ def test_rewriting_golden_arrays_is_refused_only_in_ci(
     configure(request, **{option: True})
 
 
+@pytest.mark.slow
 def test_golden_arrays_are_never_rewritten_in_ci() -> None:
     before = contents(GOLDEN)
     status, output = run_pytest("tests/test_golden.py", "--force-regen", CI="true")
@@ -65,6 +66,7 @@ def test_model_in_a_missing_folder_is_a_usage_error(request: pytest.FixtureReque
         configure(request, **{"--models": f"gpt2={tmp_path / 'nowhere'}"})
 
 
+@pytest.mark.slow
 def test_claims_run_on_their_own_model_and_can_fail(folder: Path) -> None:  # noqa: F811
     """On weights that are not GPT-2's, each failure begins with the words of the claim."""
     status, output = run_pytest("tests/test_claims.py", "--models", f"gpt2={folder}", "-k", "published_claim")
@@ -74,6 +76,7 @@ def test_claims_run_on_their_own_model_and_can_fail(folder: Path) -> None:  # no
     assert f"models tested: gpt2={folder}" in output and "NOT tested: capitals: not asked for" in output
 
 
+@pytest.mark.slow
 def test_report_names_tested_models_at_both_ends() -> None:
     status, output = run_pytest("tests/test_golden.py", "--models", "capitals")
     assert status == pytest.ExitCode.OK

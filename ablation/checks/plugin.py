@@ -123,7 +123,7 @@ class CheckItem(pytest.Item):
         return str(excinfo.value)
 
     def reportinfo(self) -> tuple[Path, None, str]:
-        """Where the test is: in no file of the user's."""
+        """Return where the test is: in no file of the user."""
         return Path("specification"), None, self.name
 
 

@@ -23,7 +23,7 @@ class Captum:
         "multiple_heads": "it ablates in one layer at a time",
         "cache": "it runs the model several times for one ablation, and each run would extend the cache",
         "single_forward": "it runs the model several times for one ablation",
-        "validation": "it knows features, not heads: what an index means is the adapter's",
+        "validation": "it knows features, not heads: the adapter decides what an index means",
     }
 
     def __init__(self, model: PreTrainedModel) -> None:
@@ -34,13 +34,13 @@ class Captum:
         self.heads, self.imputation = list(heads), as_imputation(imputation)
 
     def run(self, input_ids: Tensor, attention_mask: Tensor | None = None, **inputs: Any) -> Tensor:
-        runs: list[Tensor] = []  # Captum gives the change of a score: the logits are kept on the way
+        runs: list[Tensor] = []  # Captum returns the change of a score, so the logits are kept here
 
         def score(input_ids: Tensor) -> Tensor:
             with torch.no_grad():
                 output = self.model(input_ids, attention_mask=attention_mask, **{"use_cache": False} | inputs)
             runs.append(output.logits)
-            return output.logits[:, -1].max(dim=-1).values  # any score would do
+            return output.logits[:, -1].max(dim=-1).values  # any score works
 
         if not self.heads:
             score(input_ids)

@@ -1,4 +1,4 @@
-"""nnsight: a trace a run, in which the input of each projection is replaced.
+"""nnsight: one trace for each run, in which the input of each projection is replaced.
 
 It does not leave the model as it was found: `install_controller` (nnsight/intervention/source.py:688) puts an object in
 place of the `forward` of every module, "left there permanently", and has no counterpart that takes it out. Outside a
@@ -21,8 +21,8 @@ from ablation.imputation import as_imputation
 
 class Nnsight:
     unsupported: ClassVar[dict[str, str]] = {
-        "restores": "an object in place of every module's `forward` stays, by design",
-        "validation": "it knows modules, not heads: what an index means is the adapter's",
+        "restores": "it leaves an object in place of every module's `forward`, by design",
+        "validation": "it knows modules, not heads: the adapter decides what an index means",
     }
 
     def __init__(self, model: PreTrainedModel) -> None:

@@ -1,4 +1,4 @@
-"""The style of a course notebook: one closure a layer, steered by module globals, writing in place."""
+"""The style of a course notebook: one closure for each layer, steered by module globals, writing in place."""
 
 from __future__ import annotations
 

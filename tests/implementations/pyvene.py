@@ -22,7 +22,7 @@ from ablation.imputation import as_imputation
 class Pyvene:
     unsupported: ClassVar[dict[str, str]] = {
         "observable": "it removes every hook of the model that it is given and freezes it, so it is given a copy",
-        "validation": "the function that replaces z picks the head: what an index means is the adapter's",
+        "validation": "the function that replaces z picks the head: the adapter decides what an index means",
     }
 
     def __init__(self, model: PreTrainedModel) -> None:
@@ -45,7 +45,7 @@ class Pyvene:
         return (ablated if representations else bare).logits
 
     def intervention(self, layer: AttentionLayer, mask: Tensor | None) -> Callable[[Tensor, Any], Tensor]:
-        """A function of z [rows, tokens, heads * width] and of a source, of which there is none."""
+        """Return a function of z [rows, tokens, num_heads * head_dim], and of a source, which is unused."""
 
         def replace(z: Tensor, source: Any) -> Tensor:
             out = z.clone()

@@ -1,4 +1,4 @@
-"""Weight surgery: a head is switched off in W_O, and its mean, measured once, goes into the bias."""
+"""Weight surgery: the head's block of W_O becomes 0, in a copy of the model."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from ablation.heads import find_heads
 class Surgery:
     unsupported: ClassVar[dict[str, str]] = {
         "mean": "the mean depends on the prompt, the weights do not",
-        "observable": "z stays as it is; what reads it changes",
+        "observable": "z does not change, only the weights that read it",
     }
 
     def __init__(self, model: PreTrainedModel) -> None:

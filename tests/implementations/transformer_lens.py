@@ -3,14 +3,14 @@
 A copy, since the bridge "modifies it in place: bridge components replace its submodules"
 (transformer_lens/model_bridge/sources/_bridge_builder.py:296), and nothing puts them back.
 
-It breaks identity, by rounding only, as it documents: it computes attention itself, whatever implementation the model
+It fails identity by rounding only, as it documents: it computes attention itself, whatever implementation the model
 uses (model_bridge/generalized_components/position_embeddings_attention.py:550), and for GPT-2 from W_Q, W_K and W_V
 split apart (joint_qkv_attention.py:376). In float64 that is 1e-7, for the softmax: always in float32 for Llama, Qwen3
 and Mixtral (position_embeddings_attention.py:591), never for GPT-NeoX
 (joint_qkv_position_embeddings_attention.py:208).
 
 Its attention looks for the key/value cache as `past_key_values` (model_bridge/generalized_components/attention.py:433).
-Since transformers 5.24, which calls it `cache`, it finds none, and each piece that is decoded sees itself only.
+Since transformers 5.24, which calls it `cache`, it finds none, and each decoded piece attends to itself only.
 """
 
 from __future__ import annotations
@@ -33,7 +33,7 @@ class TransformerLens:
     unsupported: ClassVar[dict[str, str]] = {
         "observable": "a bridge replaces the modules of the model that it is given, for good, so it is given a copy",
         "float64": "it takes the softmax in float32 for some families whose model does not, and the other way round",
-        "validation": "hook_z gives all heads to a function that picks one: what an index means is the adapter's",
+        "validation": "hook_z gives all heads to a function that picks one: the adapter decides what an index means",
     }
     if CACHE != "past_key_values":
         unsupported["cache"] = "its attention takes a cache by the name that it had before transformers 5.24 only"
@@ -63,6 +63,6 @@ class TransformerLens:
 
 
 def replace(head: int, imputation: Imputation, mask: Tensor | None, z: Tensor, hook: Any) -> Tensor:
-    """A hook function, once the first three are bound. z: [rows, tokens, heads, width]."""
+    """A hook function, once the first three arguments are bound. z: [rows, tokens, heads, head_dim]."""
     z[:, :, head] = imputation(z[:, :, head], mask)
     return z
