@@ -39,8 +39,8 @@ from tests.kernels import batch_dependent_kernels  # noqa: E402
 
 pytest_plugins = ["pytester", "ablation.checks.plugin"]
 
-# One thread: as fast on small models, the same bits on all machines of a kind, and steady under load.
-torch.set_num_threads(1)
+# One thread, unless the environment says otherwise: as fast on small models, and steady under load.
+torch.set_num_threads(int(os.environ.get("OMP_NUM_THREADS", "1")))
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:
