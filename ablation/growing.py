@@ -22,7 +22,7 @@ Arguments = tuple[tuple[Any, ...], dict[str, Any]]
 
 
 class BatchMismatch(Exception):
-    """A batch of several rows fails in the model, or does not give what a forward pass of its own gives."""
+    """A batch of several rows fails in the model, or a row differs from the same row of an ordinary forward pass."""
 
 
 @dataclass(frozen=True)
@@ -34,8 +34,8 @@ class RowLayout:
 
     A growing batch starts as the clean row alone. Before each layer, a copy of the clean row joins at the end for every
     ablation whose first head is in that layer, so the ablations have to be sorted by `first_layer`. A plain batch has
-    all rows from the start, and its clean row last: code that treats the first or the last row in a special way then
-    gives other results than in a growing batch, and is noticed.
+    all rows from the start, and its clean row last, so the guard notices code that treats the first or the last row in
+    a special way.
     """
 
     ablations: tuple[Ablation, ...]
@@ -104,11 +104,11 @@ def first_layer(ablation: Ablation) -> int:
 def growing_batch(
     heads: HeadMap, layout: RowLayout, *, last_token_only: bool, on_layer: Callable[[], object]
 ) -> ExitStack:
-    """While entered, a forward pass of one row grows by the layout's rows.
+    """While entered, a forward pass that starts with one row grows to all rows of the layout.
 
     last_token_only: after the attention of the last layer, only the last token is computed; the logits of other tokens
-    mean nothing. This is right if all other parts of that layer treat each token by itself. Like the growth itself, it
-    has to be compared with an ordinary forward pass. on_layer: called before each layer with heads.
+    mean nothing. This is right if all other parts of that layer treat each token by itself. The caller has to compare
+    the result with an ordinary forward pass. on_layer: called before each layer with heads.
     """
     with ExitStack() as hooks:
         rows_before = 1
@@ -159,7 +159,7 @@ def _repeat_rows(value: Any, rows: int) -> Any:
 class _LastToken:
     """Narrows everything after the attention of a layer to the last token.
 
-    The residual stream of all tokens is later added to it, by broadcasting, and only its last token is read.
+    The layer then adds the residual stream of all tokens to this one by broadcasting; only the last token is read.
     """
 
     def __init__(self) -> None:

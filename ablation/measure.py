@@ -18,7 +18,7 @@ CHUNK_ROWS = 4
 
 
 class LogitSummary(NamedTuple):
-    """What the logits of some rows say. Tensors on the device of the logits; floats are float64.
+    """What the logits of some rows say. Tensors on the device of the logits, or on the CPU for MPS; floats are float64.
 
     probability, log_probability: of the watched tokens, [rows, watched]; log-probabilities in nats.
     argmax: token ids, [rows]. margin: top-1 logit - top-2 logit, [rows]; 0 in a tie. finite: whether all logits of the
@@ -53,8 +53,9 @@ def resolve_watched(watch: Sequence[int | None], logits: Tensor, tolerance: floa
 
     logits: those of the clean run, [vocabulary].
     """
-    named = torch.tensor([t for t in watch if t is not None], dtype=torch.long, device=logits.device)
-    free = logits.double().index_fill(0, named, -torch.inf)
+    free = _with_float64(logits).double()
+    named = torch.tensor([t for t in watch if t is not None], dtype=torch.long, device=free.device)
+    free = free.index_fill(0, named, -torch.inf)
     watched = []
     for token in watch:
         if token is None:
@@ -67,12 +68,19 @@ def resolve_watched(watch: Sequence[int | None], logits: Tensor, tolerance: floa
 def summarise_logits(logits: Tensor, watched: Tensor, tolerance: float) -> LogitSummary:
     """Probabilities of the watched tokens, and the prediction.
 
-    logits: [rows, vocabulary]. watched: token ids, [watched], on the device of the logits. tolerance: `tie_tolerance`.
-    Everything is computed in float64, where the sum over the vocabulary loses no digits.
+    logits: [rows, vocabulary]. watched: token ids, [watched]. tolerance: see `tie_tolerance`. Everything is computed in
+    float64, where the sum over the vocabulary loses no digits.
     """
+    logits = _with_float64(logits)
+    watched = watched.to(logits.device)
     scratch = torch.empty(CHUNK_ROWS, logits.shape[1], dtype=torch.float64, device=logits.device)
     parts = [_summarise_chunk(rows, watched, tolerance, scratch) for rows in logits.split(CHUNK_ROWS)]
     return LogitSummary(*(torch.cat(part) for part in zip(*parts, strict=True)))
+
+
+def _with_float64(logits: Tensor) -> Tensor:
+    """Return the logits where float64 exists: MPS lacks it."""
+    return logits.cpu() if logits.device.type == "mps" else logits
 
 
 def _summarise_chunk(logits: Tensor, watched: Tensor, tolerance: float, scratch: Tensor) -> LogitSummary:
