@@ -91,7 +91,8 @@ def run_sequential(
 class _CleanRun:
     """The clean run, and what an ablated run is compared with.
 
-    logits: of the last token, [vocabulary]. head_mean: [L, H], see `RunResult`. watched: token ids, [W]. tolerance: see `tie_tolerance`. summary: of one row.
+    logits: of the last token, [vocabulary]. head_mean: [L, H], see `RunResult`. watched: token ids, [W]. tolerance: see
+    `tie_tolerance`. summary: of one row.
     """
 
     logits: Tensor
