@@ -36,7 +36,10 @@ MODEL_HELP = "capitals (default), smollm2, gpt2, NAME=FOLDER, a folder, a .gguf 
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Run a command. Returns the exit status: 0; 2 for bad input; 130 if interrupted; 141 if the output is closed."""
+    """Run a command. Returns the exit status.
+
+    0: success; 2: bad input; 130: interrupted; 141: the output is closed. `check` returns the status of pytest.
+    """
     arguments = _parser().parse_args(argv)
     for stream in (sys.stdout, sys.stderr):
         if isinstance(stream, io.TextIOWrapper):

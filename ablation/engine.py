@@ -6,7 +6,7 @@ import itertools
 import math
 import warnings
 from collections.abc import Callable, Sequence
-from contextlib import ExitStack
+from contextlib import ExitStack, suppress
 from dataclasses import dataclass
 from functools import partial
 from typing import Any, NamedTuple
@@ -46,8 +46,9 @@ def run(
     and after the attention of the last layer only the last token is computed.
 
     The clean row, and one row for each layer, are compared with an ordinary forward pass of a plain batch. If they
-    disagree, or if the model's own code fails on the batch, the ablations run one forward pass each, with a warning;
-    `provenance["method"]` says which way was taken. An error in this package, an imputation or `progress` propagates.
+    disagree, or if the model's own code fails on the batch, the batch runs again with all tokens in the last layer; and
+    if that fails, too, the ablations run one forward pass each, with a warning. `provenance["method"]` says which way
+    was taken. An error in this package, an imputation or `progress` propagates.
 
     token_ids: the prompt, one row without padding. watch: token ids whose probabilities are measured, by convention the
     target and the control; None stands for the most probable token of the clean run that is not watched yet.
@@ -59,11 +60,10 @@ def run(
     request = validated_request(model, token_ids, ablations, watch)
     rows = rows_per_pass(request, max_rows)
     with torch.no_grad():
-        for last_token_only in (True, False):
-            try:
-                return _run_growing(request, rows, last_token_only, progress)
-            except BatchMismatch as error:
-                reason = str(error)
+        try:
+            return _run_guarded(request, rows, progress)
+        except BatchMismatch as error:
+            reason = str(error)
         warnings.warn(
             f"the growing batch does not suit {type(model).__name__} ({reason}): running one forward per ablation",
             stacklevel=2,
@@ -102,7 +102,7 @@ class _CleanRun:
     summary: LogitSummary
 
 
-def _clean_run(request: Request, logits: Tensor, head_mean: NDArray[np.float64]) -> _CleanRun:
+def _measure_clean(request: Request, logits: Tensor, head_mean: NDArray[np.float64]) -> _CleanRun:
     """Measure the clean run. Raises NonFiniteLogits."""
     if not logits.isfinite().all():
         raise NonFiniteLogits("the model's clean logits are not finite")
@@ -139,7 +139,7 @@ def _run_plain(request: Request, probes: Sequence[Ablation]) -> tuple[_CleanRun,
         logits = batch_logits(request, layout.num_rows) if probes else last_logits(request, 1)
         for layer in request.heads.layers:
             verify_called_once(layer, hook.receipt)
-    return _clean_run(request, logits[layout.clean_row], head_mean), logits[layout.ablated_rows]
+    return _measure_clean(request, logits[layout.clean_row], head_mean), logits[layout.ablated_rows]
 
 
 def _run_sequential(request: Request, progress: Progress | None, **how: Any) -> RunResult:
@@ -157,14 +157,41 @@ def _run_sequential(request: Request, progress: Progress | None, **how: Any) -> 
     return _result(request, clean, outcomes, method="sequential", **how)
 
 
-def _run_growing(request: Request, max_rows: int, last_token_only: bool, progress: Progress | None) -> RunResult:
+class _OrdinaryRun(NamedTuple):
+    """What growing batches are compared with: the clean run, and the logits [vocabulary] of one ablation per layer."""
+
+    clean: _CleanRun
+    probes: dict[Ablation, Tensor]
+
+
+def _run_probes(request: Request, max_rows: int) -> _OrdinaryRun:
+    """Run the clean run, and one ablation of each first layer, in plain batches. Raises BatchMismatch."""
+    # Of each layer the last ablation, since some models mix up only the rows of a middle layer (HY-V4).
+    last = {first_layer(ablation): ablation for ablation in request.ablations}
+    # From the last layer to the first, so that a probe's row differs from its row in the growing batch.
+    probes = [last[layer] for layer in sorted(last, reverse=True)]
+    found: dict[Ablation, Tensor] = {}
+    for chunk in _chunks(probes, max_rows - 1):
+        clean, logits = _run_plain(request, chunk)
+        found |= zip(chunk, logits, strict=True)
+    return _OrdinaryRun(clean, found)
+
+
+def _run_guarded(request: Request, max_rows: int, progress: Progress | None) -> RunResult:
+    """Run all ablations in growing batches, with all tokens in the last layer if need be. Raises BatchMismatch."""
+    ordinary = _run_probes(request, max_rows)
+    with suppress(BatchMismatch):
+        return _run_growing(request, max_rows, ordinary, True, progress)
+    return _run_growing(request, max_rows, ordinary, False, progress)
+
+
+def _run_growing(
+    request: Request, max_rows: int, ordinary: _OrdinaryRun, last_token_only: bool, progress: Progress | None
+) -> RunResult:
     """Run all ablations in as few growing batches as `max_rows` allows. Raises BatchMismatch."""
     order = sorted(range(len(request.ablations)), key=lambda index: first_layer(request.ablations[index]))
     ablations = [request.ablations[index] for index in order]
-    # Of each layer the last ablation, since some models mix up only the rows of a middle layer (HY-V4).
-    probes = list({first_layer(ablation): ablation for ablation in ablations}.values())
-    probes.reverse()  # so that a probe's row differs from its row in the growing batch
-    clean, ordinary = _run_probes(request, probes, max_rows)
+    clean = ordinary.clean
     passes = _chunks(ablations, max_rows - 1)
     steps, done = len(passes) * len(request.heads.layers), itertools.count(1)
 
@@ -182,21 +209,10 @@ def _run_growing(request: Request, max_rows: int, last_token_only: bool, progres
             _check_agreement(logits[layout.clean_row], clean.logits)
             ablated = logits[layout.ablated_rows]
             for ablation, row in zip(chunk, ablated, strict=True):
-                if ablation in ordinary:
-                    _check_agreement(row, ordinary[ablation])
+                if ablation in ordinary.probes:
+                    _check_agreement(row, ordinary.probes[ablation])
             outcomes.append(_measure(request, clean, layout, ablated, hook.receipt))
     return _result(request, clean, outcomes, order, method="growing batch", passes=len(passes))
-
-
-def _run_probes(
-    request: Request, probes: Sequence[Ablation], max_rows: int
-) -> tuple[_CleanRun, dict[Ablation, Tensor]]:
-    """Run the clean run and some ablations in plain batches. Returns the clean run, and the logits of each probe."""
-    found: dict[Ablation, Tensor] = {}
-    for chunk in _chunks(probes, max_rows - 1):
-        clean, logits = _run_plain(request, chunk)
-        found |= zip(chunk, logits, strict=True)
-    return clean, found
 
 
 def _chunks(ablations: Sequence[Ablation], largest: int) -> list[Sequence[Ablation]]:
@@ -247,7 +263,7 @@ def _measure(request: Request, clean: _CleanRun, layout: RowLayout, logits: Tens
 def _result(
     request: Request, clean: _CleanRun, outcomes: Sequence[_Outcomes], order: Sequence[int] = (), **how: Any
 ) -> RunResult:
-    """Join the outcomes of all batches. order: the index of each outcome's ablation in the request, if they differ."""
+    """Join the outcomes of all batches. order: the request's index of each outcome, if the orders differ."""
     probability, log_probability, argmax, margin, receipts = (
         np.concatenate(parts)[np.argsort(order) if order else slice(None)] for parts in zip(*outcomes, strict=True)
     )

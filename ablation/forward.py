@@ -92,12 +92,12 @@ def rows_per_pass(request: Request, max_rows: int | None) -> int:
     shapes = [p.shape for layer in request.heads.layers for p in layer.block.parameters() if p.ndim > 1]
     widest = 4 * max((max(shape) for shape in shapes), default=1)
     scores = request.heads.shape[1] * tokens
-    logits = len(_embedding(request.model)) * (1 if _keepslast_logits(request.model) else tokens)
+    logits = len(_embedding(request.model)) * (1 if _keeps_last_logits(request.model) else tokens)
     row_bytes = (tokens * (widest + scores) + logits) * request.model.dtype.itemsize
     return max(2, ROW_BUDGET_BYTES // row_bytes)
 
 
-def _keepslast_logits(model: PreTrainedModel) -> bool:
+def _keeps_last_logits(model: PreTrainedModel) -> bool:
     """Whether the model can be asked for the logits of the last token alone."""
     return "logits_to_keep" in inspect.signature(model.forward).parameters
 
@@ -107,7 +107,7 @@ def _inputs(request: Request, rows: int) -> tuple[Tensor, dict[str, Any]]:
     embedding = _embedding(request.model)
     # An embedding on the meta device is loaded from elsewhere by accelerate, which also moves its input there.
     device = "cpu" if embedding.is_meta else embedding.device
-    options: dict[str, Any] = {"logits_to_keep": 1} if _keepslast_logits(request.model) else {}
+    options: dict[str, Any] = {"logits_to_keep": 1} if _keeps_last_logits(request.model) else {}
     return torch.tensor([request.token_ids] * rows, device=device), {"use_cache": False, **options}
 
 

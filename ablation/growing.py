@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import itertools
-from collections.abc import Callable, Sequence
-from contextlib import ExitStack
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from functools import cached_property, partial
 from typing import Any, Self
@@ -27,7 +27,7 @@ class BatchMismatch(Exception):
 
 @dataclass(frozen=True)
 class RowLayout:
-    """Which row of a batch carries which ablation. No other code computes row indices.
+    """Which row of a batch carries which ablation. Only this module computes row indices.
 
     ablations: one for each ablated row. first_row: the row of ablations[0]; the others follow in order. clean_row: the
     row that is not ablated, if there is one.
@@ -101,9 +101,10 @@ def first_layer(ablation: Ablation) -> int:
     return min((layer for layer, _ in ablation.heads), default=0)
 
 
+@contextmanager
 def growing_batch(
     heads: HeadMap, layout: RowLayout, *, last_token_only: bool, on_layer: Callable[[], object]
-) -> ExitStack:
+) -> Iterator[None]:
     """While entered, a forward pass that starts with one row grows to all rows of the layout.
 
     last_token_only: after the attention of the last layer, only the last token is computed; the logits of other tokens
@@ -123,7 +124,7 @@ def growing_batch(
             hooks.callback(last.projection.register_forward_pre_hook(narrowing.at_projection, with_kwargs=True).remove)
             for part in last.block.children():
                 hooks.callback(part.register_forward_pre_hook(narrowing.at_part, with_kwargs=True).remove)
-        return hooks.pop_all()
+        yield
 
 
 def _grow(

@@ -137,8 +137,8 @@ def find_heads(model: PreTrainedModel) -> HeadMap:
             continue
         projection, attention = _projection(attentions, block, index)
         num_heads, head_dim = _head_count_and_dim(attention, projection, config, index)
-        groups = _key_value_heads(attention, num_heads)
-        layers.append(AttentionLayer(index, block, names[projection], projection, num_heads, groups, head_dim))
+        kv_heads = _key_value_heads(attention, num_heads)
+        layers.append(AttentionLayer(index, block, names[projection], projection, num_heads, kv_heads, head_dim))
     heads = HeadMap(decoder, len(blocks), tuple(layers))
     _check_supported(model, heads)
     return heads
@@ -204,7 +204,8 @@ def _projection(attentions: dict[str, nn.Module], block: nn.Module, index: int) 
         )
     ((projection, place),) = found.items()
     attributes = HEAD_DIM_ATTRIBUTES + HEAD_COUNT_ATTRIBUTES
-    within = (module for name, module in attentions.items() if name.startswith(place))
+    inside = f"{place}." if place else ""
+    within = (module for name, module in attentions.items() if name == place or name.startswith(inside))
     knowing = (module for module in within if _int_attribute(module, attributes) is not None)
     return projection, next(knowing, attentions[place])
 

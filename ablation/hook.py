@@ -50,7 +50,7 @@ class Edit(NamedTuple):
 
 
 class EditCounts(NamedTuple):
-    """What one edit did, counted on the tensor that the projection received.
+    """What one edit did, counted on the tensor that the hook passes on to the projection.
 
     replaced: elements that hold the imputed value. changed: elements that differ from the head's own output.
     """

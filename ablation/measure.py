@@ -53,7 +53,7 @@ def resolve_watched(watch: Sequence[int | None], logits: Tensor, tolerance: floa
 
     logits: those of the clean run, [vocabulary].
     """
-    free = _with_float64(logits).double()
+    free = _on_float64_device(logits).double()
     named = torch.tensor([t for t in watch if t is not None], dtype=torch.long, device=free.device)
     free = free.index_fill(0, named, -torch.inf)
     watched = []
@@ -71,15 +71,15 @@ def summarise_logits(logits: Tensor, watched: Tensor, tolerance: float) -> Logit
     logits: [rows, vocabulary]. watched: token ids, [watched]. tolerance: see `tie_tolerance`. Everything is computed in
     float64, where the sum over the vocabulary loses no digits.
     """
-    logits = _with_float64(logits)
+    logits = _on_float64_device(logits)
     watched = watched.to(logits.device)
     scratch = torch.empty(CHUNK_ROWS, logits.shape[1], dtype=torch.float64, device=logits.device)
     parts = [_summarise_chunk(rows, watched, tolerance, scratch) for rows in logits.split(CHUNK_ROWS)]
     return LogitSummary(*(torch.cat(part) for part in zip(*parts, strict=True)))
 
 
-def _with_float64(logits: Tensor) -> Tensor:
-    """Return the logits where float64 exists: MPS lacks it."""
+def _on_float64_device(logits: Tensor) -> Tensor:
+    """Return the logits on a device that has float64: MPS lacks it."""
     return logits.cpu() if logits.device.type == "mps" else logits
 
 

@@ -33,7 +33,7 @@ POINTING_WORDS = re.compile(
     r"^(The same|So|Nor|Neither|And|Or|It|This|That|These|They|Likewise|Also)\b|\b(anew|as ever)\b"
 )
 FINITE_VERB = re.compile(
-    r"\b(is|are|does|gives?|equals?|changes?|uses|keeps|leaves|agrees|holds|stays?|remains|permutes|affects?|depends?)\b"
+    r"\b(is|are|does|gives?|equals?|changes?|uses|replaces|keeps|leaves|agrees|holds|stays?|remains|permutes|affects?|depends?)\b"
 )
 
 

@@ -56,6 +56,7 @@ class Check:
             max_examples=max_examples(),
             phases=[phase for phase in settings().phases if phase is not Phase.explain],
             print_blob=False,  # the message shows how to reproduce the failure
+            report_multiple_bugs=False,  # one failure is reported, not a group of them
             suppress_health_check=[HealthCheck.too_slow],
         )
         @given(cases.strategy())
@@ -102,7 +103,7 @@ def check(
     needs: tuple[str, ...] = (),
     level: Literal["MUST", "SHOULD"] = "MUST",
 ) -> Callable[[Function], Check]:
-    """Make a `Check` of a function. A module's checks are the specification's, in the order of their definition."""
+    """Make a `Check` of a function. The specification holds the checks of all chapters, in the order of definition."""
     return lambda function: Check(id, requirement, function, cases or CaseSpec(), needs, level)
 
 

@@ -14,7 +14,7 @@ def add_command(commands: Any) -> None:
         "check",
         help="is my hook right? run the specification on an adapter",
         description="Run the specification of head ablation on an adapter (see docs/checking.md). The exit status is "
-        "pytest's: 0 if no check fails, 1 otherwise.",
+        "that of pytest: 0 if no check fails, 1 if one fails, 4 if an option is wrong, 5 if -k selects no check.",
     )
     parser.add_argument(
         "implementation", nargs="?", metavar="MODULE:CLASS", help="the adapter, in this folder or installed"
@@ -43,7 +43,7 @@ def _check(arguments: argparse.Namespace) -> int:
 
         print(requirements_table(), end="")
         return 0
-    settings.register_profile("ablation-check", settings.get_profile("ci"), report_multiple_bugs=False)
+    settings.register_profile("ablation-check", settings.get_profile("ci"))
     options = ["-p", "ablation.checks.plugin", "--implementation", arguments.implementation]
     options += ["--hypothesis-profile", "ablation-check"]
     # Nothing of the folder changes the run: neither its configuration nor its conftest.py.

@@ -303,6 +303,7 @@ class LifecycleCheck(Check):
             max_examples=max_examples(),
             stateful_step_count=12,
             phases=phases,
+            report_multiple_bugs=False,
             suppress_health_check=[HealthCheck.too_slow],
         )
         with isolated_process_state():

@@ -51,7 +51,7 @@ def locality_sets(factory: Factory, case: Case) -> None:
 
 @check(
     "locality.user_hooks",
-    "If the user's own hook edits z, the ablation keeps that edit.",
+    "If the user's own hook edits z, the ablation replaces its heads in the edited z, and nothing else.",
     cases=CaseSpec(dtypes=ALL_DTYPES),
     needs=("observable", "single_forward"),
 )

@@ -17,7 +17,6 @@ if TYPE_CHECKING:
     from ablation.checks.check import Check
     from ablation.checks.runner import Record
 
-RECORD = pytest.StashKey["Record"]()
 RECORDS = pytest.StashKey[list["Record"]]()
 
 LABELS = {

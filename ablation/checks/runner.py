@@ -11,7 +11,7 @@ import pytest
 
 from ablation.checks import hygiene, identity, independence, locality, oracles, refusal, smoke
 from ablation.checks.cases import Case
-from ablation.checks.check import Check, unsupported_features
+from ablation.checks.check import Check, isolated_process_state, unsupported_features
 from ablation.checks.protocol import Factory
 
 CHAPTERS = (smoke, identity, locality, independence, oracles, hygiene, refusal)
@@ -34,7 +34,10 @@ class Record:
 
 
 def run_check(check: Check, factory: Factory, expected_failures: Mapping[str, str] | None = None) -> Record:
-    """Run one check on an implementation. Raises nothing. expected_failures: check id -> reason."""
+    """Run one check on an implementation. Raises ValueError for a wrong declaration only.
+
+    expected_failures: check id -> reason.
+    """
     if reason := check.skip_reason(factory):
         return Record(check.id, "skipped", reason)
     expected = (expected_failures or {}).get(check.id)
@@ -73,6 +76,8 @@ def parametrize_with_checks(
         check()
     """
     validate_ids(expected_failures or {})
+    for factory in factories:
+        unsupported_features(factory)
 
     def bound(check: Check, factory: Factory) -> Callable[[], None]:
         def run() -> None:
@@ -109,7 +114,8 @@ def report_to_pytest(record: Record) -> None:
 
 def reproduce(check_id: str, factory: Factory, case: Case) -> None:
     """Run one check on one case, as a failure prints it. Raises AssertionError, or KeyError for an unknown id."""
-    {check.id: check for check in CHECKS}[check_id].run_case(factory, case)
+    with isolated_process_state():
+        {check.id: check for check in CHECKS}[check_id].run_case(factory, case)
 
 
 def validate_ids(ids: Mapping[str, str]) -> None:
