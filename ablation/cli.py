@@ -83,8 +83,14 @@ def _parser() -> argparse.ArgumentParser:
     add = sweep.add_argument
     add("--model", default="capitals", help=MODEL_HELP)
     add("--prompt", help="the text to continue (default: that of the named model)")
-    add("--target", help="the token whose probability is followed (default: the clean prediction)")
-    add("--control", help="a token that should not react (default: the most probable other token)")
+    add(
+        "--target",
+        help="the token whose probability is followed (default: the named model's; with --prompt, the prediction)",
+    )
+    add(
+        "--control",
+        help="a token that should not react (default: the named model's; with --prompt, the most probable other)",
+    )
     add(
         "--imputation",
         nargs="+",

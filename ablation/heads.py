@@ -1,8 +1,8 @@
 """Where the attention heads of a Hugging Face decoder are.
 
 The z of a layer's heads lie side by side in the input of the layer's attention output projection (W_O): head h is the
-channels [h * head_dim, (h + 1) * head_dim). All facts are read from the modules themselves. A model whose heads cannot
-be determined is refused, never guessed.
+channels [h * head_dim, (h + 1) * head_dim). Facts are read from the modules, and from the configuration if the
+modules do not state them. A model whose heads cannot be determined is refused; nothing is guessed.
 """
 
 from __future__ import annotations

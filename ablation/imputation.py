@@ -48,9 +48,9 @@ class Zero(Imputation):
 class Mean(Imputation):
     """Replaces z by one number for each row: the mean of z over the row's real tokens and all channels.
 
-    This is the mean of the published experiment; for one prompt without padding it is `z.mean()`. The literature's
-    "mean ablation" is another thing: a vector of channel means over a reference data set. The mean depends on later
-    tokens, so it is not per token.
+    This is the mean of the published experiment; for one prompt without padding it is `z.mean()`. In the literature,
+    "mean ablation" usually means something else: a vector of channel means over a reference data set. The mean depends
+    on later tokens, so it is not per token.
     """
 
     name: ClassVar[str] = "mean"
