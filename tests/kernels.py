@@ -8,26 +8,27 @@ from typing import Any
 
 import pytest
 import torch
-from torch import Tensor, nn
+from torch import Tensor
+from torch.nn import functional
 from transformers.pytorch_utils import Conv1D
 
 
 @contextmanager
 def batch_dependent_kernels() -> Iterator[None]:
-    """While entered, the outputs of nn.Linear and Conv1D differ in their last bits by batch size and by column.
+    """While entered, the last bits that F.linear and Conv1D give depend on the batch size and on the column.
 
-    A row of a larger batch then has other last bits than the same row alone, and equal columns of a weight give
-    different last bits. The same call twice gives the same bits.
+    nn.Linear, routers and experts call F.linear. A row of a larger batch then has other last bits than the same row
+    alone, and equal columns of a weight give different last bits. The same call twice gives the same bits.
     """
     with pytest.MonkeyPatch.context() as patch:
-        for kind in (nn.Linear, Conv1D):
-            patch.setattr(kind, "forward", _perturbed(kind.forward))
+        patch.setattr(functional, "linear", _perturbed(functional.linear))
+        patch.setattr(Conv1D, "forward", _perturbed(Conv1D.forward))
         yield
 
 
-def _perturbed(forward: Any) -> Any:
-    def perturbed(module: nn.Module, *args: Any, **kwargs: Any) -> Tensor:
-        output: Tensor = forward(module, *args, **kwargs)
+def _perturbed(function: Any) -> Any:
+    def perturbed(*args: Any, **kwargs: Any) -> Tensor:
+        output: Tensor = function(*args, **kwargs)
         rows, columns = output.numel() // output.shape[-1], output.shape[-1]
         eps = torch.finfo(output.dtype).eps
         steps = (torch.arange(columns, device=output.device) + rows) % 3  # 0, 1 or 2 units in the last place

@@ -17,7 +17,7 @@ from ablation.checks import CHECKS, Case, Decoder, Record, check_implementation,
 from ablation.checks.assertions import assert_identical
 from ablation.checks.cases import CaseSpec
 from ablation.checks.protocol import FEATURES
-from ablation.checks.runner import requirements_table
+from ablation.checks.runner import NOTHING_TRIED, requirements_table
 from ablation.heads import AttentionLayer, find_heads
 from ablation.imputation import as_imputation
 from tests.implementations.notebook import Notebook
@@ -30,7 +30,7 @@ CASE = Case(GPT2, rows=((3, 1, 4, 1),), heads=((1, 0),))
 SMALLEST_CASE = Case(SMALLEST, rows=((3, 1),), heads=((0, 0),))
 
 POINTING_WORDS = re.compile(
-    r"^(The same|So|Nor|Neither|And|Or|It|This|That|These|They|Likewise|Also)\b|\b(anew|as ever)\b"
+    r"^(The same|So|Nor|Neither|And|Or|It|This|That|These|They|Likewise|Also)\b|\b(anew|as ever|nor|neither)\b"
 )
 FINITE_VERB = re.compile(
     r"\b(is|are|does|gives?|equals?|changes?|uses|replaces|keeps|leaves|agrees|holds|stays?|remains|permutes|affects?|depends?)\b"
@@ -303,6 +303,19 @@ def test_unknown_declaration_is_an_error() -> None:
         CHECKS[0].skip_reason(Misspelt)
     with pytest.raises(ValueError, match=reason):
         check_implementation(Misspelt)
+
+
+class OffersNothing(Ours):
+    """Declares both imputations as unsupported."""
+
+    unsupported: ClassVar[dict[str, str]] = {"zero": "another imputation", "mean": "another imputation"}
+
+
+@pytest.mark.parametrize("expected", [{}, {"smoke": "known"}], ids=["not expected", "expected"])
+def test_run_that_tries_no_check_is_no_success(expected: dict[str, str]) -> None:
+    first, *rest = check_implementation(OffersNothing, expected_failures=expected)
+    assert first == Record("smoke", "failed", NOTHING_TRIED)
+    assert {record.outcome for record in rest} == {"skipped"}
 
 
 class Unfinished:

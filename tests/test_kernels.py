@@ -9,6 +9,7 @@ import pytest
 import torch
 from hypothesis import settings
 from torch import nn
+from torch.nn import functional
 from transformers.pytorch_utils import Conv1D
 
 from ablation.checks import parametrize_with_checks
@@ -43,6 +44,14 @@ def test_last_bits_depend_on_rows_and_columns(layer: nn.Module) -> None:
         layer.bias.zero_()  # type: ignore[union-attr, operator]
         alone, batch = layer(x), layer(x.repeat(2, 1))
     assert torch.equal(layer(x), alone)  # deterministic
+    assert not torch.equal(batch[:1], alone) and torch.allclose(batch[:1], alone)
+    assert len(set(alone[0].tolist())) > 1
+
+
+def test_direct_calls_of_linear_are_perturbed() -> None:
+    """Routers and experts call F.linear without a module."""
+    x, weight = torch.ones(1, 8), torch.full((4, 8), 0.3)
+    alone, batch = functional.linear(x, weight), functional.linear(x.repeat(2, 1), weight)
     assert not torch.equal(batch[:1], alone) and torch.allclose(batch[:1], alone)
     assert len(set(alone[0].tolist())) > 1
 

@@ -64,6 +64,10 @@ class KnockOut:
 class Nothing(KnockOut):
     unsupported = {"zero": "another imputation", "mean": "another imputation"}
 
+class TakesOnlyIds(KnockOut):
+    def run(self, ids):
+        return self.model(ids).logits
+
 class Hopeless:
     unsupported = {"meen": "misspelt"}
 '''
@@ -176,6 +180,7 @@ def test_run_that_tries_no_check_fails(run_plugin: Run) -> None:
         (["my_hook"], "it should be MODULE:CLASS"),
         (["my_hook:__name__"], "it is no class; it should be MODULE:CLASS"),
         (["broken:X"], "--implementation broken:X: ZeroDivisionError: division by zero"),
+        (["my_hook:TakesOnlyIds"], "TakesOnlyIds: run cannot be called as run(input_ids, attention_mask): too many"),
         (["my_hook:Hopeless"], "`unsupported` names 'meen', which is none of zero, mean"),
         (["my_hook:KnockOut", "--expected-failures", "no.txt"], "No such file or directory"),
         (["my_hook:KnockOut", "--expected-failures", "bad.txt"], "'zero' is not the id of a check, or no reason"),

@@ -125,7 +125,7 @@ def _imputation_problem(held: Tensor, own: Tensor | None, imputation: str) -> st
 
 @check(
     "locality.input_untouched",
-    "The tensor that enters a projection is never written to, neither in that forward pass nor in a later one.",
+    "The tensor that enters a projection is never written to, in the current forward pass or in a later one.",
     cases=CaseSpec(dtypes=ALL_DTYPES),
     needs=("observable",),
 )

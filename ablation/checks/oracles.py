@@ -61,8 +61,8 @@ def zero_deep(factory: Factory, case: Case) -> None:
 
 @check(
     "oracle.mean",
-    "Mean imputation gives the logits of a model whose W_O has zeros where it reads the head, and whose bias has "
-    "gained the head's mean times the sum of that block over its inputs.",
+    "Mean imputation gives the logits of a model whose bias gains the head's mean times the sum, over the head's "
+    "channels, of the block of W_O that reads the head, and in which that block becomes zero.",
     cases=CaseSpec(imputations=("mean",)),
     needs=("mean",),
 )
@@ -72,8 +72,8 @@ def mean(factory: Factory, case: Case) -> None:
 
 @check(
     "oracle.mean_sets",
-    "Mean imputation of several heads uses the mean of each head's z in that very forward pass, with the lower heads "
-    "already ablated.",
+    "Mean imputation of several heads uses the mean of each head's z in the ablated run itself, in which the ablated "
+    "heads of lower layers are already replaced.",
     cases=CaseSpec(imputations=("mean",), max_heads=4),
     needs=("mean", "multiple_heads", "single_forward"),
 )

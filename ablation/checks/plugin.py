@@ -46,8 +46,16 @@ def pytest_configure(config: pytest.Config) -> None:
     """Report bad options before anything runs, in one line."""
     config.stash[RECORDS] = []
     if config.getoption("--implementation"):
-        load_adapter(config)
+        _validate_signature(config)
         read_expected_failures(config)
+
+
+def _validate_signature(config: pytest.Config) -> None:
+    adapter = load_adapter(config)
+    from ablation.checks.signature import signature_problem
+
+    if problem := signature_problem(adapter):
+        raise pytest.UsageError(f"--implementation {config.getoption('--implementation')}: {problem}")
 
 
 def load_adapter(config: pytest.Config) -> Any:
@@ -162,7 +170,7 @@ def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter, config: p
     records = config.stash[RECORDS]
     if not records:
         return
-    from ablation.checks.runner import CHECKS
+    from ablation.checks.runner import CHECKS, NOTHING_TRIED
 
     terminalreporter.section(f"head ablation by {config.getoption('--implementation')}")
     held = sum(record.outcome in ("passed", "unexpected pass") for record in records)
@@ -174,4 +182,4 @@ def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter, config: p
                 reason = "" if outcome == "failed" else f" ({record.reason})"
                 terminalreporter.line(f"{label}: {record.id}{reason}")
     if _tried_nothing(records):
-        terminalreporter.line("no check was tried, so this run fails: the adapter supports nothing that they need")
+        terminalreporter.line(NOTHING_TRIED)

@@ -13,6 +13,7 @@ from ablation.checks import hygiene, identity, independence, locality, oracles, 
 from ablation.checks.cases import Case
 from ablation.checks.check import Check, isolated_process_state, unsupported_features
 from ablation.checks.protocol import Factory
+from ablation.checks.signature import signature_problem
 
 CHAPTERS = (smoke, identity, locality, independence, oracles, hygiene, refusal)
 
@@ -20,6 +21,8 @@ CHECKS: tuple[Check, ...] = tuple(
     found for chapter in CHAPTERS for found in vars(chapter).values() if isinstance(found, Check)
 )
 """The specification, in reading order."""
+
+NOTHING_TRIED = "no check was tried, so this run fails: the adapter supports nothing that they need"
 
 Outcome = Literal["passed", "failed", "skipped", "expected failure", "unexpected pass"]
 
@@ -36,9 +39,13 @@ class Record:
 def run_check(check: Check, factory: Factory, expected_failures: Mapping[str, str] | None = None) -> Record:
     """Run one check on an implementation. Raises ValueError for a wrong declaration only.
 
+    If an implementation supports so little that no check can be tried, the first check fails.
+
     expected_failures: check id -> reason.
     """
     if reason := check.skip_reason(factory):
+        if check is CHECKS[0] and all(other.skip_reason(factory) for other in CHECKS):
+            return Record(check.id, "failed", NOTHING_TRIED)
         return Record(check.id, "skipped", reason)
     expected = (expected_failures or {}).get(check.id)
     try:
@@ -74,10 +81,14 @@ def parametrize_with_checks(
     @parametrize_with_checks(Mine, expected_failures={"independence.cache": "see issue 12"})
     def test_head_ablation(check):
         check()
+
+    Raises ValueError if `unsupported` or `expected_failures` names something that does not exist, or if an adapter
+    cannot be called as the checks call it.
     """
     validate_ids(expected_failures or {})
     for factory in factories:
-        unsupported_features(factory)
+        if problem := signature_problem(factory):
+            raise ValueError(f"{getattr(factory, '__qualname__', repr(factory))}: {problem}")
 
     def bound(check: Check, factory: Factory) -> Callable[[], None]:
         def run() -> None:

@@ -33,7 +33,7 @@ PAGE = ROOT / "docs" / "implementations.md"
 BLOCK = re.compile(r"(?<=<!-- implementations -->\n).*?(?=<!-- /implementations -->)", re.DOTALL)
 CELLS = {"passed": "pass", "failed": "**fail**", "skipped": "-"}
 
-Result = dict[str, Any]  # cannot: {feature: reason}; records: {check id: [outcome, reason]}
+Result = dict[str, Any]  # unsupported: {feature: reason}; records: {check id: [outcome, reason]}
 
 
 def adapter(name: str) -> Any:

@@ -1,0 +1,72 @@
+"""Whether an adapter can be called as the checks call it: one line, instead of a failure in every check."""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Callable
+from contextlib import suppress
+from typing import Any
+
+from ablation.checks.check import isolated_process_state, unsupported_features
+from ablation.checks.decoders import DTYPES, FAMILIES, Decoder
+from ablation.checks.protocol import Factory
+
+CALLS: tuple[tuple[str, tuple[str, ...], tuple[str, ...]], ...] = (
+    ("ablate", ("heads", "imputation"), ()),
+    ("run", ("input_ids",), ()),
+    ("run", ("input_ids", "attention_mask"), ()),
+    ("run", (), ("input_ids", "attention_mask", "position_ids", "use_cache")),
+    ("clear", (), ()),
+    ("close", (), ()),
+)
+"""The calls that the checks make: method, positional arguments, keyword arguments."""
+
+
+def signature_problem(factory: Factory) -> str | None:
+    """Return which call the adapter does not accept, and why, or None. Raises ValueError for a wrong declaration.
+
+    An implementation is made from a small model and closed, since methods may be attributes of the instance. Any other
+    error is left to the checks, which report it with its case.
+    """
+    if problem := _call_problem(factory, "__init__", ("model",), ()):
+        return problem
+    unsupported = unsupported_features(factory)
+    families = [name for name in FAMILIES if name not in unsupported]
+    dtypes = [name for name in DTYPES if name not in unsupported]
+    if not families or not dtypes:
+        return None
+    model = Decoder(families[0], num_layers=1, num_heads=2, head_dim=8, dtype=dtypes[0]).fresh()
+    with isolated_process_state():
+        try:
+            implementation = factory(model)
+        except Exception:
+            return None
+        try:
+            return next(filter(None, (_method_problem(implementation, *call) for call in CALLS)), None)
+        finally:
+            with suppress(Exception):
+                implementation.close()
+
+
+def _method_problem(
+    implementation: Any, name: str, positional: tuple[str, ...], keywords: tuple[str, ...]
+) -> str | None:
+    method = getattr(implementation, name, None)
+    if not callable(method):
+        return f"the adapter has no method {name}"
+    return _call_problem(method, name, positional, keywords)
+
+
+def _call_problem(
+    function: Callable[..., Any], name: str, positional: tuple[str, ...], keywords: tuple[str, ...]
+) -> str | None:
+    try:
+        signature = inspect.signature(function)
+    except (TypeError, ValueError):  # some callables of C have none
+        return None
+    try:
+        signature.bind(*positional, **dict.fromkeys(keywords))
+    except TypeError as error:
+        call = ", ".join((*positional, *(f"{keyword}=..." for keyword in keywords)))
+        return f"{name} cannot be called as {name}({call}): {error}"
+    return None
