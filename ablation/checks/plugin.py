@@ -17,6 +17,8 @@ if TYPE_CHECKING:
     from ablation.checks.check import Check
     from ablation.checks.runner import Record
 
+ADAPTER = pytest.StashKey[Any]()
+EXPECTED_FAILURES = pytest.StashKey[dict[str, str]]()
 RECORDS = pytest.StashKey[list["Record"]]()
 
 LABELS = {
@@ -43,22 +45,22 @@ def pytest_addoption(parser: pytest.Parser) -> None:
 
 
 def pytest_configure(config: pytest.Config) -> None:
-    """Report bad options before anything runs, in one line."""
+    """Read the options once; report bad ones before anything runs, in one line."""
     config.stash[RECORDS] = []
     if config.getoption("--implementation"):
-        _validate_signature(config)
-        read_expected_failures(config)
+        adapter = config.stash[ADAPTER] = _load_adapter(config)
+        _validate_signature(config, adapter)
+        config.stash[EXPECTED_FAILURES] = _read_expected_failures(config)
 
 
-def _validate_signature(config: pytest.Config) -> None:
-    adapter = load_adapter(config)
+def _validate_signature(config: pytest.Config, adapter: Any) -> None:
     from ablation.checks.signature import signature_problem
 
     if problem := signature_problem(adapter):
         raise pytest.UsageError(f"--implementation {config.getoption('--implementation')}: {problem}")
 
 
-def load_adapter(config: pytest.Config) -> Any:
+def _load_adapter(config: pytest.Config) -> Any:
     """Return the adapter class that --implementation names. Raises UsageError."""
     name = config.getoption("--implementation")
     module, _, attribute = name.partition(":")
@@ -83,7 +85,7 @@ def load_adapter(config: pytest.Config) -> Any:
     return adapter
 
 
-def read_expected_failures(config: pytest.Config) -> dict[str, str]:
+def _read_expected_failures(config: pytest.Config) -> dict[str, str]:
     """Return {check id: reason} of the file that --expected-failures names. Raises UsageError."""
     file = config.getoption("--expected-failures")
     if file is None:
@@ -121,8 +123,9 @@ class CheckItem(pytest.Item):
         """Run the check, and keep its record for the verdict."""
         from ablation.checks.runner import report_to_pytest, run_check
 
-        record = run_check(self.check, load_adapter(self.config), read_expected_failures(self.config))
-        self.config.stash[RECORDS].append(record)
+        stash = self.config.stash
+        record = run_check(self.check, stash[ADAPTER], stash[EXPECTED_FAILURES])
+        stash[RECORDS].append(record)
         report_to_pytest(record)
 
     def repr_failure(self, excinfo: pytest.ExceptionInfo[BaseException], *_: Any) -> str:
