@@ -175,19 +175,16 @@ def verify_replaced(heads: HeadMap, edits: Mapping[int, Sequence[Edit]], receipt
                 )
 
 
-def whole_sequence_mask(arguments: Mapping[str, Any], model_mask: Any) -> Tensor | None:
+def whole_sequence_mask(arguments: Mapping[str, Any]) -> Tensor | None:
     """Return the mask, [rows, tokens], that an imputation needs if it depends on all tokens of a row.
 
-    arguments: those of the decoder, by name. model_mask: the attention mask that the model was given. Raises
-    InvalidAblation if the forward pass does not hold whole sequences, one a row.
+    arguments: those of the decoder, by name. Raises InvalidAblation unless each row is one whole sequence.
     """
     # A cache is recognised by its method: its argument is past_key_values or, since transformers 5.24, cache.
     caches = [value for value in arguments.values() if hasattr(value, "get_seq_length")]
     if any(cache.get_seq_length() > 0 for cache in caches):
         raise InvalidAblation("this imputation needs the whole sequence in one forward: pass use_cache=False")
     mask = arguments.get("attention_mask")
-    if isinstance(mask, dict) and model_mask is not None:  # one mask per layer type, all made from the model's mask
-        mask = model_mask
     if mask is not None and (not isinstance(mask, Tensor) or mask.ndim != 2):
         raise InvalidAblation("this imputation needs an attention mask of [rows, tokens] to leave out the padding")
     if _is_packed(arguments, mask):
@@ -199,9 +196,9 @@ def whole_sequence_mask(arguments: Mapping[str, Any], model_mask: Any) -> Tensor
 
 
 def _is_packed(arguments: Mapping[str, Any], mask: Tensor | None) -> bool:
-    """Whether a row holds several sequences: its positions start again, or boundaries or numbers of sequences are given.
+    """Whether a row holds several sequences, by its positions, which start again, or by what marks sequences.
 
-    Boundaries: cu_seq_lens_q, cu_seqlens, ...; numbers: seq_idx, or a mask that counts sequences.
+    These are boundaries (cu_seq_lens_q, cu_seqlens, ...), numbers (seq_idx), or a mask that counts sequences.
     """
     for name, value in arguments.items():
         if isinstance(value, Tensor):

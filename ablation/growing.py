@@ -108,9 +108,10 @@ def growing_batch(
 ) -> Iterator[None]:
     """While entered, a forward pass that starts with one row grows to all rows of the layout.
 
-    hook: the entered ablation of the model. last_token_only: after the attention of the last layer, only the last token is computed; the logits of other tokens
-    mean nothing. This is right if all other parts of that layer treat each token by itself. The caller has to compare
-    the result with an ordinary forward pass. on_layer: called before each layer with heads.
+    hook: the entered ablation of the model. last_token_only: after the attention of the last layer, only the last token
+    is computed; the logits of other tokens mean nothing. This is right if all other parts of that layer treat each
+    token by itself. The caller has to compare the result with an ordinary forward pass. on_layer: called before each
+    layer with heads.
     """
     heads = hook.heads
     with ExitStack() as hooks:

@@ -91,7 +91,7 @@ class HeadAblation:
         self._receipt = Receipt(self.heads.num_layers)
         self._pending = False
         """Whether heads were set, and no forward pass has ablated them yet."""
-        self._ever_ablated = False
+        self._ever_ablated = self._ever_ran = False
         self._model_call: _ModelCall | None = None
         self._forward: _Forward | None = None
         self._backward: tuple[int, _Forward] | None = None
@@ -130,10 +130,11 @@ class HeadAblation:
         return self
 
     def __exit__(self, kind: type[BaseException] | None = None, *_: object) -> None:
-        """Remove the hooks; afterwards, raise AblationNotApplied if heads were set and never ablated."""
-        problem = self._not_applied() if self._pending else None
+        """Remove the hooks; afterwards, raise AblationNotApplied if heads were set and no forward pass ablated them."""
+        not_applied = self._pending or (self._ever_ablated and not self._ever_ran)
+        problem = self._not_applied()
         self._uninstall()
-        if problem is not None and kind is None:
+        if not_applied and kind is None:
             raise AblationNotApplied(problem)
 
     def _uninstall(self) -> None:
@@ -162,10 +163,8 @@ class HeadAblation:
         self.set_edits(edits_by_layer([(Ablation(heads, imputation).validated(self.heads), None)]))
 
     def clear(self) -> None:
-        """Ablate nothing: following forward passes give the model's own logits.
-
-        Raises AblationNotApplied if no forward pass has ablated the heads that were in force.
-        """
+        """Ablate nothing: following forward passes give the model's own logits."""
+        self._pending = False
         self.set_edits({})
 
     def set_edits(self, edits: Mapping[int, Sequence[Edit]]) -> None:
@@ -178,10 +177,10 @@ class HeadAblation:
             raise AblationNotApplied(problem)
 
     def _not_applied(self) -> str:
-        first = min(layer for layer, edits in self.edits.items() if edits)
+        pairs = [f"layer {layer}, head {edit.head}" for layer, edits in self.edits.items() for edit in edits]
         return (
-            f"layer {first}, head {self.edits[first][0].head} was set to be ablated, but no forward pass did it: the "
-            "model was not run, or another object or thread ran in its place"
+            f"{pairs[0] if pairs else 'a head'} was set to be ablated, but no forward pass did it: the model was not "
+            "run, or another object or thread ran in its place"
         )
 
     def _remember_mask(self, model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
@@ -197,10 +196,13 @@ class HeadAblation:
                 "layers instead, or do not checkpoint it"
             )
         self._receipt = Receipt(self.heads.num_layers)
-        self._forward, self._pending = None, False
+        self._forward, self._pending, self._ever_ran = None, False, True
         mask = None
         if not all(edit.imputation.per_token for edits in self.edits.values() for edit in edits):
-            mask = whole_sequence_mask(_named_arguments(decoder, args, kwargs), None if call is None else call.mask)
+            arguments = _named_arguments(decoder, args, kwargs)
+            if call is not None and isinstance(arguments.get("attention_mask"), dict):
+                arguments["attention_mask"] = call.mask  # the dict has a mask per layer type, all made from this one
+            mask = whole_sequence_mask(arguments)
         self._forward = _Forward(self.edits, mask, self._receipt, torch.is_grad_enabled())
 
     def _edit_input(
@@ -214,7 +216,7 @@ class HeadAblation:
         edits = forward.edits.get(layer.index)
         if not edits:
             return None
-        self._pending = False
+        self._pending, self._ever_ran = False, True
         name, z = ("", args[0]) if args else next(iter(kwargs.items()))
         edited, counts = apply_edits(z, layer, edits, forward.mask)
         forward.receipt.edited[layer.index] = counts
@@ -271,7 +273,7 @@ class HeadAblation:
     def _verify_decoder_ran(self, model: nn.Module, args: tuple[Any, ...], output: object) -> None:
         """Model hook: raise if the decoder's hooks did not run. A forward that was traced earlier omits them."""
         if self.edits and self._model_call is not None:
-            self._pending = False
+            self._pending, self._ever_ran = False, True
             raise AblationNotApplied("the decoder's hooks did not run, as in a traced forward: nothing was ablated")
 
 

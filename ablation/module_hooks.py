@@ -29,6 +29,7 @@ class OwnedHook:
         self._thread = None if any_thread else threading.get_ident()
 
     def __call__(self, *args: Any) -> Any:
+        """Call the hook, in its own thread."""
         return self._function(*args) if self._thread in (None, threading.get_ident()) else None
 
     def __reduce__(self) -> tuple[Any, ...]:
@@ -45,10 +46,7 @@ def register(
 ) -> Callable[[], None]:
     """Register a forward pre-hook with keyword arguments, or a forward hook if `after`. Returns what removes it."""
     hook = OwnedHook(function, owner, any_thread)
-    if after:
-        handle = module.register_forward_hook(hook)
-    else:
-        handle = module.register_forward_pre_hook(hook, with_kwargs=True)
+    handle = module.register_forward_hook(hook) if after else module.register_forward_pre_hook(hook, with_kwargs=True)
     module.__dict__["__reduce_ex__"] = partial(_reduce_without_owned_hooks, module)
 
     def remove() -> None:

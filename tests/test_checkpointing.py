@@ -127,7 +127,7 @@ def test_backward_after_leaving_is_refused(reentrant: bool) -> None:
         value.backward()
 
 
-def test_backward_after_leaving_needs_no_hook_without_checkpointing() -> None:
+def test_backward_after_leaving_is_right_without_checkpointing() -> None:
     def late(model: PreTrainedModel, ablation: HeadAblation) -> None:
         ablation.ablate([(1, 1)], "mean")
         value = loss(model)

@@ -170,7 +170,7 @@ class Sealed(Tensor):
     def __torch_function__(cls, function: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         if function is Tensor.__setitem__:
             return None
-        return super().__torch_function__(function, types, args, kwargs or {})
+        return Tensor.__torch_function__.__func__(cls, function, types, args, kwargs or {})
 
 
 class Detached(Tensor):
@@ -178,7 +178,7 @@ class Detached(Tensor):
 
     @classmethod
     def __torch_function__(cls, function: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        result = super().__torch_function__(function, types, args, kwargs or {})
+        result = Tensor.__torch_function__.__func__(cls, function, types, args, kwargs or {})
         return result.clone() if function is Tensor.unflatten else result
 
 

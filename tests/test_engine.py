@@ -232,9 +232,7 @@ def test_hook_that_changes_nothing_is_no_robust_model(way: Any, monkeypatch: pyt
     monkeypatch.setattr(hook_module, "apply_edits", idle)
     model = GPT2.shared()
     before = hooks_of(model)
-    with pytest.raises(
-        AblationNotApplied, match=r"h.0.attn.c_proj: 0 of 10 elements of head [02] hold the imputed value"
-    ):
+    with pytest.raises(AblationNotApplied, match=r"c_proj: 0 of 10 elements of head [02] hold the imputed"):
         way(model, IDS)
     assert hooks_of(model) == before
 

@@ -121,18 +121,41 @@ def test_ablation_of_another_object_is_an_error_on_leaving() -> None:
         logits(twin, IDS)
 
 
-@pytest.mark.parametrize("call", ["ablate", "clear", "receipt"])
-def test_ablation_without_a_forward_is_an_error_at_the_next(call: str) -> None:
+def test_replaced_ablation_without_a_forward_is_an_error() -> None:
     model = LLAMA.fresh()
-    want = {"ablate": ablated(model, (0, 2)), "clear": logits(model, IDS), "receipt": ablated(model, HEAD)}[call]
     with HeadAblation(model) as ablation:
         ablation.ablate([HEAD])
         with pytest.raises(AblationNotApplied, match="layer 1, head 1 was set"):
-            if call == "ablate":
-                ablation.ablate([(0, 2)])
-            else:
-                getattr(ablation, call)()
-        torch.testing.assert_close(logits(model, IDS), want)  # the call has taken effect
+            ablation.ablate([(0, 2)])
+        torch.testing.assert_close(logits(model, IDS), ablated(model, (0, 2)))  # the call has taken effect
+
+
+def test_receipt_without_a_forward_is_an_error() -> None:
+    model = LLAMA.fresh()
+    with HeadAblation(model) as ablation:
+        logits(model, IDS)
+        ablation.ablate([HEAD])
+        with pytest.raises(AblationNotApplied, match="layer 1, head 1 was set"):
+            print(ablation.receipt)
+        torch.testing.assert_close(logits(model, IDS), ablated(model, HEAD))
+        assert ablation.receipt.calls == [1, 1, 1]
+
+
+def test_clear_discards_an_ablation_of_a_model_that_ran() -> None:
+    model = LLAMA.fresh()
+    clean = logits(model, IDS)
+    with HeadAblation(model) as ablation:
+        ablation.ablate([HEAD])
+        ablation.clear()
+        assert torch.equal(logits(model, IDS), clean)
+        ablation.ablate([HEAD])
+        ablation.clear()
+
+
+def test_cleared_ablation_of_a_model_that_never_ran_is_an_error() -> None:
+    with pytest.raises(AblationNotApplied, match="a head was set"), HeadAblation(LLAMA.fresh()) as ablation:
+        ablation.ablate([HEAD])
+        ablation.clear()
 
 
 def test_error_inside_is_not_replaced_by_ours() -> None:
