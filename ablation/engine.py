@@ -22,6 +22,7 @@ from ablation.edits import Ablation, Receipt, verify_called_once
 from ablation.errors import NonFiniteLogits, UnsupportedModel
 from ablation.forward import Request, batch_logits, last_logits, rows_per_pass, validated_request
 from ablation.growing import BatchMismatch, RowLayout, first_layer, growing_batch
+from ablation.guard import Guard, choose_probes, coupled_rows
 from ablation.heads import AttentionLayer
 from ablation.measure import LogitSummary, resolve_watched, summarise_logits, tie_tolerance
 from ablation.module_hooks import register
@@ -46,10 +47,11 @@ def run(
     `HeadAblation` then edits each row's heads. Everything that an ablation shares with the clean run is computed once,
     and after the attention of the last layer only the last token is computed.
 
-    The clean row, and one row for each layer, are compared with an ordinary forward pass of a plain batch. If they
-    disagree, or if the model's own code fails on the batch, the batch runs again with all tokens in the last layer; and
-    if that fails, too, the ablations run one forward pass each, with a warning. `provenance["method"]` says which way
-    was taken. An error in this package, an imputation or `progress` propagates.
+    The clean row, and one row for each layer, are compared with an ordinary forward pass of a plain batch, within the
+    model's own rounding (see `ablation.guard`). If they disagree, or if the model's own code fails on the batch, the
+    batch runs again with all tokens in the last layer; and if that fails, too, the ablations run one forward pass each,
+    with a warning. A model whose rows are known to influence each other runs so at once. `provenance["method"]` says
+    which way was taken. An error in this package, an imputation or `progress` propagates.
 
     token_ids: the prompt, one row without padding. watch: token ids whose probabilities are measured, by convention the
     target and the control; None stands for the most probable token of the clean run that is not watched yet.
@@ -59,12 +61,14 @@ def run(
     Raises InvalidPrompt, InvalidHead, InvalidAblation, UnsupportedModel, AblationNotApplied, NonFiniteLogits.
     """
     request = validated_request(model, token_ids, ablations, watch)
-    rows = rows_per_pass(request, max_rows)
+    rows, progress = rows_per_pass(request, max_rows), _never_back(progress)
     with torch.no_grad():
-        try:
-            return _run_guarded(request, rows, progress)
-        except BatchMismatch as error:
-            reason = str(error)
+        reason = coupled_rows(model)
+        if reason is None:
+            try:
+                return _run_guarded(request, rows, progress)
+            except BatchMismatch as error:
+                reason = str(error)
         warnings.warn(
             f"the growing batch does not suit {type(model).__name__} ({reason}): running one forward per ablation",
             stacklevel=2,
@@ -83,6 +87,21 @@ def run_sequential(
     """Reference implementation of `run`: one forward pass for each ablation."""
     with torch.no_grad():
         return _run_sequential(validated_request(model, token_ids, ablations, watch), progress)
+
+
+def _never_back(progress: Progress | None) -> Progress | None:
+    """Return the same report, without shares below one that was reported: a second way starts again."""
+    if progress is None:
+        return None
+    largest = 0.0
+
+    def report(share: float) -> None:
+        nonlocal largest
+        if share > largest:
+            largest = share
+            progress(share)
+
+    return report
 
 
 # ---- forward passes
@@ -157,41 +176,29 @@ def _run_sequential(request: Request, progress: Progress | None, **how: Any) -> 
     return _result(request, clean, outcomes, method="sequential", **how)
 
 
-class _OrdinaryRun(NamedTuple):
-    """What growing batches are compared with: the clean run, and the logits [vocabulary] of one ablation per layer."""
-
-    clean: _CleanRun
-    probes: dict[Ablation, Tensor]
-
-
-def _run_probes(request: Request, max_rows: int) -> _OrdinaryRun:
-    """Run the clean run, and one ablation of each first layer, in plain batches. Raises BatchMismatch."""
-    # Of each layer the last ablation, since some models mix up only the rows of a middle layer (HY-V4).
-    last = {first_layer(ablation): ablation for ablation in request.ablations}
-    # From the last layer to the first, so that a probe's row differs from its row in the growing batch.
-    probes = [last[layer] for layer in sorted(last, reverse=True)]
+def _run_probes(request: Request, max_rows: int) -> tuple[_CleanRun, Guard]:
+    """Run the clean run, and some ablations, in plain batches. Raises BatchMismatch."""
     found: dict[Ablation, Tensor] = {}
-    for chunk in _chunks(probes, max_rows - 1):
+    for chunk in _chunks(choose_probes(request.model, request.ablations), max_rows - 1):
         clean, logits = _run_plain(request, chunk)
         found |= zip(chunk, logits, strict=True)
-    return _OrdinaryRun(clean, found)
+    return clean, Guard(request, clean.logits, found)
 
 
 def _run_guarded(request: Request, max_rows: int, progress: Progress | None) -> RunResult:
     """Run all ablations in growing batches, with all tokens in the last layer if need be. Raises BatchMismatch."""
-    ordinary = _run_probes(request, max_rows)
+    clean, guard = _run_probes(request, max_rows)
     with suppress(BatchMismatch):
-        return _run_growing(request, max_rows, ordinary, True, progress)
-    return _run_growing(request, max_rows, ordinary, False, progress)
+        return _run_growing(request, max_rows, clean, guard, True, progress)
+    return _run_growing(request, max_rows, clean, guard, False, progress)
 
 
 def _run_growing(
-    request: Request, max_rows: int, ordinary: _OrdinaryRun, last_token_only: bool, progress: Progress | None
+    request: Request, max_rows: int, clean: _CleanRun, guard: Guard, last_token_only: bool, progress: Progress | None
 ) -> RunResult:
     """Run all ablations in as few growing batches as `max_rows` allows. Raises BatchMismatch."""
     order = sorted(range(len(request.ablations)), key=lambda index: first_layer(request.ablations[index]))
     ablations = [request.ablations[index] for index in order]
-    clean = ordinary.clean
     passes = _chunks(ablations, max_rows - 1)
     steps, done = len(passes) * len(request.heads.layers), itertools.count(1)
 
@@ -206,12 +213,11 @@ def _run_growing(
             hook.set_edits(layout.edits)
             with growing_batch(hook, layout, last_token_only=last_token_only, on_layer=on_layer):
                 logits = batch_logits(request, 1)
-            _check_agreement(logits[layout.clean_row], clean.logits)
-            ablated = logits[layout.ablated_rows]
-            for ablation, row in zip(chunk, ablated, strict=True):
-                if ablation in ordinary.probes:
-                    _check_agreement(row, ordinary.probes[ablation])
-            outcomes.append(_measure(request, clean, layout, ablated, hook.receipt))
+            receipt, ablated = hook.receipt, logits[layout.ablated_rows]
+            hook.clear()  # the guard may run the bare model
+            guard.check_clean(logits[layout.clean_row])
+            guard.check_ablated(chunk, ablated)
+            outcomes.append(_measure(request, clean, layout, ablated, receipt))
     return _result(request, clean, outcomes, order, method="growing batch", passes=len(passes))
 
 
@@ -219,17 +225,6 @@ def _chunks(ablations: Sequence[Ablation], largest: int) -> list[Sequence[Ablati
     """Split a list into as few parts as possible, none larger than `largest`, all but the last of one size."""
     size = math.ceil(len(ablations) / math.ceil(len(ablations) / largest))
     return [ablations[start : start + size] for start in range(0, len(ablations), size)]
-
-
-def _check_agreement(batched: Tensor, ordinary: Tensor) -> None:
-    """Raise BatchMismatch unless two rows of logits, [vocabulary], agree up to rounding."""
-    difference = (batched - ordinary).abs().max()
-    # The spread of the logits as their median absolute deviation, which neither an offset of all logits nor masked
-    # tokens change.
-    spread = (ordinary - ordinary.median()).abs().median()
-    # Tolerance: half of the mantissa digits. Rounding is far smaller, leakage between rows far larger.
-    if not difference <= torch.finfo(ordinary.dtype).eps ** 0.5 * 4 * spread:
-        raise BatchMismatch(f"a row differs from the same row of an ordinary forward by {difference:.2g}")
 
 
 # ---- what is measured

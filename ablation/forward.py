@@ -53,21 +53,34 @@ def validated_request(
     hook = HeadAblation(model)
     if any(module.training for module in model.modules()):
         raise InvalidAblation("the model is in training mode, where dropout hides effects: call model.eval()")
-    ids = [_token_id(token) for token in token_ids]
-    watched = [None if token is None else _token_id(token) for token in watch]
-    vocabulary = len(_embedding(model))
+    if not getattr(model.config, "return_dict", True):
+        raise InvalidAblation("the model returns tuples: set model.config.return_dict = True")
+    ids = [_token_id(token) for token in _listed(token_ids, "a prompt")]
+    watched = [None if token is None else _token_id(token) for token in _listed(watch, "`watch`")]
+    wanted = _listed(ablations, "`ablations`")
     if not ids or not watched:
         raise InvalidPrompt("a run needs at least one prompt token and one watched token")
-    if not ablations:
+    if not wanted:
         raise InvalidAblation("the list of ablations is empty")
-    if unknown := [token for token in (*ids, *watched) if token is not None and not 0 <= token < vocabulary]:
-        raise InvalidPrompt(f"no token {unknown[0]}: the model has {vocabulary} tokens")
+    if strangers := [ablation for ablation in wanted if not isinstance(ablation, Ablation)]:
+        raise InvalidAblation(f"{strangers[0]!r} is not an Ablation: pass Ablation(heads, imputation)")
+    for tokens, vocabulary in ((ids, len(_embedding(model))), (watched, _predicted_tokens(model))):
+        if unknown := [token for token in tokens if token is not None and not 0 <= token < vocabulary]:
+            raise InvalidPrompt(f"no token {unknown[0]}: the model has {vocabulary} tokens")
     if len(watched) > vocabulary:
         raise InvalidPrompt(f"{len(watched)} tokens cannot be watched: the model has {vocabulary}")
     longest = getattr(model.config.get_text_config(), "max_position_embeddings", None)
     if longest is not None and len(ids) > longest:
         raise InvalidPrompt(f"the prompt has {len(ids)} tokens, the model takes at most {longest}")
-    return Request(hook, model, ids, [ablation.validated(hook.heads) for ablation in ablations], watched)
+    return Request(hook, model, ids, [ablation.validated(hook.heads) for ablation in wanted], watched)
+
+
+def _listed(values: Any, what: str) -> list[Any]:
+    """Return the values of an argument that has to be a list. Raises InvalidPrompt."""
+    try:
+        return list(values)
+    except TypeError:
+        raise InvalidPrompt(f"{what} is a list, not {values!r}") from None
 
 
 def _token_id(token: Any) -> int:
@@ -83,12 +96,22 @@ def _embedding(model: PreTrainedModel) -> Tensor:
     return weight
 
 
+def _predicted_tokens(model: PreTrainedModel) -> int:
+    """The number of tokens that the model predicts, which may differ from those that it reads."""
+    unembedding = getattr(model.get_output_embeddings(), "weight", None)
+    return len(_embedding(model) if unembedding is None else unembedding)
+
+
 def rows_per_pass(request: Request, max_rows: int | None) -> int:
     """Rows of a forward pass: `max_rows`, or as many as fit in ROW_BUDGET_BYTES. Raises InvalidAblation."""
     if max_rows is not None:
-        if max_rows < 2:
-            raise InvalidAblation(f"max_rows is {max_rows}: a pass needs 2 rows, a clean one and an ablated one")
-        return max_rows
+        try:
+            rows = as_index(max_rows)
+        except TypeError:
+            raise InvalidAblation(f"max_rows is {max_rows!r}, not a number of rows") from None
+        if rows < 2:
+            raise InvalidAblation(f"max_rows is {rows}: a pass needs 2 rows, a clean one and an ablated one")
+        return rows
     tokens = len(request.token_ids)
     shapes = [p.shape for layer in request.heads.layers for p in layer.block.parameters() if p.ndim > 1]
     widest = 4 * max((max(shape) for shape in shapes), default=1)
@@ -99,8 +122,10 @@ def rows_per_pass(request: Request, max_rows: int | None) -> int:
 
 
 def _keeps_last_logits(model: PreTrainedModel) -> bool:
-    """Whether the model can be asked for the logits of the last token alone."""
-    return "logits_to_keep" in inspect.signature(model.forward).parameters
+    """Whether the model can be asked for the logits of the last token alone: a user's hook may edit other tokens."""
+    unembedding = model.get_output_embeddings()
+    hooked = unembedding is not None and (unembedding._forward_hooks or unembedding._forward_pre_hooks)
+    return not hooked and "logits_to_keep" in inspect.signature(model.forward).parameters
 
 
 def _inputs(request: Request, rows: int) -> tuple[Tensor, dict[str, Any]]:
@@ -115,8 +140,7 @@ def _inputs(request: Request, rows: int) -> tuple[Tensor, dict[str, Any]]:
 def last_logits(request: Request, rows: int) -> Tensor:
     """Run the model on that many rows of the prompt. Returns the logits of the last token, [rows, vocabulary]."""
     ids, options = _inputs(request, rows)
-    logits: Tensor = request.model(ids, **options).logits
-    return logits[:, -1]
+    return _of_last_token(request.model(ids, **options))
 
 
 def batch_logits(request: Request, rows: int) -> Tensor:
@@ -128,6 +152,11 @@ def batch_logits(request: Request, rows: int) -> Tensor:
         if _raised_by_package(error):
             raise
         raise BatchMismatch(f"{type(error).__name__}: {error}".splitlines()[0]) from error
+    return _of_last_token(output)
+
+
+def _of_last_token(output: Any) -> Tensor:
+    """The logits of the last token, [rows, vocabulary], from what a model returns."""
     logits: Tensor = output.logits
     return logits[:, -1]
 

@@ -11,7 +11,7 @@ from transformers import PreTrainedModel
 
 from ablation.edits import Ablation
 from ablation.engine import Progress, run, run_sequential
-from ablation.errors import InvalidAblation, InvalidPrompt
+from ablation.errors import InvalidAblation, InvalidPrompt, UnknownImputation
 from ablation.heads import find_heads
 from ablation.imputation import IMPUTATIONS, Imputation, as_imputation
 from ablation.results import RunResult, SweepResult
@@ -59,7 +59,8 @@ def sweep_prompts(
 
     prompts: token ids of each prompt, without padding. watch: for each prompt, the tokens that `sweep` watches.
     """
-    watch = [(None, None)] * len(prompts) if watch is None else watch
+    prompts = list(prompts)
+    watch = [(None, None)] * len(prompts) if watch is None else list(watch)
     if not prompts or len(watch) != len(prompts):
         raise InvalidPrompt(f"there are {len(prompts)} prompts, and tokens to watch for {len(watch)}")
     return [
@@ -89,6 +90,8 @@ def _sweep(
     progress: Progress | None,
 ) -> SweepResult:
     """Run all one-head ablations, and arrange what they did as arrays over imputations, layers and heads."""
+    if isinstance(imputations, str | Imputation):
+        raise UnknownImputation(f"`imputations` is a list: pass [{imputations!r}]")
     chosen = [as_imputation(imputation) for imputation in imputations]
     names = tuple(imputation.name for imputation in chosen)
     if not names or len(set(names)) < len(names):

@@ -274,24 +274,41 @@ def test_no_forward_has_more_than_max_rows(max_rows: int) -> None:
 
 
 @pytest.mark.parametrize("family", [family for family in FAMILIES if family != "mixtral"])
-def test_no_row_or_token_is_computed_in_vain(family: str) -> None:
+def test_no_row_or_token_is_computed_in_vain(family: str, monkeypatch: pytest.MonkeyPatch) -> None:
     model = Decoder(family, num_layers=2, num_heads=3, head_dim=4).shared()
     parts = [*(layer.projection for layer in find_heads(model).layers), model.get_output_embeddings()]
     shapes: list[list[tuple[int, ...]]] = [[] for _ in parts]
-    handles = [
-        part.register_forward_hook(lambda _, args, out, seen=seen: seen.append(tuple(out.shape[:2])))
-        for part, seen in zip(parts, shapes, strict=True)
-    ]
-    try:
-        assert sweep(model, IDS, max_rows=4).provenance["method"] == "growing batch"
-    finally:
-        for handle in handles:
-            handle.remove()
+    for part, seen in zip(parts, shapes, strict=True):
+
+        def forward(z: Tensor, forward: Any = part.forward, seen: list[Any] = seen) -> Tensor:
+            seen.append(tuple(z.shape[:2]))
+            return forward(z)
+
+        monkeypatch.setattr(part, "forward", forward)
+    assert sweep(model, IDS, max_rows=4).provenance["method"] == "growing batch"
     assert shapes == [  # the clean run with two probes; four passes of the clean row and three ablations
         [(3, 5), (4, 5), (4, 5), (1, 5), (1, 5)],
         [(3, 5), (4, 1), (4, 1), (4, 1), (4, 1)],
         [(3, 1), (4, 1), (4, 1), (4, 1), (4, 1)],
     ]
+
+
+def test_users_hook_on_the_unembedding_sees_all_tokens() -> None:
+    """It may edit the logits of one position, which is another one if only the last is computed."""
+    model = GPT2.shared()
+    clean = run(model, IDS, PAIR)
+
+    def edit_first(module: Any, args: Any, out: Tensor) -> Tensor:
+        out = out.clone()
+        out[:, 0] = 100.0
+        return out
+
+    handle = model.lm_head.register_forward_hook(edit_first)
+    try:
+        for way in (run, run_sequential):
+            assert_results_equal(way(model, IDS, PAIR), clean, ATOL["float32"])
+    finally:
+        handle.remove()
 
 
 def test_parts_after_the_last_attention_get_one_token() -> None:
