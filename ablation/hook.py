@@ -1,4 +1,4 @@
-"""The hook: a context manager that replaces the output of heads, and receipts that prove it did."""
+"""`HeadAblation`, a context manager that replaces the output (z) of heads, and receipts that prove that it did."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ from ablation.imputation import Imputation, as_imputation
 class Ablation:
     """A set of heads that are ablated together, with one imputation.
 
-    heads: (layer, head) pairs; without any, an ablated run is a clean run. Raises UnknownImputation.
+    heads: (layer, head) pairs; if there are none, the ablated run is a clean run. Raises UnknownImputation.
     """
 
     heads: tuple[tuple[int, int], ...]
@@ -33,7 +33,7 @@ class Ablation:
         object.__setattr__(self, "imputation", as_imputation(imputation))
 
     def validated(self, heads: HeadMap) -> Ablation:
-        """Return the same ablation with each head once, as ints. Raises InvalidHead if the model lacks a head."""
+        """Return the ablation with its heads as ints, each named once. Raises InvalidHead if the model lacks a head."""
         return Ablation(dict.fromkeys(map(heads.validate, self.heads)), self.imputation)
 
     def __str__(self) -> str:
@@ -42,7 +42,7 @@ class Ablation:
 
 
 class Edit(NamedTuple):
-    """One head of a layer, replaced in one row of the batch; row None: in every row."""
+    """One head of a layer, to be replaced in one row of the batch, or in every row if `row` is None."""
 
     head: int
     imputation: Imputation
@@ -50,7 +50,7 @@ class Edit(NamedTuple):
 
 
 class EditCounts(NamedTuple):
-    """What one edit did, counted on the tensor that the hook passes on to the projection.
+    """The effect of one edit, counted in the tensor that the hook passes on to the projection.
 
     replaced: elements that hold the imputed value. changed: elements that differ from the head's own output.
     """
@@ -62,17 +62,17 @@ class EditCounts(NamedTuple):
 class Receipt:
     """What the hook did in one forward pass.
 
-    calls: how often each layer's projection was called, [layers]; 0 for a layer without heads.
+    calls: how often the projection of each decoder layer was called, [layers]; 0 for a layer without heads.
     """
 
     def __init__(self, num_layers: int) -> None:
         self.calls = [0] * num_layers
         self.edited: dict[int, Tensor] = {}
-        """For each layer with edits: counts on its device, int64 [edits, 2] in the order of `EditCounts`."""
+        """{layer with edits: counts, int64 [edits, 2], with the columns of `EditCounts`, on the device of z}."""
 
     @property
     def counts(self) -> dict[int, list[EditCounts]]:
-        """For each layer with edits: what each edit did, in the order of the edits."""
+        """{layer with edits: the counts of each edit, in the order of the edits}."""
         return {layer: [EditCounts(*edit) for edit in counts.tolist()] for layer, counts in self.edited.items()}
 
     def __repr__(self) -> str:
@@ -87,7 +87,7 @@ class _ModelCall:
 
 
 def edits_by_layer(ablations: Iterable[tuple[Ablation, int | None]]) -> dict[int, list[Edit]]:
-    """Return {layer: edits} of ablations, each with the row that carries it; None: every row."""
+    """Return {layer: edits}. ablations: each with the row of the batch that carries it, or None for every row."""
     edits: dict[int, list[Edit]] = {}
     for ablation, row in ablations:
         for layer, head in ablation.heads:
@@ -103,13 +103,13 @@ class HeadAblation:
         logits = model(input_ids).logits
         ablation.clear()
 
-    It registers one forward pre-hook on each attention output projection; two hooks on the decoder, which begin and
-    verify the receipt; and two on the model, which keep its attention mask and verify that the decoder's hooks ran. It
-    never writes into a tensor that it receives. On exit, also by an exception, these hooks are removed and everything
-    else is unchanged. It can be entered again.
+    Entering registers one forward pre-hook on each attention output projection; two hooks on the decoder, which begin
+    and verify the receipt; and two on the model, which keep the attention mask and verify that the decoder's hooks ran.
+    The hooks never write into a tensor that they receive. Leaving, also by an exception, removes these hooks and
+    changes nothing else. The context manager can be entered again.
 
-    heads: the `HeadMap` of the model. edits: {layer: edits} in force; empty if nothing is ablated. receipt: what
-    happened in the last forward pass.
+    heads: the `HeadMap` of the model. edits: {layer: edits} in force; empty if nothing is ablated. receipt: the
+    `Receipt` of the last forward pass.
 
     Raises UnsupportedModel if the heads of the model cannot be ablated correctly.
     """
