@@ -10,7 +10,7 @@ from torch import Tensor
 
 # Two tokens with equal weights in the unembedding may get logits that differ in their last bits, since a kernel sums
 # the columns at the edge of a block in another order. Measured: up to 10 eps of the logits' size (float32 and float64,
-# 6 to 4096 channels, 1 to 16 rows, AVX-512, AVX2 and neither); 0 in bfloat16, where the sum is rounded once, to one eps.
+# 6 to 4096 channels, 1 to 16 rows, AVX-512, AVX2 and neither); 0 in bfloat16, whose sum is rounded once, to one eps.
 TIE_EPS = 64.0
 
 CHUNK_ROWS = 4
