@@ -47,15 +47,15 @@ def run(
     the last layer, only the last token is computed.
 
     As a guard, the clean row and one row for each layer are compared with an ordinary forward pass of a batch that has
-    all rows from the start. If they disagree, or if the model's own code fails on the growing batch, the batch runs
-    again with all tokens in the last layer. If that fails, too, each ablation runs in its own forward pass, with a
+    all rows from the start. If a row disagrees, or if the model's own code fails on the growing batch, the batch
+    runs again with all tokens in the last layer. If that fails, too, each ablation runs in its own forward pass, with a
     warning. `provenance["method"]` says which way was taken. An error in this package, an imputation or `progress`
     propagates.
 
     token_ids: the prompt, one row without padding. watch: token ids whose probabilities are measured, by convention the
     target and the control; None stands for the most probable token of the clean run that is not watched yet.
     max_rows: the largest number of rows in a forward pass, at least 2; by default as many as fit in ROW_BUDGET_BYTES.
-    Further ablations take further passes.
+    Ablations that do not fit run in further passes.
 
     Raises InvalidPrompt, InvalidHead, InvalidAblation, UnsupportedModel, AblationNotApplied, NonFiniteLogits.
     """

@@ -18,7 +18,7 @@ class UnknownImputation(AblationError, ValueError):
 
 
 class InvalidAblation(AblationError, RuntimeError):
-    """An ablation that cannot be run: because of its arguments, the state of the hook, or the state of the model."""
+    """An ablation that cannot be run, because of its arguments, the state of the hook, or the state of the model."""
 
 
 class AblationNotApplied(AblationError, RuntimeError):

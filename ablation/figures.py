@@ -103,7 +103,10 @@ def sensitivity(sweep: SweepResult, texts: Mapping[int, str]) -> Figure:
 
 
 def difference(sweep: SweepResult, texts: Mapping[int, str]) -> Figure:
-    """Draw a map per watched token: its change under the second imputation minus that under the first, in points."""
+    """Draw a map per watched token: the change in probability under the second imputation minus that under the first.
+
+    Changes are in percentage points.
+    """
     first, second = sweep.imputations[:2]
     change = 100 * (sweep.probability_change[:, 1] - sweep.probability_change[:, 0])
     panels = [

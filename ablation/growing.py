@@ -97,7 +97,7 @@ class RowLayout:
 
 
 def first_layer(ablation: Ablation) -> int:
-    """The first layer that an ablation changes: the sort key of a growing batch; 0 without heads."""
+    """The first layer that an ablation changes: the sort key of a growing batch; 0 if the ablation has no heads."""
     return min((layer for layer, _ in ablation.heads), default=0)
 
 

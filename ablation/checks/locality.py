@@ -21,8 +21,8 @@ ALL_DTYPES = ("float32", "float64", "bfloat16")
 
 @check(
     "locality",
-    "Up to and including the layer of the ablated head, the input of each projection is that of the clean run, "
-    "except for the slice of the ablated head, which holds the imputed value.",
+    "Up to and including the layer of the ablated head, the input of each projection equals its input in the clean "
+    "run, except for the slice of the ablated head, which holds the imputed value.",
     cases=CaseSpec(dtypes=ALL_DTYPES),
     needs=("observable", "single_forward"),
 )
@@ -129,8 +129,8 @@ def _imputation_problem(held: Tensor, own: Tensor | None, imputation: str) -> st
 
 @check(
     "locality.input_untouched",
-    "The input tensor of a projection, before or after the ablation's edit, is never modified in place, in its own "
-    "forward pass or in a later one.",
+    "The input tensor of a projection, before or after the ablation's edit, is never modified in place, not even in "
+    "a later forward pass.",
     cases=CaseSpec(dtypes=ALL_DTYPES),
     needs=("observable",),
 )

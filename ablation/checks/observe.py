@@ -18,7 +18,7 @@ def recorded_inputs(model: PreTrainedModel) -> Iterator[list[list[Tensor]]]:
 
     Yields, for each layer with heads, a list with one copy per call, [rows, tokens, num_heads * head_dim]. The recorder
     wraps the `forward` of each projection, so it sees an input after all pre-hooks. If the recorder is entered before
-    an implementation is made, it also sees the edits of a `forward` that the implementation wraps around its own.
+    an implementation is made, it also sees the edits of an implementation that replaces `forward`.
     """
     layers = find_heads(model).layers
     calls: list[list[Tensor]] = [[] for _ in layers]

@@ -33,7 +33,7 @@ Pair = tuple[int, int]
 @check(
     "oracle.zero",
     "Zero imputation of a head gives, up to rounding, the logits of the bare model after the weights of W_O that "
-    "read the head are set to 0 and its bias is kept.",
+    "read the head, but not the bias, are set to 0.",
     cases=CaseSpec(imputations=("zero",)),
     needs=("zero",),
 )
@@ -205,8 +205,8 @@ def unread_head(factory: Factory, case: Case) -> None:
 
 @check(
     "oracle.permuted_heads",
-    "If the weights of a layer store its heads in another order, ablating a head at its new index gives, up to "
-    "rounding, the logits of ablating it at its old index.",
+    "After the weights of a layer are changed to store its heads in another order, ablating a head at its new index "
+    "gives, up to rounding, the logits that ablating it at its old index gave before.",
     cases=CaseSpec(families=("gpt2",)),
 )
 def permuted_heads(factory: Factory, case: Case) -> None:

@@ -25,11 +25,13 @@ CHECKS: tuple[Check, ...] = tuple(
 NOTHING_TRIED = "no check was tried, so this run fails: the adapter supports nothing that they need"
 
 TERMS = """\
-The z of an attention head is its output before the attention output projection (W_O), a linear layer whose input holds
-the z of all heads of a layer, one slice per head. The bare model is the model without an implementation on it, a clean
-run is a run with no head ablated, and real tokens are those that are not padding. "Bit for bit" means equal by
-`torch.equal`, so +0 equals -0; "up to rounding" means within the tolerance in `ablation/checks/assertions.py`. Good
-implementations may differ in a requirement marked (should); all others are obligatory.
+The checks call an implementation of head ablation through an adapter (docs/checking.md). The z of an attention head is
+its output before the attention output projection (W_O), a linear layer whose input holds the z of all heads of a layer,
+one slice per head. An imputation replaces the z of an ablated head: zero by 0, and mean by the mean of z over the real
+tokens of a row and all channels; real tokens are those that are not padding. The bare model is the model without an
+implementation on it, and a clean run is a run with no head ablated. "Bit for bit" means equal by `torch.equal`, so +0
+equals -0; "up to rounding" means within the tolerance in `ablation/checks/assertions.py`. Good implementations may
+differ in a requirement marked (should); all others are obligatory.
 """
 
 Outcome = Literal["passed", "failed", "skipped", "expected failure", "unexpected pass"]
