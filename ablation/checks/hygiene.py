@@ -49,7 +49,7 @@ def restored(factory: Factory, case: Case) -> None:
 
 @check(
     "hygiene.user_hooks",
-    "Hooks that the user registered fire in the same order and as often as in the bare model, and can be removed by "
+    "The user's hooks stay registered, fire in the same order and as often as in the bare model, and can be removed by "
     "their handles.",
     cases=CaseSpec(dtypes=("float32",)),
     needs=("observable", "single_forward"),
