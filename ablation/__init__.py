@@ -9,17 +9,18 @@ import importlib
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    from ablation.edits import Ablation
     from ablation.engine import run, run_sequential
     from ablation.errors import AblationError
     from ablation.heads import HeadMap, find_heads
-    from ablation.hook import Ablation, HeadAblation
+    from ablation.hook import HeadAblation
     from ablation.imputation import Imputation
     from ablation.models import LoadedModel, load
     from ablation.results import RunResult, SweepResult
     from ablation.sweeps import sweep, sweep_prompts, sweep_sequential
 
 _MODULES = {
-    "Ablation": "hook",
+    "Ablation": "edits",
     "AblationError": "errors",
     "HeadAblation": "hook",
     "HeadMap": "heads",

@@ -14,10 +14,11 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedModel
 
+from ablation.edits import Ablation
 from ablation.errors import InvalidAblation, InvalidPrompt
 from ablation.growing import BatchMismatch
 from ablation.heads import HeadMap, as_index
-from ablation.hook import Ablation, HeadAblation
+from ablation.hook import HeadAblation
 
 # Activations of one pass may take this much memory, unless `max_rows` says otherwise. Larger passes are no faster on a
 # CPU: a heap that grows beyond some 100 MB is returned to the system and mapped again at every operation.

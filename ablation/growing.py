@@ -14,8 +14,9 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor, nn
 
-from ablation.heads import HeadMap
-from ablation.hook import Ablation, Edit, Receipt, edits_by_layer
+from ablation.edits import Ablation, Edit, Receipt, edits_by_layer
+from ablation.hook import HeadAblation
+from ablation.module_hooks import register
 
 Arguments = tuple[tuple[Any, ...], dict[str, Any]]
 """Positional and keyword arguments of a module's forward."""
@@ -103,27 +104,29 @@ def first_layer(ablation: Ablation) -> int:
 
 @contextmanager
 def growing_batch(
-    heads: HeadMap, layout: RowLayout, *, last_token_only: bool, on_layer: Callable[[], object]
+    hook: HeadAblation, layout: RowLayout, *, last_token_only: bool, on_layer: Callable[[], object]
 ) -> Iterator[None]:
     """Context manager in which a forward pass that starts with one row grows to all rows of the layout.
 
-    last_token_only: after the attention of the last layer, only the last token is computed; the logits of other tokens
-    mean nothing. This is right if all other parts of that layer treat each token by itself. The caller has to compare
-    the result with an ordinary forward pass. on_layer: called before each layer with heads.
+    hook: the entered ablation of the model. last_token_only: after the attention of the last layer, only the last token
+    is computed; the logits of other tokens mean nothing. This is right if all other parts of that layer treat each
+    token by itself. The caller has to compare the result with an ordinary forward pass. on_layer: called before each
+    layer with heads.
     """
+    heads = hook.heads
     with ExitStack() as hooks:
         rows_before = 1
         for layer in heads.layers:
             rows = layout.rows_in_layer(layer.index)
             grow = partial(_grow, rows_before, rows, on_layer)
-            hooks.callback(layer.block.register_forward_pre_hook(grow, with_kwargs=True).remove)
+            hooks.callback(register(layer.block, grow, owner=hook))
             rows_before = rows
         last = heads.layers[-1]
         if last_token_only and last.index == heads.num_layers - 1:
             narrowing = _LastToken()
-            hooks.callback(last.projection.register_forward_pre_hook(narrowing.at_projection, with_kwargs=True).remove)
+            hooks.callback(register(last.projection, narrowing.at_projection, owner=hook))
             for part in last.block.children():
-                hooks.callback(part.register_forward_pre_hook(narrowing.at_part, with_kwargs=True).remove)
+                hooks.callback(register(part, narrowing.at_part, owner=hook))
         yield
 
 

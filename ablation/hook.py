@@ -1,82 +1,34 @@
-"""`HeadAblation`, a context manager that replaces the output (z) of heads, and receipts that prove that it did."""
+"""`HeadAblation`, a context manager that replaces the output (z) of heads in every forward pass of a model."""
 
 from __future__ import annotations
 
 import inspect
+import threading
 from collections.abc import Iterable, Mapping, Sequence
 from contextlib import ExitStack
-from dataclasses import dataclass
+from dataclasses import dataclass, field, replace
 from functools import partial
-from typing import Any, NamedTuple, Self
+from typing import Any, Self
 
 import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
-from ablation.errors import AblationNotApplied, InvalidAblation, UnsupportedModel
+from ablation.edits import (
+    Ablation,
+    Edit,
+    Receipt,
+    apply_edits,
+    edits_by_layer,
+    expected_elements,
+    verify_called_once,
+    verify_replaced,
+    whole_sequence_mask,
+)
+from ablation.errors import AblationNotApplied, InvalidAblation
 from ablation.heads import AttentionLayer, HeadMap, find_heads
-from ablation.imputation import Imputation, as_imputation
-
-
-@dataclass(frozen=True, init=False)
-class Ablation:
-    """A set of heads that are ablated together, with one imputation.
-
-    heads: (layer, head) pairs; if there are none, the ablated run is a clean run. Raises UnknownImputation.
-    """
-
-    heads: tuple[tuple[int, int], ...]
-    imputation: Imputation
-
-    def __init__(self, heads: Iterable[tuple[int, int]], imputation: str | Imputation = "zero") -> None:
-        object.__setattr__(self, "heads", tuple(heads))
-        object.__setattr__(self, "imputation", as_imputation(imputation))
-
-    def validated(self, heads: HeadMap) -> Ablation:
-        """Return the ablation with its heads as ints, each named once. Raises InvalidHead if the model lacks a head."""
-        return Ablation(dict.fromkeys(map(heads.validate, self.heads)), self.imputation)
-
-    def __str__(self) -> str:
-        pairs = "; ".join(f"layer {layer}, head {head}" for layer, head in self.heads) or "no head"
-        return f"{pairs}; {self.imputation.name} imputation"
-
-
-class Edit(NamedTuple):
-    """One head of a layer, to be replaced in one row of the batch, or in every row if `row` is None."""
-
-    head: int
-    imputation: Imputation
-    row: int | None = None
-
-
-class EditCounts(NamedTuple):
-    """The effect of one edit, counted in the tensor that the hook passes on to the projection.
-
-    replaced: elements that hold the imputed value. changed: elements that differ from the head's own output.
-    """
-
-    replaced: int
-    changed: int
-
-
-class Receipt:
-    """What the hook did in one forward pass.
-
-    calls: how often the projection of each decoder layer was called, [layers]; 0 for a layer without heads.
-    """
-
-    def __init__(self, num_layers: int) -> None:
-        self.calls = [0] * num_layers
-        self.edited: dict[int, Tensor] = {}
-        """{layer with edits: counts, int64 [edits, 2], with the columns of `EditCounts`, on the device of z}."""
-
-    @property
-    def counts(self) -> dict[int, list[EditCounts]]:
-        """{layer with edits: the counts of each edit, in the order of the edits}."""
-        return {layer: [EditCounts(*edit) for edit in counts.tolist()] for layer, counts in self.edited.items()}
-
-    def __repr__(self) -> str:
-        return f"Receipt(calls={self.calls}, counts={self.counts})"
+from ablation.imputation import Imputation
+from ablation.module_hooks import compiled_code_runs_eagerly, owners, register, remove_owned_hooks
 
 
 @dataclass(frozen=True)
@@ -86,13 +38,20 @@ class _ModelCall:
     mask: Any
 
 
-def edits_by_layer(ablations: Iterable[tuple[Ablation, int | None]]) -> dict[int, list[Edit]]:
-    """Return {layer: edits}. ablations: each with the row of the batch that carries it, or None for every row."""
-    edits: dict[int, list[Edit]] = {}
-    for ablation, row in ablations:
-        for layer, head in ablation.heads:
-            edits.setdefault(layer, []).append(Edit(head, ablation.imputation, row))
-    return edits
+@dataclass
+class _Forward:
+    """One forward pass of the decoder.
+
+    edits, mask: those of its ablation. grad: whether gradients were enabled when it began. checkpointed: whether
+    backward() runs its layers again. recomputed: the layers that the current backward() has run again.
+    """
+
+    edits: Mapping[int, Sequence[Edit]]
+    mask: Tensor | None
+    receipt: Receipt
+    grad: bool
+    checkpointed: bool = False
+    recomputed: set[int] = field(default_factory=set)
 
 
 class HeadAblation:
@@ -108,8 +67,13 @@ class HeadAblation:
     The hooks never write into a tensor that they receive. Leaving, also by an exception, removes these hooks and
     changes nothing else. The context manager can be entered again.
 
-    heads: the `HeadMap` of the model. edits: {layer: edits} in force; empty if nothing is ablated. receipt: the
-    `Receipt` of the last forward pass.
+    Only forward passes in the thread that entered the context manager are ablated; a worker thread has to enter one
+    itself. Copies and pickles of the model carry no ablation. Until the exit, code compiled by `torch.compile` runs
+    eagerly in the whole process, since compiled code may omit hooks. The model may be in training mode. Layers that
+    gradient checkpointing runs again in `backward()` are ablated as in the forward pass; call `backward()` before the
+    exit.
+
+    heads: the `HeadMap` of the model. edits: {layer: edits} in force; empty if nothing is ablated.
 
     Raises UnsupportedModel if the heads of the model cannot be ablated correctly.
     """
@@ -117,48 +81,107 @@ class HeadAblation:
     def __init__(self, model: PreTrainedModel) -> None:
         self.heads: HeadMap = find_heads(model)
         self.edits: Mapping[int, Sequence[Edit]] = {}
-        self.receipt = Receipt(self.heads.num_layers)
         self._model = model
         self._installed: ExitStack | None = None
+        self._thread: int | None = None
+        self._reset()
+
+    def _reset(self) -> None:
+        self.edits = {}
+        self._receipt = Receipt(self.heads.num_layers)
+        self._pending = False
+        """Whether heads were set, and no forward pass has ablated them yet."""
+        self._ever_ablated = self._ever_ran = False
         self._model_call: _ModelCall | None = None
-        self._mask: Tensor | None = None
+        self._forward: _Forward | None = None
+        self._backward: tuple[int, _Forward] | None = None
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        """A copy is not entered, and belongs to the copied model."""
+        return HeadAblation, (self._model,)
+
+    @property
+    def receipt(self) -> Receipt:
+        """The receipt of the last forward pass. Raises AblationNotApplied if none has used the heads in force."""
+        if self._pending:
+            raise AblationNotApplied(self._not_applied())
+        return self._receipt
 
     def __enter__(self) -> Self:
         """Register the hooks. Raises InvalidAblation if the model already carries an ablation."""
         decoder = self.heads.decoder
-        if any(isinstance(getattr(h, "__self__", None), HeadAblation) for h in decoder._forward_pre_hooks.values()):
-            raise InvalidAblation("the model already carries an ablation: leave it first, or ablate all heads with it")
+        if self._installed is not None or owners(decoder):
+            raise InvalidAblation(
+                "the model already carries an ablation: leave it first, ablate all heads with it, or take it off with "
+                "HeadAblation.remove_from(model)"
+            )
         with ExitStack() as hooks:
-            hooks.callback(self._model.register_forward_pre_hook(self._remember_mask, with_kwargs=True).remove)
-            hooks.callback(decoder.register_forward_pre_hook(self._begin_forward, with_kwargs=True).remove)
+            hooks.callback(register(self._model, self._remember_mask, owner=self))
+            hooks.callback(register(decoder, self._begin_forward, owner=self))
             for layer in self.heads.layers:
+                # In any thread: autograd recomputes layers in threads of its own.
                 edit = partial(self._edit_input, layer)
-                hooks.callback(layer.projection.register_forward_pre_hook(edit, with_kwargs=True).remove)
-            hooks.callback(decoder.register_forward_hook(self._verify_calls).remove)
-            hooks.callback(self._model.register_forward_hook(self._verify_decoder_ran).remove)
+                hooks.callback(register(layer.projection, edit, owner=self, any_thread=True))
+            hooks.callback(register(decoder, self._end_forward, owner=self, after=True))
+            hooks.callback(register(self._model, self._verify_decoder_ran, owner=self, after=True))
+            hooks.enter_context(compiled_code_runs_eagerly())
             self._installed = hooks.pop_all()
+        self._thread = threading.get_ident()
         return self
 
-    def __exit__(self, *_: object) -> None:
-        self.clear()
+    def __exit__(self, kind: type[BaseException] | None = None, *_: object) -> None:
+        """Remove the hooks; afterwards, raise AblationNotApplied if heads were set and no forward pass ablated them."""
+        not_applied = self._pending or (self._ever_ablated and not self._ever_ran)
+        problem = self._not_applied()
+        self._uninstall()
+        if not_applied and kind is None:
+            raise AblationNotApplied(problem)
+
+    def _uninstall(self) -> None:
+        receipt = self._receipt
+        self._reset()
+        self._receipt = receipt  # it can still be read
         if self._installed is not None:
             self._installed.close()
             self._installed = None
 
+    @staticmethod
+    def remove_from(model: nn.Module) -> None:
+        """Take every ablation off a model, whoever entered it: after a notebook cell that ran twice, say."""
+        for owner in remove_owned_hooks(model):
+            assert isinstance(owner, HeadAblation)
+            owner._uninstall()
+
     def ablate(self, heads: Iterable[tuple[int, int]], imputation: str | Imputation = "zero") -> None:
         """Ablate these (layer, head) pairs, and no others, in every row of every following forward pass.
 
-        Raises InvalidHead, UnknownImputation, and InvalidAblation outside of `with`. After an error, the previous
-        heads stay in force.
+        Raises InvalidHead, UnknownImputation, and InvalidAblation outside of `with`: the previous heads stay in force.
+        Raises AblationNotApplied if no forward pass has ablated the previous heads: the new ones are in force.
         """
         if self._installed is None:
             raise InvalidAblation("the ablation is not installed, so it would never fire: enter it first, using `with`")
-        self.edits = edits_by_layer([(Ablation(heads, imputation).validated(self.heads), None)])
+        self.set_edits(edits_by_layer([(Ablation(heads, imputation).validated(self.heads), None)]))
 
     def clear(self) -> None:
         """Ablate nothing: following forward passes give the model's own logits."""
-        self.edits = {}
-        self._mask = None
+        self._pending = False
+        self.set_edits({})
+
+    def set_edits(self, edits: Mapping[int, Sequence[Edit]]) -> None:
+        """Put edits into force: {layer: edits}, each of one row or of all. Raises AblationNotApplied as `ablate`."""
+        problem = self._not_applied() if self._pending else None
+        self.edits, self._forward = edits, None
+        self._pending = any(edits.values())
+        self._ever_ablated |= self._pending
+        if problem is not None:
+            raise AblationNotApplied(problem)
+
+    def _not_applied(self) -> str:
+        pairs = [f"layer {layer}, head {edit.head}" for layer, edits in self.edits.items() for edit in edits]
+        return (
+            f"{pairs[0] if pairs else 'a head'} was set to be ablated, but no forward pass did it: the model was not "
+            "run, or another object or thread ran in its place"
+        )
 
     def _remember_mask(self, model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         """Model pre-hook: keep the 2-D mask; a multi-part model passes masks derived from it to its decoder."""
@@ -167,89 +190,110 @@ class HeadAblation:
     def _begin_forward(self, decoder: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         """Decoder pre-hook: begin a receipt, and find the padding mask if an imputation depends on other tokens."""
         call, self._model_call = self._model_call, None
-        self.receipt = Receipt(self.heads.num_layers)
-        self._mask = None
-        if all(edit.imputation.per_token for edits in self.edits.values() for edit in edits):
-            return
-        arguments = _named_arguments(decoder, args, kwargs)
-        # A cache is recognised by its method: its argument is past_key_values or, since transformers 5.24, cache.
-        caches = [value for value in arguments.values() if hasattr(value, "get_seq_length")]
-        if any(cache.get_seq_length() > 0 for cache in caches):
-            raise InvalidAblation("this imputation needs the whole sequence in one forward: pass use_cache=False")
-        mask = arguments.get("attention_mask")
-        if isinstance(mask, dict) and call is not None:  # one mask per layer type, all made from the model's mask
-            mask = call.mask
-        if mask is not None and (not isinstance(mask, Tensor) or mask.ndim != 2):
-            raise InvalidAblation("this imputation needs an attention mask of [rows, tokens] to leave out the padding")
-        self._mask = mask
+        if _backward_task() is not None and self._ever_ablated:
+            raise AblationNotApplied(
+                "backward() runs the whole model again, and the heads in force may be others by now: checkpoint its "
+                "layers instead, or do not checkpoint it"
+            )
+        self._receipt = Receipt(self.heads.num_layers)
+        self._forward, self._pending, self._ever_ran = None, False, True
+        mask = None
+        if not all(edit.imputation.per_token for edits in self.edits.values() for edit in edits):
+            arguments = _named_arguments(decoder, args, kwargs)
+            if call is not None and isinstance(arguments.get("attention_mask"), dict):
+                arguments["attention_mask"] = call.mask  # the dict has a mask per layer type, all made from this one
+            mask = whole_sequence_mask(arguments)
+        self._forward = _Forward(self.edits, mask, self._receipt, torch.is_grad_enabled())
 
     def _edit_input(
         self, layer: AttentionLayer, projection: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]
     ) -> tuple[tuple[Any, ...], dict[str, Any]] | None:
         """Projection pre-hook: count the call, and replace the slices of the edited heads in the input."""
-        self.receipt.calls[layer.index] += 1
-        edits = self.edits.get(layer.index)
+        forward = self._current_forward(layer)
+        if forward is None:
+            return None
+        forward.receipt.calls[layer.index] += 1
+        edits = forward.edits.get(layer.index)
         if not edits:
             return None
-        if args:
-            z, *rest = args
-            edited, counts = apply_edits(z, layer, edits, self._mask)
-            result = (edited, *rest), kwargs
-        else:
-            ((name, z),) = kwargs.items()
-            edited, counts = apply_edits(z, layer, edits, self._mask)
-            result = (), {name: edited}
-        self.receipt.edited[layer.index] = counts
-        return result
+        self._pending, self._ever_ran = False, True
+        name, z = ("", args[0]) if args else next(iter(kwargs.items()))
+        edited, counts = apply_edits(z, layer, edits, forward.mask)
+        forward.receipt.edited[layer.index] = counts
+        forward.receipt.expected[layer.index] = expected_elements(edited, layer, edits)
+        return ((edited, *args[1:]), kwargs) if args else ((), kwargs | {name: edited})
 
-    def _verify_calls(self, decoder: nn.Module, args: tuple[Any, ...], output: object) -> None:
-        """Decoder hook: raise AblationNotApplied unless each edited projection was called exactly once."""
-        for index in self.edits:
-            verify_called_once(self.heads.layer(index), self.receipt)
+    def _current_forward(self, layer: AttentionLayer) -> _Forward | None:
+        """Return the forward pass that calls a projection now, which may be one that backward() recomputes in part."""
+        task = _backward_task()
+        if task is None:
+            if threading.get_ident() != self._thread:
+                return None
+            forward = self._forward or _Forward(self.edits, None, self._receipt, False)  # a layer called by itself
+            forward.checkpointed |= forward.grad and (not torch.is_grad_enabled() or _is_recorded_for_recomputing())
+            return forward
+        if self._backward is not None and self._backward[0] == task:
+            forward = self._backward[1]
+            if layer.index not in forward.recomputed:
+                forward.recomputed.add(layer.index)
+                return replace(forward, receipt=Receipt(self.heads.num_layers))
+        if self._ever_ablated and _is_own_or_autograd_thread(self._thread):
+            raise AblationNotApplied(
+                f"backward() runs {layer.projection_name} again, for a forward pass that began before this ablation "
+                "was entered: call its backward() before"
+            )
+        return None
+
+    def _end_forward(self, decoder: nn.Module, args: tuple[Any, ...], output: Any) -> None:
+        """Decoder hook: raise AblationNotApplied unless each edited projection replaced what it should, once."""
+        forward, self._forward = self._forward, None
+        if forward is None:
+            return
+        for index, edits in forward.edits.items():
+            if edits:
+                verify_called_once(self.heads.layer(index), forward.receipt)
+        verify_replaced(self.heads, forward.edits, forward.receipt)
+        if forward.checkpointed:
+            hidden = output[0]
+            if isinstance(hidden, Tensor) and hidden.requires_grad:
+                hidden.register_hook(partial(self._begin_backward, forward))
+
+    def _begin_backward(self, forward: _Forward, gradient: Tensor) -> None:
+        """Tensor hook on the decoder's output: its layers are recomputed next, as in this forward pass."""
+        if self._installed is None:
+            raise AblationNotApplied(
+                "gradient checkpointing runs the layers again in backward(), but their ablation was left: call "
+                "backward() inside `with`"
+            )
+        forward.recomputed.clear()
+        task = _backward_task()
+        assert task is not None
+        self._backward = task, forward
 
     def _verify_decoder_ran(self, model: nn.Module, args: tuple[Any, ...], output: object) -> None:
-        """Model hook: raise if the decoder's hooks did not run. A forward that was compiled earlier omits them."""
+        """Model hook: raise if the decoder's hooks did not run. A forward that was traced earlier omits them."""
         if self.edits and self._model_call is not None:
-            raise AblationNotApplied("the decoder's hooks did not run, as in a compiled forward: nothing was ablated")
+            self._pending, self._ever_ran = False, True
+            raise AblationNotApplied("the decoder's hooks did not run, as in a traced forward: nothing was ablated")
 
 
-def verify_called_once(layer: AttentionLayer, receipt: Receipt) -> None:
-    """Raise AblationNotApplied unless the layer's projection was called exactly once."""
-    if (calls := receipt.calls[layer.index]) != 1:
-        raise AblationNotApplied(
-            f"{layer.projection_name} was called {calls} times in one forward, not once: no head of it can be ablated"
-        )
+def _backward_task() -> int | None:
+    """Return the number of the backward pass that is running in this thread, or None."""
+    task: int = torch._C._current_graph_task_id()  # private, but what torch's own checkpointing and FSDP ask
+    return None if task == -1 else task
+
+
+def _is_recorded_for_recomputing() -> bool:
+    """Whether the forward pass is inside of a non-reentrant `torch.utils.checkpoint`."""
+    hooks = torch._C._autograd._top_saved_tensors_default_hooks(True)
+    return hooks is not None and hooks[0].__module__ == "torch.utils.checkpoint"
+
+
+def _is_own_or_autograd_thread(own: int | None) -> bool:
+    """Whether this is a given thread, or one of autograd's: Python did not start those, and calls them dummies."""
+    return threading.get_ident() == own or threading.current_thread().name.startswith("Dummy")
 
 
 def _named_arguments(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> dict[str, Any]:
     """Return the arguments of a module's forward by name."""
     return dict(zip(inspect.signature(module.forward).parameters, args, strict=False)) | kwargs
-
-
-def apply_edits(z: Tensor, layer: AttentionLayer, edits: Sequence[Edit], mask: Tensor | None) -> tuple[Tensor, Tensor]:
-    """Return a copy of z with the edited heads replaced, and counts [edits, 2] in the order of `EditCounts`.
-
-    Each replacement is computed from z itself, so edits do not see each other. z: [rows, tokens, num_heads * head_dim],
-    not written to. mask: [rows, tokens] or None, see `Imputation`. Raises UnsupportedModel if z has another shape.
-    """
-    if z.ndim != 3:
-        raise UnsupportedModel(f"{layer.projection_name} received {z.ndim} dimensions, not [rows, tokens, channels]")
-    edited = z.clone()
-    before, after = (t.unflatten(-1, (layer.num_heads, layer.head_dim)) for t in (z, edited))  # views
-    counts = torch.zeros(len(edits), 2, dtype=torch.long, device=z.device)
-    for imputation in dict.fromkeys(edit.imputation for edit in edits):
-        # All slices of one imputation are replaced at once: a growing batch has an edit for each row.
-        slices = [
-            (number, row, edit.head)
-            for number, edit in enumerate(edits)
-            if edit.imputation == imputation
-            for row in (range(len(z)) if edit.row is None else [edit.row])
-        ]
-        number, row, head = torch.tensor(slices, device=z.device).reshape(-1, 3).unbind(-1)
-        own = before[row, :, head]  # [slices, tokens, head_dim]
-        value = imputation(own, None if mask is None else mask.to(z.device)[row])
-        after[row, :, head] = value.expand_as(own)
-        held = after[row, :, head]
-        per_slice = torch.stack([held == value, held != own], dim=-1).sum(dim=(1, 2))  # [slices, 2]
-        counts.index_add_(0, number, per_slice)
-    return edited, counts

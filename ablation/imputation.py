@@ -75,8 +75,11 @@ IMPUTATIONS: dict[str, Imputation] = {imputation.name: imputation for imputation
 
 def as_imputation(imputation: str | Imputation) -> Imputation:
     """Return the imputation of that name, or the given one. Raises UnknownImputation."""
-    if isinstance(imputation, Imputation):
-        return imputation
     if isinstance(imputation, str) and imputation in IMPUTATIONS:
         return IMPUTATIONS[imputation]
-    raise UnknownImputation(f"unknown imputation {imputation!r}: use one of {', '.join(map(repr, IMPUTATIONS))}")
+    if not isinstance(imputation, Imputation):
+        raise UnknownImputation(f"unknown imputation {imputation!r}: use one of {', '.join(map(repr, IMPUTATIONS))}")
+    for attribute, kind in (("name", str), ("per_token", bool)):
+        if not isinstance(getattr(imputation, attribute, None), kind):
+            raise UnknownImputation(f"{type(imputation).__name__} does not declare `{attribute}`, a {kind.__name__}")
+    return imputation

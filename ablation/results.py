@@ -22,7 +22,7 @@ from typing import Any, Self
 import numpy as np
 from numpy.typing import NDArray
 
-from ablation.hook import Ablation
+from ablation.edits import Ablation
 
 
 @dataclass(frozen=True, eq=False)

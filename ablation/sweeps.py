@@ -9,10 +9,10 @@ import numpy as np
 from numpy.typing import NDArray
 from transformers import PreTrainedModel
 
+from ablation.edits import Ablation
 from ablation.engine import Progress, run, run_sequential
 from ablation.errors import InvalidAblation, InvalidPrompt
 from ablation.heads import find_heads
-from ablation.hook import Ablation
 from ablation.imputation import IMPUTATIONS, Imputation, as_imputation
 from ablation.results import RunResult, SweepResult
 

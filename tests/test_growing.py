@@ -8,9 +8,9 @@ import pytest
 import torch
 
 from ablation.checks.decoders import Decoder
+from ablation.edits import Ablation, Edit, Receipt
 from ablation.growing import BatchMismatch, RowLayout, first_layer, growing_batch
-from ablation.heads import find_heads
-from ablation.hook import Ablation, Edit, Receipt
+from ablation.hook import HeadAblation
 from ablation.imputation import IMPUTATIONS
 
 GPT2 = Decoder("gpt2", num_layers=2, num_heads=3, head_dim=2)
@@ -64,12 +64,12 @@ def test_receipts_are_summed_over_the_heads_of_a_set() -> None:
 
 def test_clean_row_is_copied_and_masks_are_repeated(monkeypatch: pytest.MonkeyPatch) -> None:
     """A prompt of two tokens, so that not every tensor of size two has a row for each row of the batch."""
-    heads = find_heads(GPT2.shared())
-    block = heads.layers[1].block
+    hook = HeadAblation(GPT2.shared())
+    block = hook.heads.layers[1].block
     monkeypatch.setattr(block, "forward", lambda *args, **kwargs: (args, kwargs))
     hidden, mask, full, tokens = torch.rand(3, 2, 6), torch.rand(1, 2), torch.rand(3, 2, 2), torch.arange(2)
     layout = RowLayout.growing([Ablation([(0, 0)])] * 2 + [Ablation([(1, 0)])] * 3)
-    with growing_batch(heads, layout, last_token_only=False, on_layer=unchanged):
+    with growing_batch(hook, layout, last_token_only=False, on_layer=unchanged):
         args, kwargs = block(hidden, mask, None, made=({"mask": mask}, full, tokens), how="fast")
         none, named = block(hidden_states=hidden, mask=mask)
     for states, masks in (args[:2], (named["hidden_states"], named["mask"])):
@@ -89,23 +89,23 @@ def test_clean_row_is_copied_and_masks_are_repeated(monkeypatch: pytest.MonkeyPa
     ],
 )
 def test_layer_with_other_input_is_a_mismatch(hidden: Any, reason: str) -> None:
-    heads = find_heads(GPT2.shared())
+    hook = HeadAblation(GPT2.shared())
     layout = RowLayout.growing([Ablation([(0, 0)])])
     with (
-        growing_batch(heads, layout, last_token_only=False, on_layer=unchanged),
+        growing_batch(hook, layout, last_token_only=False, on_layer=unchanged),
         pytest.raises(BatchMismatch, match=f"^{reason}$"),
     ):
-        heads.layers[0].block(**{"mask": None} if hidden is None else {"hidden_states": hidden})
+        hook.heads.layers[0].block(**{"mask": None} if hidden is None else {"hidden_states": hidden})
 
 
 def test_parts_after_the_last_attention_see_one_token(monkeypatch: pytest.MonkeyPatch) -> None:
-    heads = find_heads(GPT2.shared())
-    part, hidden = heads.layers[1].block.mlp, torch.rand(2, 5, 6)
+    hook = HeadAblation(GPT2.shared())
+    part, hidden = hook.heads.layers[1].block.mlp, torch.rand(2, 5, 6)
     monkeypatch.setattr(part, "forward", lambda *args, **kwargs: (args, kwargs))
-    with growing_batch(heads, RowLayout.growing([]), last_token_only=True, on_layer=unchanged):
+    with growing_batch(hook, RowLayout.growing([]), last_token_only=True, on_layer=unchanged):
         args, kwargs = part(hidden)
         assert args[0] is hidden and not kwargs
-        heads.layers[1].projection(hidden)
+        hook.heads.layers[1].projection(hidden)
         args, kwargs = part(hidden, hidden)
         assert torch.equal(args[0], hidden[:, -1:]) and args[1] is hidden and not kwargs
         args, kwargs = part(hidden_states=hidden, other=hidden)

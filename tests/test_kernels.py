@@ -14,8 +14,8 @@ from transformers.pytorch_utils import Conv1D
 
 from ablation.checks import parametrize_with_checks
 from ablation.checks.decoders import Decoder, randomised
+from ablation.edits import Ablation
 from ablation.engine import run
-from ablation.hook import Ablation
 from ablation.sweeps import sweep, sweep_sequential
 from tests.comparing import ATOL, IDS, assert_results_equal
 from tests.implementations.ours import Ours

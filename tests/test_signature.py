@@ -45,7 +45,7 @@ class HasNoClose(Ours):
     [
         (TakesNoModel, "__init__ cannot be called as __init__(model): too many positional arguments"),
         (TakesOnlyHeads, "ablate cannot be called as ablate(heads, imputation): too many positional arguments"),
-        (TakesOnlyIds, "run cannot be called as run(input_ids, attention_mask): too many positional arguments"),
+        (TakesOnlyIds, "run cannot be called as run(input_ids=..., attention_mask=..., position_ids=..."),
         (NamesItsArgumentsOtherwise, "run cannot be called as run(input_ids=..., attention_mask=..., position_ids=..."),
         (HasNoClose, "the adapter has no method close"),
     ],

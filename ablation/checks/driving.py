@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from typing import Any
 
 import torch
@@ -13,6 +13,7 @@ from transformers import DynamicCache, PreTrainedModel
 from ablation.checks.cases import Case
 from ablation.checks.decoders import VOCABULARY
 from ablation.checks.protocol import CACHE, Factory, Implementation
+from ablation.errors import AblationNotApplied
 
 
 def run(model: PreTrainedModel, inputs: dict[str, Any]) -> Tensor:
@@ -29,7 +30,13 @@ def made(factory: Factory, model: PreTrainedModel) -> Iterator[Implementation]:
     try:
         yield implementation
     finally:
-        implementation.close()
+        discard(implementation.close)
+
+
+def discard(call: Callable[..., object], *args: Any) -> None:
+    """Call `ablate` or `close` when no run may have used the heads in force; an error that reports this is ignored."""
+    with suppress(AblationNotApplied):
+        call(*args)
 
 
 def ablated_logits(factory: Factory, case: Case, model: PreTrainedModel | None = None) -> Tensor:

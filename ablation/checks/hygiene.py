@@ -12,7 +12,7 @@ import torch
 from ablation.checks.assertions import assert_identical
 from ablation.checks.cases import Case, CaseSpec
 from ablation.checks.check import check
-from ablation.checks.driving import ablated_logits, made, other_ids, run
+from ablation.checks.driving import ablated_logits, discard, made, other_ids, run
 from ablation.checks.lifecycle import LifecycleCheck, Place, Steps, replay
 from ablation.checks.observe import assert_state_equals, assert_unchanged, changes, hooks, state
 from ablation.checks.protocol import Factory
@@ -39,11 +39,11 @@ def restored(factory: Factory, case: Case) -> None:
         before = state(model)
         implementation = factory(model)
         for _ in range(ablations):
-            implementation.ablate(list(case.heads), case.imputation)
+            discard(implementation.ablate, list(case.heads), case.imputation)
         for _ in range(runs):
             what = "the logits, against those of a model that was never ablated before,"
             assert_identical(implementation.run(**inputs), want, what)
-        implementation.close()
+        discard(implementation.close)
         assert_state_equals(model, before)
 
 

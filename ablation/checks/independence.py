@@ -14,7 +14,7 @@ from ablation.checks.assertions import assert_close, assert_identical
 from ablation.checks.cases import Case, CaseSpec
 from ablation.checks.check import check, unsupported_features
 from ablation.checks.decoders import VOCABULARY
-from ablation.checks.driving import ablated_logits, decode_with_cache, made, other_ids, run
+from ablation.checks.driving import ablated_logits, decode_with_cache, discard, made, other_ids, run
 from ablation.checks.protocol import Factory, Implementation
 from ablation.heads import find_heads
 
@@ -89,7 +89,7 @@ def _assert_independent_of_history(factory: Factory, case: Case) -> None:
         implementation.clear()
         assert_run(0, from_new([], case.imputation, 0), "after clear()")
         implementation.ablate(first, case.imputation)
-        implementation.ablate(first, imputations[-1])
+        discard(implementation.ablate, first, imputations[-1])
         assert_run(0, from_new(first, imputations[-1], 0), "with an imputation that replaced another one")
         implementation.ablate(first, case.imputation)
         for register in (layer.block.register_forward_pre_hook, layer.projection.register_forward_hook):
@@ -209,7 +209,7 @@ def later_tokens(factory: Factory, case: Case) -> None:
     with made(factory, case.model()) as implementation:
         implementation.ablate(list(case.heads), "zero")
         mask = torch.ones(1, len(row), dtype=torch.long)
-        one, two = (implementation.run(torch.tensor([ids]), mask).clone() for ids in (row, changed))
+        one, two = (implementation.run(torch.tensor([ids]), attention_mask=mask).clone() for ids in (row, changed))
     # Up to rounding: in a mixture of experts, another last token changes how many tokens an expert multiplies at once.
     assert_close(one[:, :-1], two[:, :-1], "the logits before the last token, against those with another last token")
 

@@ -66,7 +66,9 @@ class Implementation(Protocol):
     def ablate(self, heads: Sequence[tuple[int, int]], imputation: str) -> None:
         """Ablate these (layer, head) pairs and no others in the following runs. imputation: "zero" or "mean".
 
-        The caller may change the sequence `heads` later. If the call raises an error, the previous heads stay in force.
+        The caller may change the sequence `heads` later. If the call is rejected, the previous heads stay in force. If
+        no run has used the previous heads, `ablate` and `close` may take effect and then raise
+        `ablation.errors.AblationNotApplied`.
         """
 
     def run(self, input_ids: Tensor, attention_mask: Tensor | None = None, **inputs: Any) -> Tensor:
