@@ -1,6 +1,6 @@
 """Switch off attention heads of a language model, and know that it was done right.
 
-The names below are imported when they are used, so that the command line answers at once.
+The public names are imported on first use, so that the command line starts without loading torch.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""`python -m ablation`: the command line."""
+"""`python -m ablation` runs the command line."""
 
 import sys
 

@@ -1,4 +1,4 @@
-"""The command line. Nothing heavy is imported before the arguments have been checked; `--help` answers at once."""
+"""The command line. It checks the arguments before it imports torch and transformers, so errors are reported fast."""
 
 from __future__ import annotations
 
@@ -36,9 +36,10 @@ MODEL_HELP = "capitals (default), smollm2, gpt2, NAME=FOLDER, a folder, a .gguf 
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Run a command. Returns the exit status.
+    """Run a command and return its exit status.
 
-    0: success; 2: bad input; 130: interrupted; 141: the output is closed. `check` returns the status of pytest.
+    argv: the arguments, by default those of the process. The status is 0 for success, 2 for an invalid input, 130 after
+    an interrupt, 141 if the output is closed (as by `| head`), and for `check` the exit status of pytest.
     """
     arguments = _parser().parse_args(argv)
     for stream in (sys.stdout, sys.stderr):
@@ -62,7 +63,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 class _Version(argparse.Action):
-    """Prints the version when it is asked for: to look it up takes longer than to parse the arguments."""
+    """Looks the version up only for `--version`, since the look-up takes longer than parsing the arguments."""
 
     def __call__(self, parser: argparse.ArgumentParser, *_: object) -> None:
         print(f"ablation {ablation.__version__}")
@@ -75,21 +76,23 @@ def _parser() -> argparse.ArgumentParser:
     commands = parser.add_subparsers(required=True, metavar="command")
     sweep = commands.add_parser(
         "sweep",
-        help="ablate every head in turn: what does each do to one prediction?",
+        help="ablate every head in turn, and show what each does to one prediction",
         description="Ablate every attention head in turn and show what each does to the model's next token.",
         epilog=EPILOG,
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     add = sweep.add_argument
     add("--model", default="capitals", help=MODEL_HELP)
-    add("--prompt", help="the text to continue (default: that of the named model)")
+    add("--prompt", help="the text to continue (default: the prompt of the named model)")
     add(
         "--target",
-        help="the token whose probability is followed (default: the named model's; with --prompt, the prediction)",
+        help="the token whose probability is measured (default: the target of the named model; with --prompt, the "
+        "prediction)",
     )
     add(
         "--control",
-        help="a token that should not react (default: the named model's; with --prompt, the most probable other)",
+        help="a token that should not react (default: the control of the named model; with --prompt, the most probable "
+        "other token)",
     )
     add(
         "--imputation",
@@ -97,9 +100,10 @@ def _parser() -> argparse.ArgumentParser:
         choices=["zero", "mean"],
         default=["zero", "mean"],
         metavar="NAME",
-        help="what replaces a head: zero, mean (one number per head: the mean of its z), or both (default)",
+        help="what replaces the output of a head (z): zero, mean (one number, the mean of z over tokens and channels), "
+        "or both (default: both)",
     )
-    add("--out", type=Path, metavar="FOLDER", help="where arrays and figures go (default: ./ablation-MODEL)")
+    add("--out", type=Path, metavar="FOLDER", help="the folder for arrays and figures (default: ./ablation-MODEL)")
     add("--max-rows", type=int, metavar="N", help="rows of a forward pass (default: as many as fit in 128 MB)")
     add("--device", help="cpu, cuda, cuda:1, mps, ..., or auto: all devices (default: a GPU if there is one)")
     add("--dtype", choices=["float32", "float64", "bfloat16", "float16"], default="float32", help="(default: float32)")
@@ -107,7 +111,7 @@ def _parser() -> argparse.ArgumentParser:
     sweep.set_defaults(run=_sweep)
     heads = commands.add_parser(
         "heads",
-        help="where the heads of a model are, or why it is refused",
+        help="show where the heads of a model are, or why the model is refused",
         description="Show where the attention heads of a model are, or why they cannot be ablated. Loads no weights.",
     )
     heads.add_argument("--model", default="capitals", help=MODEL_HELP)
@@ -175,7 +179,7 @@ def _heads(arguments: argparse.Namespace) -> int:
 
 
 def _question(arguments: argparse.Namespace) -> Question:
-    """The question asked: without a prompt, the model's default one, whose target and control may be replaced."""
+    """Return the question of the arguments; without --prompt, the model's own, with --target and --control if given."""
     if arguments.prompt is not None:
         check_prompt(arguments.prompt)
         return Question(arguments.prompt, arguments.target, arguments.control)
@@ -188,7 +192,7 @@ def _question(arguments: argparse.Namespace) -> Question:
 
 
 def _sweep_with_progress(loaded: LoadedModel, question: Question, arguments: argparse.Namespace) -> SweepResult:
-    """Sweep with a progress bar if a person is watching; warnings become notes on standard error."""
+    """Sweep with a progress bar if standard error is a terminal. Warnings are printed as notes on standard error."""
     from tqdm import tqdm
 
     from ablation.experiment import sweep_question
@@ -212,7 +216,7 @@ def _sweep_with_progress(loaded: LoadedModel, question: Question, arguments: arg
 
 
 def _silence_transformers() -> None:
-    """Silence what transformers prints while it loads. Its errors are exceptions."""
+    """Silence the log and the progress bars of transformers; errors are exceptions, which still propagate."""
     from transformers.utils import logging
 
     logging.set_verbosity_error()
@@ -220,14 +224,14 @@ def _silence_transformers() -> None:
 
 
 def _status_line(text: str) -> None:
-    """Show a line that the next one replaces, to a person at a terminal."""
+    """If standard error is a terminal, show a line there that replaces the previous status line."""
     if sys.stderr.isatty():
         print(f"\r\033[K{text}", end="", file=sys.stderr, flush=True)
 
 
 @contextmanager
 def _staging(out: Path) -> Iterator[Path]:
-    """A folder whose files move to `out` at the end; after an error, nothing of it remains. Raises OSError."""
+    """Yield a temporary folder whose files move to `out` at the end; after an error, it is deleted. Raises OSError."""
     existing = next(path for path in (out, *out.absolute().parents) if path.exists())
     if not existing.is_dir():
         raise OSError(f"cannot write to {out}: {existing} is not a folder")

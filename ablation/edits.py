@@ -18,8 +18,8 @@ from ablation.imputation import Imputation, as_imputation
 class Ablation:
     """A set of heads that are ablated together, with one imputation.
 
-    heads: (layer, head) pairs; without any, an ablated run is a clean run. Raises InvalidHead if they are not a list of
-    pairs, and UnknownImputation.
+    heads: (layer, head) pairs; if there are none, the ablated run is a clean run. Raises InvalidHead if `heads` is not
+    a list of pairs, and UnknownImputation.
     """
 
     heads: tuple[tuple[int, int], ...]
@@ -34,7 +34,7 @@ class Ablation:
         object.__setattr__(self, "imputation", as_imputation(imputation))
 
     def validated(self, heads: HeadMap) -> Ablation:
-        """Return the same ablation with each head once, as ints. Raises InvalidHead if the model lacks a head."""
+        """Return the ablation with its heads as ints, each named once. Raises InvalidHead if the model lacks a head."""
         return Ablation(tuple(dict.fromkeys(map(heads.validate, self.heads))), self.imputation)
 
     def __str__(self) -> str:
@@ -43,7 +43,7 @@ class Ablation:
 
 
 class Edit(NamedTuple):
-    """One head of a layer, replaced in one row of the batch; row None: in every row."""
+    """One head of a layer, to be replaced in one row of the batch, or in every row if `row` is None."""
 
     head: int
     imputation: Imputation
@@ -51,7 +51,7 @@ class Edit(NamedTuple):
 
 
 class EditCounts(NamedTuple):
-    """What one edit did, counted on the tensor that the hook passes on to the projection.
+    """The effect of one edit, counted in the tensor that the hook passes on to the projection.
 
     replaced: elements that hold the imputed value. changed: elements that differ from the head's own output.
     """
@@ -63,19 +63,19 @@ class EditCounts(NamedTuple):
 class Receipt:
     """What the hook did in one forward pass.
 
-    calls: how often each layer's projection was called, [layers]; 0 for a layer without heads.
+    calls: how often the projection of each decoder layer was called, [layers]; 0 for a layer without heads.
     """
 
     def __init__(self, num_layers: int) -> None:
         self.calls = [0] * num_layers
         self.edited: dict[int, Tensor] = {}
-        """For each layer with edits: counts on its device, int64 [edits, 2] in the order of `EditCounts`."""
+        """{layer with edits: counts, int64 [edits, 2], with the columns of `EditCounts`, on the device of z}."""
         self.expected: dict[int, list[int]] = {}
-        """For each layer with edits: how many elements each edit has to replace."""
+        """{layer with edits: the number of elements that each edit has to replace}."""
 
     @property
     def counts(self) -> dict[int, list[EditCounts]]:
-        """For each layer with edits: what each edit did, in the order of the edits."""
+        """{layer with edits: the counts of each edit, in the order of the edits}."""
         return {layer: [EditCounts(*edit) for edit in counts.tolist()] for layer, counts in self.edited.items()}
 
     def __repr__(self) -> str:
@@ -83,7 +83,7 @@ class Receipt:
 
 
 def edits_by_layer(ablations: Iterable[tuple[Ablation, int | None]]) -> dict[int, list[Edit]]:
-    """Return {layer: edits} of ablations, each with the row that carries it; None: every row."""
+    """Return {layer: edits}. ablations: each with the row of the batch that carries it, or None for every row."""
     edits: dict[int, list[Edit]] = {}
     for ablation, row in ablations:
         for layer, head in ablation.heads:
@@ -196,9 +196,10 @@ def whole_sequence_mask(arguments: Mapping[str, Any]) -> Tensor | None:
 
 
 def _is_packed(arguments: Mapping[str, Any], mask: Tensor | None) -> bool:
-    """Whether a row holds several sequences, by its positions, which start again, or by what marks sequences.
+    """Whether a row holds several sequences.
 
-    These are boundaries (cu_seq_lens_q, cu_seqlens, ...), numbers (seq_idx), or a mask that counts sequences.
+    Signs are positions that start again, boundaries of sequences (cu_seq_lens_q, cu_seqlens, ...), numbers of sequences
+    (seq_idx), and a mask that counts sequences.
     """
     for name, value in arguments.items():
         if isinstance(value, Tensor):

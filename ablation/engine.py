@@ -1,4 +1,4 @@
-"""The engine: any list of ablations of one prompt, in one growing batch or one forward pass each."""
+"""The engine: runs any list of ablations on one prompt, in one growing batch or in one forward pass each."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ from ablation.module_hooks import register
 from ablation.results import RunResult
 
 Progress = Callable[[float], None]
-"""Receives the share of the work that is done, in (0, 1]."""
+"""A callback that receives the share of the work that is done, in (0, 1]."""
 
 
 def run(
@@ -43,20 +43,22 @@ def run(
 ) -> RunResult:
     """Run every ablation of a list on one prompt, in one growing batch. Nothing is approximated.
 
-    Before a layer, a copy of the clean row joins the batch for each ablation whose first head is in that layer;
-    `HeadAblation` then edits each row's heads. Everything that an ablation shares with the clean run is computed once,
-    and after the attention of the last layer only the last token is computed.
+    A growing batch is a forward pass that starts with one row, the clean row. Before each layer, a copy of the clean
+    row joins the batch for every ablation whose first head is in that layer; `HeadAblation` then edits the heads of
+    each row. Layers before an ablation's first head are thus computed once, for the clean row. After the attention of
+    the last layer, only the last token is computed.
 
-    The clean row, and one row for each layer, are compared with an ordinary forward pass of a plain batch, within the
-    model's own rounding (see `ablation.guard`). If they disagree, or if the model's own code fails on the batch, the
-    batch runs again with all tokens in the last layer; and if that fails, too, the ablations run one forward pass each,
-    with a warning. A model whose rows are known to influence each other runs so at once. `provenance["method"]` says
-    which way was taken. An error in this package, an imputation or `progress` propagates.
+    As a guard, the clean row and one row for each layer are compared with an ordinary forward pass of a batch that has
+    all rows from the start; they may differ by the model's own rounding (see `ablation.guard`). If a row disagrees, or
+    if the model's own code fails on the growing batch, the batch runs again with all tokens in the last layer. If that
+    fails, too, each ablation runs in its own forward pass, with a warning. A model whose rows are known to influence
+    each other runs that way at once. `provenance["method"]` says which way was taken. An error in this package, an
+    imputation or `progress` propagates.
 
     token_ids: the prompt, one row without padding. watch: token ids whose probabilities are measured, by convention the
     target and the control; None stands for the most probable token of the clean run that is not watched yet.
     max_rows: the largest number of rows in a forward pass, at least 2; by default as many as fit in ROW_BUDGET_BYTES.
-    Further ablations take further passes.
+    Ablations that do not fit run in further passes.
 
     Raises InvalidPrompt, InvalidHead, InvalidAblation, UnsupportedModel, AblationNotApplied, NonFiniteLogits.
     """
@@ -109,7 +111,7 @@ def _never_back(progress: Progress | None) -> Progress | None:
 
 @dataclass(frozen=True)
 class _CleanRun:
-    """The clean run, and what an ablated run is compared with.
+    """The measures of the clean run, with which an ablated run is compared.
 
     logits: of the last token, [vocabulary]. head_mean: [L, H], see `RunResult`. watched: token ids, [W]. tolerance: see
     `tie_tolerance`. summary: of one row.
@@ -132,7 +134,9 @@ def _measure_clean(request: Request, logits: Tensor, head_mean: NDArray[np.float
 
 
 def _run_plain(request: Request, probes: Sequence[Ablation]) -> tuple[_CleanRun, Tensor]:
-    """Run a plain batch: the clean run, and some ablations. Returns the clean run, and logits [probes, vocabulary].
+    """Run the clean row and some ablations in a plain batch, which has all its rows from the start.
+
+    Returns the clean run, and the logits of the ablations, [probes, vocabulary].
 
     Raises BatchMismatch, AblationNotApplied, NonFiniteLogits, and UnsupportedModel if a projection does not receive
     every head's z.
@@ -231,7 +235,7 @@ def _chunks(ablations: Sequence[Ablation], largest: int) -> list[Sequence[Ablati
 
 
 class _Outcomes(NamedTuple):
-    """What the ablations of one batch did, on the host. The first four as in `LogitSummary`, [A, W] and [A]."""
+    """The measures of the ablations of one batch, as arrays. The first four are those of `LogitSummary`."""
 
     probability: NDArray[np.float64]
     log_probability: NDArray[np.float64]

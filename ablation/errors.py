@@ -1,4 +1,4 @@
-"""Every error that the package raises on purpose. Each message says what is wrong and what to do about it."""
+"""Every error that the package raises on purpose. A message says what is wrong and, where needed, what to do."""
 
 
 class AblationError(Exception):
@@ -18,19 +18,19 @@ class UnknownImputation(AblationError, ValueError):
 
 
 class InvalidAblation(AblationError, RuntimeError):
-    """An ablation that is impossible in the present state of the hook or of the model."""
+    """An ablation that cannot be run, because of its arguments, the state of the hook, or the state of the model."""
 
 
 class AblationNotApplied(AblationError, RuntimeError):
-    """A forward pass ran, but its receipt does not show the ablation that was asked for."""
+    """A forward pass ran, but its receipt does not show that the requested ablation took place."""
 
 
 class NonFiniteLogits(AblationError, ArithmeticError):
-    """A forward pass gave NaN or infinite logits, whose argmax means nothing."""
+    """A forward pass gave logits that are NaN or infinite, so their argmax means nothing."""
 
 
 class ModelUnavailable(AblationError, OSError):
-    """A model that cannot be loaded: unknown, not on this machine, or damaged."""
+    """A model that cannot be loaded: unknown, damaged, not on this machine, or without a package or device it needs."""
 
 
 class InvalidPrompt(AblationError, ValueError):

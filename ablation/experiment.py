@@ -1,4 +1,4 @@
-"""One experiment: a question is put to a model, and every head is ablated."""
+"""One experiment: a model answers a question, first unchanged, then with each head ablated in turn."""
 
 from __future__ import annotations
 
@@ -23,9 +23,10 @@ def sweep_question(
     max_rows: int | None = None,
     progress: Progress | None = None,
 ) -> SweepResult:
-    """Sweep a model on a question; its target and control are watched. See `sweep` for the rest.
+    """Sweep a model on the prompt of a question, and watch the question's target and control.
 
-    Raises InvalidPrompt for an empty prompt, for a target or control that is not one token, and if both are the same.
+    Arguments, result and errors are those of `sweep`. In addition, raises InvalidPrompt for a prompt that is empty or
+    that the tokenizer does not preserve, for a target or control that is not one token, and if the two are equal.
     """
     ids = prompt_ids(loaded.tokenizer, question.prompt)
     watch = [t if t is None else single_token(loaded.tokenizer, t) for t in (question.target, question.control)]

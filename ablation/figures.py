@@ -1,4 +1,7 @@
-"""Figures of a sweep, legible in a paper, for the colour-blind, and in a grey print."""
+"""Figures of a sweep. They stay legible at the size of a paper, for colour-blind readers, and printed in grey.
+
+The first watched token is called the target and the second the control; any further ones are called tokens.
+"""
 
 from __future__ import annotations
 
@@ -52,7 +55,11 @@ INCHES_PER_LETTER = 0.066
 
 
 class Panel(NamedTuple):
-    """One map: values [layer, head], title lines, and which heads to ring, if any: those whose ablation flips."""
+    """One map of all heads.
+
+    values: [layer, head]. title: lines. flipped: [layer, head], the heads to mark by a ring because their ablation
+    changes the argmax; None for a map without rings.
+    """
 
     values: Floats
     title: Sequence[str]
@@ -62,14 +69,14 @@ class Panel(NamedTuple):
 def draw(sweep: SweepResult, folder: Path, *, title: str, token_texts: Mapping[int, str]) -> list[Path]:
     """Draw a sweep as PNG files in an existing folder, and return their paths. Raises OSError.
 
-    The watched tokens are the target and, if there is a second one, the control. title: the model and the prompt.
-    token_texts: the text of the watched tokens and of the clean argmax.
+    title: the title of every figure, such as the model and the prompt. token_texts: {token id: text}, for the watched
+    tokens and the clean argmax.
     """
     texts = {token: quoted(text) for token, text in token_texts.items()}
     drawings: list[Callable[[SweepResult, Mapping[int, str]], Figure]]
     drawings = [sensitivity, *([difference] if len(sweep.imputations) > 1 else []), histograms, head_means, margins]
     paths = []
-    with style.context(["default", STYLE]):  # ignores the user's settings, and does not change them
+    with style.context(["default", STYLE]):  # ignores matplotlib settings of the user, and leaves them unchanged
         for drawing in drawings:
             figure = drawing(sweep, texts)
             figure.suptitle(
@@ -81,7 +88,10 @@ def draw(sweep: SweepResult, folder: Path, *, title: str, token_texts: Mapping[i
 
 
 def sensitivity(sweep: SweepResult, texts: Mapping[int, str]) -> Figure:
-    """Maps of the change in probability, in percentage points: a row per token, a column per imputation."""
+    """Draw maps of the change in probability, in percentage points: a row per watched token, a column per imputation.
+
+    texts, here and below: {token id: quoted text}.
+    """
     panels = [
         [
             Panel(100 * changes[i], [f"{role}, {name}", kept_label(sweep, i, texts)], sweep.flipped[i])
@@ -93,7 +103,10 @@ def sensitivity(sweep: SweepResult, texts: Mapping[int, str]) -> Figure:
 
 
 def difference(sweep: SweepResult, texts: Mapping[int, str]) -> Figure:
-    """Maps of the second imputation minus the first, in percentage points, for each token."""
+    """Draw a map per watched token: the change in probability under the second imputation minus that under the first.
+
+    Changes are in percentage points.
+    """
     first, second = sweep.imputations[:2]
     change = 100 * (sweep.probability_change[:, 1] - sweep.probability_change[:, 0])
     panels = [
@@ -104,7 +117,7 @@ def difference(sweep: SweepResult, texts: Mapping[int, str]) -> Figure:
 
 
 def margins(sweep: SweepResult, texts: Mapping[int, str]) -> Figure:
-    """Maps of the margin of the clean argmax over its strongest rival, in logits; negative if it is flipped."""
+    """Draw a map per imputation: the margin in logits, with a minus sign if the ablation changes the argmax."""
     signed = np.where(sweep.kept, sweep.margin, -sweep.margin)
     panels = [
         Panel(values, [name, kept_label(sweep, i, texts)], sweep.flipped[i])
@@ -115,7 +128,7 @@ def margins(sweep: SweepResult, texts: Mapping[int, str]) -> Figure:
 
 
 def histograms(sweep: SweepResult, texts: Mapping[int, str]) -> Figure:
-    """Histograms over the heads of the change in probability, in percentage points; each tick below is a head."""
+    """Draw histograms of the change in probability, in percentage points. Each tick below the axis is one head."""
     change = 100 * sweep.probability_change  # [watched, imputation, layer, head]
     bins = np.linspace(-largest_magnitude(change), largest_magnitude(change), 42)  # 41 bins: one is centred on 0
     watched, imputations = change.shape[:2]
@@ -135,7 +148,7 @@ def histograms(sweep: SweepResult, texts: Mapping[int, str]) -> Figure:
 
 
 def head_means(sweep: SweepResult, texts: Mapping[int, str]) -> Figure:
-    """The mean of each head's z in the clean run, as a map, and against depth with its least-squares line."""
+    """Draw the mean of each head's z in the clean run: as a map, and over depth with a least-squares line."""
     means, bound = sweep.head_mean, 1.05 * largest_magnitude(sweep.head_mean)
     layers, heads = means.shape
     cell = cell_size(layers, 2 * heads)
@@ -170,7 +183,11 @@ def head_means(sweep: SweepResult, texts: Mapping[int, str]) -> Figure:
 
 
 def maps(panels: Sequence[Sequence[Panel]], label: str, argmax: str | None = None) -> Figure:
-    """Draw maps on one scale, symmetric about 0, or from 0 if no value is negative. argmax: its text, for rings."""
+    """Draw a grid of maps with one colour scale.
+
+    panels: rows of the grid. The scale is symmetric about 0, or starts at 0 if no value is negative. label: of the
+    scale. argmax: the text of the clean argmax, for the legend of the rings; None for maps without rings.
+    """
     layers, heads = panels[0][0].values.shape
     if layers > 1.5 * heads:  # tall grids side by side
         panels = [[panel for row in panels for panel in row]]
@@ -204,9 +221,9 @@ def maps(panels: Sequence[Sequence[Panel]], label: str, argmax: str | None = Non
 
 
 def heat_map(axes: Axes, panel: Panel, scale: tuple[float, float], cell: float) -> Any:
-    """Draw one map.
+    """Draw one map. scale: the values at both ends of the colour scale. cell: the side of a cell in inches.
 
-    A dash marks clearly negative cells, which look like positive ones in a grey print.
+    A dash marks clearly negative cells, which would look like positive ones in a grey print.
     """
     low, high = scale
     layers, heads = panel.values.shape
@@ -228,7 +245,7 @@ def heat_map(axes: Axes, panel: Panel, scale: tuple[float, float], cell: float) 
 
 
 def missing_heads_legend(values: Floats) -> list[Line2D | Patch]:
-    """Return the legend of cells [layer, head] without a head, if there are any."""
+    """Return the legend for cells without a head: one entry, or none if no value [layer, head] is NaN."""
     missing = np.isnan(values)
     if not missing.any():
         return []
@@ -236,39 +253,39 @@ def missing_heads_legend(values: Floats) -> list[Line2D | Patch]:
 
 
 def tick_step(cell: float, inches: float) -> int:
-    """Return the smallest step between tick labels of that size that do not overlap."""
+    """Return the smallest step between tick labels at which they do not overlap. inches: the size of a label."""
     return next(step for step in (1, 2, 4, 8, 16, 32, 64) if step * cell >= inches or step == 64)
 
 
 def cell_size(layers: int, heads: int) -> float:
-    """Return the side of a cell in inches, such that all cells fit on a page."""
+    """Return the side of a cell in inches: small enough for all cells to fit on a page."""
     return min(0.22, 6.5 / layers, 5.2 / heads)
 
 
 def largest_magnitude(values: Floats) -> float:
-    """Return the largest finite magnitude; 1 if there is none, so that a scale can always be drawn."""
+    """Return the largest magnitude of the finite values, or 1 if it is 0 or there are none, for use as a scale."""
     finite = np.abs(values[np.isfinite(values)])
     return float(finite.max()) if finite.any() else 1.0
 
 
 def roles(sweep: SweepResult, texts: Mapping[int, str]) -> list[str]:
-    """Return the role and the text of each watched token."""
+    """Return the role (target, control or token) and the text of each watched token."""
     names = ["target", "control", *["token"] * len(sweep.watched)]
     return [f"{name} {texts[int(token)]}" for name, token in zip(names, sweep.watched, strict=False)]
 
 
 def kept_label(sweep: SweepResult, imputation: int, texts: Mapping[int, str]) -> str:
-    """Say how many ablations keep the clean argmax."""
+    """Return a title line that says how many ablations keep the clean argmax. imputation: its index."""
     return f"{sweep.kept[imputation].sum()} of {sweep.has_head.sum()} keep {texts[sweep.clean_argmax]}"
 
 
 def quoted(token: str) -> str:
-    """Return a token in quotes, with visible spaces."""
+    """Return a token in quotes, shortened if need be, with visible spaces."""
     return f"“{truncate(escape_undrawable(token).replace(' ', '␣'), 20)}”"
 
 
 def truncate(text: str, letters: int) -> str:
-    """Shorten a text to that many letters."""
+    """Return a text, shortened to at most that many characters."""
     return text if len(text) <= letters else text[: letters - 1] + "…"
 
 

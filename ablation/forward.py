@@ -1,4 +1,4 @@
-"""Validated inputs of a run, and forward passes that distinguish a failure of the model from an error of ours."""
+"""Validated inputs of a run, and forward passes that tell a failure of the model from an error of this package."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ PACKAGE = f"{Path(__file__).parent}{os.sep}"
 
 @dataclass(frozen=True)
 class Request:
-    """What a run is asked for, validated.
+    """The validated arguments of a run.
 
     hook: a `HeadAblation` of the model. token_ids: the prompt. watch: see `run`.
     """
@@ -103,7 +103,10 @@ def _predicted_tokens(model: PreTrainedModel) -> int:
 
 
 def rows_per_pass(request: Request, max_rows: int | None) -> int:
-    """Rows of a forward pass: `max_rows`, or as many as fit in ROW_BUDGET_BYTES. Raises InvalidAblation."""
+    """Return the number of rows per forward pass: `max_rows`, or as many as fit in ROW_BUDGET_BYTES.
+
+    Raises InvalidAblation if `max_rows` is less than 2.
+    """
     if max_rows is not None:
         try:
             rows = as_index(max_rows)
@@ -129,7 +132,7 @@ def _keeps_last_logits(model: PreTrainedModel) -> bool:
 
 
 def _inputs(request: Request, rows: int) -> tuple[Tensor, dict[str, Any]]:
-    """What the model is called with: token ids [rows, tokens], and options."""
+    """Return the arguments for the model: token ids [rows, tokens], and keyword arguments."""
     embedding = _embedding(request.model)
     # An embedding on the meta device is loaded from elsewhere by accelerate, which also moves its input there.
     device = "cpu" if embedding.is_meta else embedding.device
@@ -138,13 +141,13 @@ def _inputs(request: Request, rows: int) -> tuple[Tensor, dict[str, Any]]:
 
 
 def last_logits(request: Request, rows: int) -> Tensor:
-    """Run the model on that many rows of the prompt. Returns the logits of the last token, [rows, vocabulary]."""
+    """Run the model on `rows` copies of the prompt. Returns the logits of the last token, [rows, vocabulary]."""
     ids, options = _inputs(request, rows)
     return _of_last_token(request.model(ids, **options))
 
 
 def batch_logits(request: Request, rows: int) -> Tensor:
-    """`last_logits` of a batch: a failure of the model's own code raises BatchMismatch."""
+    """Do as `last_logits`, but raise BatchMismatch if the model's own code fails."""
     ids, options = _inputs(request, rows)
     try:
         output = request.model(ids, **options)

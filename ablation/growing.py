@@ -82,9 +82,9 @@ class RowLayout:
         return 1 + int(np.count_nonzero(self._first_layers <= layer))
 
     def receipts(self, receipt: Receipt) -> NDArray[np.int64]:
-        """What the hook did for each ablation, [ablations, 3]: calls, elements replaced, elements changed.
+        """Return the receipt of each ablation, [ablations, 3]: calls, elements replaced, elements changed.
 
-        calls: of the projections that the ablation edits; 1 if each was called once.
+        calls: 1 if each projection that the ablation edits was called once, or else the calls of one that was not.
         """
         found = np.zeros((len(self.ablations), 3), dtype=np.int64)
         found[:, 0] = 1
@@ -98,7 +98,7 @@ class RowLayout:
 
 
 def first_layer(ablation: Ablation) -> int:
-    """The first layer that an ablation changes: the sort key of a growing batch; 0 without heads."""
+    """The first layer that an ablation changes: the sort key of a growing batch; 0 if the ablation has no heads."""
     return min((layer for layer, _ in ablation.heads), default=0)
 
 
@@ -106,7 +106,7 @@ def first_layer(ablation: Ablation) -> int:
 def growing_batch(
     hook: HeadAblation, layout: RowLayout, *, last_token_only: bool, on_layer: Callable[[], object]
 ) -> Iterator[None]:
-    """While entered, a forward pass that starts with one row grows to all rows of the layout.
+    """Context manager in which a forward pass that starts with one row grows to all rows of the layout.
 
     hook: the entered ablation of the model. last_token_only: after the attention of the last layer, only the last token
     is computed; the logits of other tokens mean nothing. This is right if all other parts of that layer treat each
@@ -163,7 +163,8 @@ def _repeat_rows(value: Any, rows: int) -> Any:
 class _LastToken:
     """Narrows everything after the attention of a layer to the last token.
 
-    The layer then adds the residual stream of all tokens to this one by broadcasting; only the last token is read.
+    By broadcasting, the layer then adds the residual stream of every token to the narrowed output. The sum is right at
+    the last token, and only that token is read.
     """
 
     def __init__(self) -> None:

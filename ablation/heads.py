@@ -1,8 +1,9 @@
 """Where the attention heads of a Hugging Face decoder are.
 
-The z of a layer's heads lie side by side in the input of the layer's attention output projection (W_O): head h is the
-channels [h * head_dim, (h + 1) * head_dim). Facts are read from the modules, and from the configuration if the
-modules do not state them. A model whose heads cannot be determined is refused; nothing is guessed.
+z is the output of one head before the attention output projection (W_O). The z of all heads of a layer lie side by side
+in the input of the projection: head h has the channels [h * head_dim, (h + 1) * head_dim). The number of heads and
+head_dim are read from the modules, and from the configuration if the modules do not state them. A model whose heads
+cannot be determined is refused; nothing is guessed.
 """
 
 from __future__ import annotations
@@ -20,13 +21,13 @@ from transformers.pytorch_utils import Conv1D
 
 from ablation.errors import InvalidHead, UnsupportedModel
 
-# The modules of transformers tell these three only by a name: an attention by its class, a cross-attention by its class
-# or its place in the layer, an output projection by its place in the attention.
+# Only names identify these modules in transformers: the class name of an attention, the class name or attribute name of
+# a cross-attention, and the attribute name of an output projection.
 ATTENTION = re.compile(r"Attention|MLA$")
 CROSS_ATTENTION = re.compile(r"cross|encoder", re.IGNORECASE)
 PROJECTION = re.compile(r"(attention_)?o(ut|utput)?(_proj|_lin|_linear)?|Wo|c_proj|dense")
 
-# Attributes of an attention, in order of preference: channels of one head's z, and the number of query heads.
+# Attributes of an attention module, in order of preference: channels of one head's z, and number of query heads.
 HEAD_DIM_ATTRIBUTES = ("v_head_dim", "head_dim", "head_size", "attention_head_size", "dim_head")
 HEAD_COUNT_ATTRIBUTES = ("num_heads", "num_attention_heads", "num_attn_heads", "n_heads", "n_head")
 
@@ -55,10 +56,10 @@ class AttentionLayer:
 
 @dataclass(frozen=True, eq=False)
 class HeadMap:
-    """All heads of a model. Iterating over it gives every (layer, head), layer by layer.
+    """All heads of a model. Iteration gives every (layer, head) pair, layer by layer.
 
-    decoder: the module that runs the layers; a forward pass calls it once. num_layers: all decoder layers. layers:
-    those with attention heads, in order; in a hybrid model some decoder layers have none.
+    decoder: the module that runs the layers; a forward pass calls it once. num_layers: the number of all decoder
+    layers. layers: the decoder layers with attention heads, in order; some layers of a hybrid model have none.
     """
 
     decoder: nn.Module
@@ -67,14 +68,14 @@ class HeadMap:
 
     @property
     def shape(self) -> tuple[int, int]:
-        """(decoder layers, largest number of heads in a layer)."""
+        """The shape of a map of all heads: (number of decoder layers, largest number of heads in a layer)."""
         return self.num_layers, max(layer.num_heads for layer in self.layers)
 
     def __iter__(self) -> Iterator[tuple[int, int]]:
         return ((layer.index, head) for layer in self.layers for head in range(layer.num_heads))
 
     def layer(self, index: Any) -> AttentionLayer:
-        """Return the layer with that index. Raises InvalidHead if it does not exist or has no heads."""
+        """Return the decoder layer with this index. Raises InvalidHead if it does not exist or has no heads."""
         index = _checked_index(index, "layer", self.num_layers, "the model")
         for layer in self.layers:
             if layer.index == index:
@@ -92,7 +93,10 @@ class HeadMap:
 
 
 def as_index(value: Any) -> int:
-    """Return an integer. Raises TypeError for anything else, also for True and for a tensor with dimensions."""
+    """Return an integer (of Python, numpy or torch) as an int.
+
+    Raises TypeError for any other value, also for a bool and for a tensor that has dimensions.
+    """
     if isinstance(value, bool) or getattr(value, "dtype", None) == torch.bool or getattr(value, "ndim", 0):
         raise TypeError
     return operator.index(value)
@@ -112,11 +116,11 @@ def _checked_index(value: Any, what: str, count: int, owner: str) -> int:
 def find_heads(model: PreTrainedModel) -> HeadMap:
     """Find the heads of a causal language model of transformers.
 
-    In a model of several parts (vision, speech), the heads are those of the text decoder. A layer with linear
-    attention, a convolution or a state-space model in place of attention has no heads. Cross-attention is ignored.
+    In a multi-part model (vision, speech), the heads of the text decoder are found. A layer that has linear attention,
+    a convolution or a state-space model instead of attention has no heads. Cross-attention is ignored.
 
-    Raises UnsupportedModel, with the reason, if the modules do not determine z, or if replacing a slice of the
-    projection's input would not be an ablation of one head.
+    Raises UnsupportedModel, with the reason, if the modules do not determine where z is, or if replacing a slice of the
+    projection's input would not ablate exactly one head.
     """
     if not isinstance(model, PreTrainedModel):
         raise UnsupportedModel(
@@ -130,7 +134,7 @@ def find_heads(model: PreTrainedModel) -> HeadMap:
         layer_types = [""] * len(blocks)
     layers = []
     for index, (block, layer_type) in enumerate(zip(blocks, layer_types, strict=True)):
-        if layer_type == "linear_attention":  # a recurrence, also if its class is called an attention: it has no z
+        if layer_type == "linear_attention":  # a recurrence without z, even if its class name contains "Attention"
             continue
         attentions = _attentions(block)
         if not attentions and "attention" not in layer_type:
@@ -145,7 +149,7 @@ def find_heads(model: PreTrainedModel) -> HeadMap:
 
 
 def _decoder_layers(model: PreTrainedModel, config: PretrainedConfig) -> tuple[PreTrainedModel, nn.ModuleList]:
-    """Return the text decoder, and its one list of layers with attention."""
+    """Return the text decoder, and its list of layers. Raises UnsupportedModel unless just one list has attention."""
     root = model.get_decoder()
     if not isinstance(root, PreTrainedModel):  # some models call their unembedding `decoder`
         root = model
@@ -186,9 +190,10 @@ def _attentions(block: nn.Module) -> dict[str, nn.Module]:
 
 
 def _projection(attentions: dict[str, nn.Module], block: nn.Module, index: int) -> tuple[nn.Linear | Conv1D, nn.Module]:
-    """Return the one attention output projection of a decoder layer, and the attention that knows its heads.
+    """Return the attention output projection of a decoder layer, and the module that states its number of heads.
 
-    The projection is a Linear or Conv1D, or the `dense` or `linear` of a module around it (BERT's `output.dense`).
+    The projection is a Linear or Conv1D, either itself a child of the attention, or the `dense` or `linear` of such a
+    child (BERT's `output.dense`). Raises UnsupportedModel unless there is exactly one.
     """
     found: dict[nn.Linear | Conv1D, str] = {}
     for place, attention in attentions.items():
@@ -213,8 +218,8 @@ def _projection(attentions: dict[str, nn.Module], block: nn.Module, index: int) 
 def _head_count_and_dim(
     attention: nn.Module, projection: nn.Linear | Conv1D, config: PretrainedConfig, index: int
 ) -> tuple[int, int]:
-    """Return the number of query heads of a layer and their head_dim, which together fill the projection's input."""
-    # Conv1D keeps its weight as [in, out]. A Linear has in_features, also if its weight is packed.
+    """Return the number of query heads of a layer, and head_dim. Their product is the projection's input size."""
+    # Conv1D stores its weight as [in, out]. A Linear states in_features, even if its weight is quantised and packed.
     channels = projection.weight.shape[0] if isinstance(projection, Conv1D) else projection.in_features
     layer = f"layer {index} ({_class_name(attention)})"
     if hasattr(attention, "lambda_init"):  # differential attention: two heads make one output of twice the size
@@ -240,7 +245,7 @@ def _head_count_and_dim(
 
 
 def _int_attribute(module: nn.Module, names: tuple[str, ...]) -> int | None:
-    """Return the first of these attributes of a module that is an int."""
+    """Return the value of the first of these attributes of a module that is an int, or None."""
     values = (getattr(module, name, None) for name in names)
     return next((v for v in values if isinstance(v, int) and not isinstance(v, bool)), None)
 
@@ -253,7 +258,7 @@ def _key_value_heads(attention: nn.Module, num_heads: int) -> int:
 
 
 def _check_supported(model: PreTrainedModel, heads: HeadMap) -> None:
-    """Raise UnsupportedModel if a hook on a projection would not fire exactly once per forward, for one layer."""
+    """Raise UnsupportedModel if a hook on a projection would not fire exactly once per forward pass, for one layer."""
     if not heads.layers:
         raise UnsupportedModel(f"{_class_name(model)} has no attention heads: no layer has an attention module")
     projections = [layer.projection for layer in heads.layers]

@@ -1,4 +1,4 @@
-"""The hook: a context manager that replaces the output of heads in every forward pass of a model."""
+"""`HeadAblation`, a context manager that replaces the output (z) of heads in every forward pass of a model."""
 
 from __future__ import annotations
 
@@ -42,7 +42,7 @@ class _ModelCall:
 class _Forward:
     """One forward pass of the decoder.
 
-    edits, mask: what it is ablated with. grad: whether gradients were enabled when it began. checkpointed: whether
+    edits, mask: those of its ablation. grad: whether gradients were enabled when it began. checkpointed: whether
     backward() runs its layers again. recomputed: the layers that the current backward() has run again.
     """
 
@@ -62,16 +62,16 @@ class HeadAblation:
         logits = model(input_ids).logits
         ablation.clear()
 
-    It registers one forward pre-hook on each attention output projection; two hooks on the decoder, which begin and
-    verify the receipt; and two on the model, which keep its attention mask and verify that the decoder's hooks ran. It
-    never writes into a tensor that it receives. On exit, also by an exception, these hooks are removed and everything
-    else is unchanged. It can be entered again.
+    Entering registers one forward pre-hook on each attention output projection; two hooks on the decoder, which begin
+    and verify the receipt; and two on the model, which keep the attention mask and verify that the decoder's hooks ran.
+    The hooks never write into a tensor that they receive. Leaving, also by an exception, removes these hooks and
+    changes nothing else. The context manager can be entered again.
 
-    It acts in the thread that entered it; forward passes in other threads are not ablated. To ablate in a worker
-    thread, enter it there. Copies and pickles of the model carry no ablation. While it is entered, code compiled by
-    `torch.compile` runs eagerly in the whole process, since compiled code may omit hooks. The model may be in training
-    mode. Layers that gradient checkpointing recomputes in `backward()` are recomputed as they were recorded; call
-    `backward()` before the exit.
+    Only forward passes in the thread that entered the context manager are ablated; a worker thread has to enter one
+    itself. Copies and pickles of the model carry no ablation. Until the exit, code compiled by `torch.compile` runs
+    eagerly in the whole process, since compiled code may omit hooks. The model may be in training mode. Layers that
+    gradient checkpointing runs again in `backward()` are ablated as in the forward pass; call `backward()` before the
+    exit.
 
     heads: the `HeadMap` of the model. edits: {layer: edits} in force; empty if nothing is ablated.
 
@@ -102,7 +102,7 @@ class HeadAblation:
 
     @property
     def receipt(self) -> Receipt:
-        """What happened in the last forward pass. Raises AblationNotApplied if none has used the heads in force."""
+        """The receipt of the last forward pass. Raises AblationNotApplied if none has used the heads in force."""
         if self._pending:
             raise AblationNotApplied(self._not_applied())
         return self._receipt

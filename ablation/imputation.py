@@ -1,4 +1,4 @@
-"""What replaces a head's z, and what each choice promises."""
+"""Imputations: the values that replace a head's z, and the properties that each imputation promises."""
 
 from __future__ import annotations
 
@@ -48,9 +48,9 @@ class Zero(Imputation):
 class Mean(Imputation):
     """Replaces z by one number for each row: the mean of z over the row's real tokens and all channels.
 
-    This is the mean of the published experiment; for one prompt without padding it is `z.mean()`. In the literature,
-    "mean ablation" usually means something else: a vector of channel means over a reference data set. The mean depends
-    on later tokens, so it is not per token.
+    This is the mean of the published GPT-2 experiment (golden/gpt2/claims.toml); for one prompt without padding, the
+    mean is `z.mean()`. In the literature, "mean ablation" usually has another meaning: a vector of channel means over a
+    reference data set. The mean depends on later tokens, so `per_token` is False.
     """
 
     name: ClassVar[str] = "mean"

@@ -1,4 +1,4 @@
-"""From the logits of the last token to what is reported: probabilities, argmax, margin."""
+"""Measures of the last token's logits: probabilities, argmax and margin."""
 
 from __future__ import annotations
 
@@ -8,9 +8,9 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-# Equal columns of W_U give logits that differ in their last bits, since a kernel sums the columns at the edge of a
-# block in another order. Measured: up to 10 eps of the logits' size (float32 and float64, 6 to 4096 channels, 1 to 16
-# rows, AVX-512, AVX2 and neither); 0 in bfloat16, where the sum is rounded once, to one eps.
+# Two tokens with equal weights in the unembedding may get logits that differ in their last bits, since a kernel sums
+# the columns at the edge of a block in another order. Measured: up to 10 eps of the logits' size (float32 and float64,
+# 6 to 4096 channels, 1 to 16 rows, AVX-512, AVX2 and neither); 0 in bfloat16, whose sum is rounded once, to one eps.
 TIE_EPS = 64.0
 
 CHUNK_ROWS = 4
@@ -18,11 +18,11 @@ CHUNK_ROWS = 4
 
 
 class LogitSummary(NamedTuple):
-    """What the logits of some rows say. Tensors on the device of the logits, or on the CPU for MPS; floats are float64.
+    """Measures of the logits of some rows, as tensors on the device of the logits (for MPS: on the CPU).
 
-    probability, log_probability: of the watched tokens, [rows, watched]; log-probabilities in nats.
+    Floats are float64. probability, log_probability: of the watched tokens, [rows, watched]; log-probabilities in nats.
     argmax: token ids, [rows]. margin: top-1 logit - top-2 logit, [rows]; 0 in a tie. finite: whether all logits of the
-    row are finite, [rows] bool; the other values of a row mean nothing if they are not.
+    row are finite, [rows] bool; if not, the other measures of the row mean nothing.
     """
 
     probability: Tensor
@@ -33,23 +33,26 @@ class LogitSummary(NamedTuple):
 
 
 def tie_tolerance(logits: Tensor) -> float:
-    """The difference up to which two logits of a row are a tie: rounding decides which is larger.
+    """Return the difference up to which two logits of a row are a tie, since rounding decides which is larger.
 
-    logits: those of the clean run, [vocabulary]. See `TIE_EPS` for the evidence.
+    logits: those of the clean run, [vocabulary]. `TIE_EPS` has the evidence.
     """
     eps, eps32 = torch.finfo(logits.dtype).eps, torch.finfo(torch.float32).eps
-    size = torch.maximum(logits.max().abs(), logits.abs().median())  # by the median, a masked token does not count
+    size = torch.maximum(logits.max().abs(), logits.abs().median())  # the median ignores masked tokens
     return float(size) * (TIE_EPS * min(eps, eps32) + eps)
 
 
 def lowest_best(logits: Tensor, tolerance: float) -> Tensor:
-    """The argmax: the lowest id of the tokens within `tolerance` of the largest logit. [..., vocabulary] -> [...]."""
+    """Return the argmax: the lowest token id whose logit is within `tolerance` of the largest.
+
+    [..., vocabulary] -> [...].
+    """
     best = logits.amax(dim=-1, keepdim=True)
-    return (logits >= best - tolerance).to(torch.uint8).argmax(dim=-1)  # the first, where several are largest
+    return (logits >= best - tolerance).to(torch.uint8).argmax(dim=-1)  # torch returns the first of equal maxima
 
 
 def resolve_watched(watch: Sequence[int | None], logits: Tensor, tolerance: float) -> list[int]:
-    """The watched tokens. Each None becomes the most probable token that is not watched yet.
+    """Return the watched tokens, with each None replaced by the most probable token that is not watched yet.
 
     logits: those of the clean run, [vocabulary].
     """
@@ -66,7 +69,7 @@ def resolve_watched(watch: Sequence[int | None], logits: Tensor, tolerance: floa
 
 
 def summarise_logits(logits: Tensor, watched: Tensor, tolerance: float) -> LogitSummary:
-    """Probabilities of the watched tokens, and the prediction.
+    """Return the probabilities of the watched tokens, the argmax and the margin of each row.
 
     logits: [rows, vocabulary]. watched: token ids, [watched]. tolerance: see `tie_tolerance`. Everything is computed in
     float64, where the sum over the vocabulary loses no digits.

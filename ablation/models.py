@@ -1,4 +1,7 @@
-"""Loading models with their tokenizers. Safetensors and GGUF only; no code of a model's folder or of the hub is run."""
+"""Loading of models with their tokenizers, from safetensors and GGUF files only.
+
+Code that comes with a model, from a folder or from the hub, is never run.
+"""
 
 from __future__ import annotations
 
@@ -25,7 +28,10 @@ T = TypeVar("T")
 
 @dataclass(frozen=True, eq=False)
 class LoadedModel:
-    """A model in evaluation mode, and its tokenizer. revision: the commit on the hub, if it came from there."""
+    """A model in evaluation mode, and its tokenizer.
+
+    name: as in results. revision: the commit of a model from the hub; None for other models.
+    """
 
     name: str
     model: PreTrainedModel
@@ -42,11 +48,12 @@ def load(
 ) -> LoadedModel:
     """Load a model and its tokenizer.
 
-    name: a name in NAMED_MODELS, NAME=FOLDER (its weights come from a folder), a folder, a .gguf file or a hub id.
-    Files on this machine are used as they are. The hub is asked only for what is missing, and only with `download`.
-    device: "cpu", "cuda", "cuda:1", "mps", ...; "auto" spreads a model over all devices, which needs the package
-    accelerate; by default a GPU if there is one. Raises ModelUnavailable if the model is unknown, missing or damaged,
-    if weights do not fit the configuration, or if there is no such device.
+    name: a name in NAMED_MODELS, NAME=FOLDER (a named model whose files are in a folder), a folder, a .gguf file or a
+    hub id. download: whether a model that is missing in the hub's cache is downloaded; a cached model is never updated.
+    device: "cpu", "cuda", "cuda:1", "mps", ..., or "auto", which spreads the model over all devices and needs the
+    package accelerate; by default a GPU if there is one, or else the CPU. dtype: of the weights. Raises
+    ModelUnavailable if the model is unknown, missing or damaged, if weights do not fit the configuration, or if there
+    is no such device.
     """
     load_from = partial(_load, device=_device(device), dtype=dtype)
     source = resolve(name)
@@ -56,7 +63,10 @@ def load(
 
 
 def architecture(name: str) -> PreTrainedModel:
-    """Build a model from its configuration alone, without weights, on the meta device. Raises ModelUnavailable."""
+    """Build a model on the meta device from its configuration alone, without loading weights.
+
+    name: see `load`. Raises ModelUnavailable.
+    """
     source = resolve(name)
     return _from_hub(source, _build, download=True) if source.is_hub else _build(source, local_files_only=True)
 
@@ -69,7 +79,7 @@ def _device(name: str | None) -> str:
     if name != "auto":
         try:
             torch.empty(0, device=name)
-        except Exception as error:  # each kind of device raises another one
+        except Exception as error:  # each kind of device raises its own type of error
             raise ModelUnavailable(f"no device {name!r} here: {_first_line(error)}") from error
     return name
 
@@ -92,7 +102,7 @@ def _load(source: Source, *, local_files_only: bool, device: str, dtype: torch.d
         tokenizer = AutoTokenizer.from_pretrained(source.place, **where)
     except Exception as error:  # for a damaged file, the libraries raise anything
         raise ModelUnavailable(f"cannot load {source.name}: {_first_line(error)}") from error
-    # Without this, transformers would fill them with random numbers.
+    # Without this check, transformers would fill missing weights with random numbers.
     if wrong := [*info["missing_keys"], *info["mismatched_keys"]]:
         raise ModelUnavailable(
             f"cannot load {source.name}: {len(wrong)} weights are missing or misshapen, such as {wrong[0]}"
@@ -115,13 +125,16 @@ def _build(source: Source, *, local_files_only: bool) -> PreTrainedModel:
 
 
 def _place_arguments(source: Source, local_files_only: bool) -> dict[str, Any]:
-    """Return the arguments of from_pretrained that say where to look; code that lies there is never run."""
+    """Return the arguments of from_pretrained that say where to look, and that forbid running code from there."""
     gguf = {"gguf_file": source.gguf} if source.gguf else {}
     return {"local_files_only": local_files_only, "trust_remote_code": False, **gguf}
 
 
 def _from_hub(source: Source, load_from: Callable[..., T], download: bool) -> T:
-    """Load from the hub's cache, or else from the hub itself. Raises ModelUnavailable."""
+    """Load from the hub's cache or, if the model is not there and `download` is true, from the hub.
+
+    load_from: `_load` or `_build`. Raises ModelUnavailable.
+    """
     from huggingface_hub import HfApi
     from huggingface_hub.errors import HFValidationError, RepositoryNotFoundError
 
@@ -133,13 +146,13 @@ def _from_hub(source: Source, load_from: Callable[..., T], download: bool) -> T:
     reason = "not on this machine"
     if download:
         try:
-            HfApi().model_info(source.place, timeout=10)  # fails at once; from_pretrained would retry for long
+            HfApi().model_info(source.place, timeout=10)  # fails at once, while from_pretrained retries for long
             return load_from(source, local_files_only=False)
         except (RepositoryNotFoundError, HFValidationError):
             reason = "not on the hub under this name"
         except ModelUnavailable:
             raise
-        except Exception as error:  # of the network
+        except Exception as error:  # any error of the network
             reason = f"not on this machine, and the hub cannot be reached ({_first_line(error)})"
     raise ModelUnavailable(
         f"no model {source.name!r}: it is {reason}. Use {', '.join(NAMED_MODELS)}, a folder, a .gguf file or a hub id."
@@ -147,7 +160,7 @@ def _from_hub(source: Source, load_from: Callable[..., T], download: bool) -> T:
 
 
 def _revision(source: Source) -> str | None:
-    """Return the commit of a model in the hub's cache."""
+    """Return the commit of a model in the hub's cache, or None if the model is not there."""
     from huggingface_hub import try_to_load_from_cache
 
     config = try_to_load_from_cache(source.place, "config.json")
@@ -162,7 +175,7 @@ def _first_line(error: Exception) -> str:
 
 
 def _dequantisation(gguf: str) -> dict[str, Any]:
-    """Return arguments of from_pretrained that dequantise a .gguf file into plain float modules."""
+    """Return the arguments of from_pretrained that make it dequantise a .gguf file into plain float modules."""
     try:
         from transformers import GgufConfig
     except ImportError:  # an older transformers, which always dequantises
@@ -174,7 +187,10 @@ CHECKSUMS = "sha256.json"
 
 
 def _converted(source: Source) -> Source:
-    """Return a cache folder with the safetensors of SmolLM2's .gguf file: to dequantise it takes 20 s, every time."""
+    """Return the source of a cache folder that holds SmolLM2's .gguf file, converted to safetensors.
+
+    The cache saves the 20 s that dequantising the file takes.
+    """
     assert source.gguf is not None
     versions = "-".join(f"{name}-{importlib.metadata.version(name)}" for name in ("transformers", "gguf"))
     cache = user_cache_path("head-ablation")
@@ -197,7 +213,7 @@ def _converted(source: Source) -> Source:
 
 
 def _is_intact(folder: Path) -> bool:
-    """Whether the files of a cache folder are those that were written."""
+    """Whether the files of a cache folder have the checksums that were stored when they were written."""
     try:
         sums = json.loads((folder / CHECKSUMS).read_text())
         return all(_sha256(folder / name) == digest for name, digest in sums.items())

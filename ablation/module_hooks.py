@@ -44,7 +44,10 @@ def _do_nothing(*_: object) -> None:
 def register(
     module: nn.Module, function: Hook, *, owner: object, after: bool = False, any_thread: bool = False
 ) -> Callable[[], None]:
-    """Register a forward pre-hook with keyword arguments, or a forward hook if `after`. Returns what removes it."""
+    """Register a forward pre-hook with keyword arguments, or a forward hook if `after`.
+
+    Returns a function that removes the hook.
+    """
     hook = OwnedHook(function, owner, any_thread)
     handle = module.register_forward_hook(hook) if after else module.register_forward_pre_hook(hook, with_kwargs=True)
     module.__dict__["__reduce_ex__"] = partial(_reduce_without_owned_hooks, module)
@@ -87,7 +90,7 @@ def _tables(state: dict[str, Any]) -> dict[str, dict[int, Any]]:
 
 
 def _reduce_without_owned_hooks(module: nn.Module, protocol: Any) -> Any:
-    """`__reduce_ex__` of a hooked module: copies and pickles are made from what it returns."""
+    """`__reduce_ex__` of a module with hooks, without these hooks: its result is what is copied and pickled."""
     reduced = type(module).__reduce_ex__(module, protocol)
     if not isinstance(reduced, tuple) or len(reduced) < 3 or not isinstance(reduced[2], dict):
         return reduced
@@ -107,9 +110,9 @@ _stance: Any = None
 
 @contextmanager
 def compiled_code_runs_eagerly() -> Iterator[None]:
-    """While entered, code compiled by `torch.compile` runs eagerly, in the whole process.
+    """Context manager in which code compiled by `torch.compile` runs eagerly, in the whole process.
 
-    Compiled code that contains a call of the model was traced without our hooks, or keeps them for ever.
+    Compiled code that calls the model was traced without the hooks of this package, or would keep them forever.
     """
     global _eager_users, _stance
     with _lock:

@@ -1,4 +1,4 @@
-"""Questions put to a model, and their tokens. Importing this module is cheap."""
+"""Questions to a model, and their tokens. This module imports neither torch nor transformers."""
 
 from __future__ import annotations
 
@@ -14,9 +14,9 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class Question:
-    """A prompt, the token that should follow it, and a token of the same kind that should not react.
+    """A prompt, the target (the token that should follow it), and the control (a similar token that should not react).
 
-    A target or control of None stands for the most probable token of the clean run that is not watched yet.
+    None as target or control stands for the most probable token of the clean run that is not watched yet.
     """
 
     prompt: str
@@ -25,15 +25,15 @@ class Question:
 
 
 def check_prompt(prompt: str) -> None:
-    """Raise InvalidPrompt for a prompt without text."""
+    """Raise InvalidPrompt for a prompt that is empty or consists of spaces."""
     if not prompt.strip():
         raise InvalidPrompt("the prompt is empty")
 
 
 def prompt_ids(tokenizer: PreTrainedTokenizerBase, prompt: str) -> list[int]:
-    """Return the token ids that the model's own tokenizer gives the prompt.
+    """Return the token ids of the prompt, with the special tokens that the tokenizer adds.
 
-    Raises InvalidPrompt if the prompt is empty, has unknown words, or is changed by the tokenizer.
+    Raises InvalidPrompt if the prompt is empty, contains unknown words, or loses letters in the tokenizer.
     """
     check_prompt(prompt)
     ids: list[int] = tokenizer(prompt)["input_ids"]
@@ -48,7 +48,10 @@ def prompt_ids(tokenizer: PreTrainedTokenizerBase, prompt: str) -> list[int]:
 
 
 def single_token(tokenizer: PreTrainedTokenizerBase, text: str) -> int:
-    """Return the id of a text that is one token. Raises InvalidPrompt otherwise, with its tokens and an alternative."""
+    """Return the token id of a text that is one token.
+
+    Raises InvalidPrompt for any other text. The message names the tokens of the text and, if possible, an alternative.
+    """
     ids = _encode(tokenizer, text)
     if _is_token(tokenizer, text):
         return ids[0]
@@ -71,7 +74,7 @@ def _is_token(tokenizer: PreTrainedTokenizerBase, text: str) -> bool:
 
 
 def _round_trips(tokenizer: PreTrainedTokenizerBase, ids: list[int], text: str) -> bool:
-    """Whether the tokens still hold the text. A tokenizer may change case, form and spaces, but not lose letters."""
+    """Whether decoding gives the text again. Case, spaces and Unicode form may differ, since tokenizers change them."""
     back = str(tokenizer.decode(ids, skip_special_tokens=True))
     one, other = ("".join(unicodedata.normalize("NFKC", t).casefold().split()) for t in (back, text))
     return one == other

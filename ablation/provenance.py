@@ -1,4 +1,4 @@
-"""What a result was made with: enough to say whether two results may differ, and why."""
+"""What a result was made with: versions, settings and weights, to explain why two results differ."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from transformers import PreTrainedModel
 
 
 def environment() -> dict[str, Any]:
-    """Return the versions and settings that change the last bits of a float result, or more."""
+    """Return the versions and settings on which float results depend, at least in their last bits."""
     return {
         "torch": torch.__version__,
         "transformers": transformers.__version__,
@@ -27,9 +27,9 @@ def environment() -> dict[str, Any]:
 
 
 def of_model(model: PreTrainedModel) -> dict[str, Any]:
-    """Return the class, dtype, attention implementation and device of a model; all its devices, if it is spread.
+    """Return the class, dtype, attention implementation and device of a model, and the dtype of torch.autocast or None.
 
-    autocast: the dtype that torch.autocast imposes, or None.
+    A model that is spread over several devices has all of them under `device`.
     """
     spread: dict[str, Any] = getattr(model, "hf_device_map", {})
     device = model.device.type
@@ -44,7 +44,7 @@ def of_model(model: PreTrainedModel) -> dict[str, Any]:
 
 
 def weights_sha256(model: torch.nn.Module) -> str:
-    """Return a SHA-256 of the names, dtypes, shapes and bytes of all parameters and buffers, in any file format."""
+    """Return a SHA-256 of the names, dtypes, shapes and bytes of the state dict; file formats do not change it."""
     digest = hashlib.sha256()
     weights = model.state_dict()
     if any(tensor.is_meta for tensor in weights.values()):  # accelerate loads some when they are needed

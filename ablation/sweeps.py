@@ -1,4 +1,4 @@
-"""The sweep: every head of a model is ablated in turn, to see what each does to a prediction."""
+"""Sweeps: each head of a model is ablated in turn, to measure what the head does to a prediction."""
 
 from __future__ import annotations
 
@@ -26,10 +26,10 @@ def sweep(
     max_rows: int | None = None,
     progress: Progress | None = None,
 ) -> SweepResult:
-    """Ablate every head in turn, with each imputation, in one growing batch. See `run` for the arguments and the guard.
+    """Ablate each head in turn, with each imputation, in one growing batch.
 
-    imputations: names or `Imputation` objects, each with a name of its own. Raises what `run` raises, and
-    UnknownImputation.
+    imputations: names or `Imputation` objects; no two may have one name. `run` describes the growing batch, the other
+    arguments and the errors; in addition, raises UnknownImputation.
     """
     return _sweep(partial(run, max_rows=max_rows), model, token_ids, watch, imputations, progress)
 
@@ -55,9 +55,10 @@ def sweep_prompts(
     max_rows: int | None = None,
     progress: Progress | None = None,
 ) -> list[SweepResult]:
-    """`sweep` for several prompts, one after the other.
+    """Call `sweep` for several prompts, one after the other, and return one result per prompt.
 
-    prompts: token ids of each prompt, without padding. watch: for each prompt, the tokens that `sweep` watches.
+    prompts: token ids of each prompt, without padding. watch: for each prompt, the argument `watch` of `sweep`. Raises
+    InvalidPrompt if there are no prompts or not as many entries in `watch`, and what `sweep` raises.
     """
     prompts = list(prompts)
     watch = [(None, None)] * len(prompts) if watch is None else list(watch)
@@ -77,7 +78,7 @@ def sweep_prompts(
 
 
 def _subrange(progress: Progress, number: int, count: int) -> Progress:
-    """The progress of one of `count` equal parts, numbered from 0."""
+    """Return a callback for the progress of one of `count` equal parts. number: of the part, from 0."""
     return lambda share: progress((number + share) / count)
 
 
@@ -89,7 +90,10 @@ def _sweep(
     imputations: Sequence[str | Imputation],
     progress: Progress | None,
 ) -> SweepResult:
-    """Run all one-head ablations, and arrange what they did as arrays over imputations, layers and heads."""
+    """Run all one-head ablations, and arrange their effects in arrays over imputations, layers and heads.
+
+    runner: `run` or `run_sequential`.
+    """
     if isinstance(imputations, str | Imputation):
         raise UnknownImputation(f"`imputations` is a list: pass [{imputations!r}]")
     chosen = [as_imputation(imputation) for imputation in imputations]
@@ -97,7 +101,7 @@ def _sweep(
     if not names or len(set(names)) < len(names):
         raise InvalidAblation("name at least one imputation, and each only once")
     heads = find_heads(model)
-    # Layer by layer, the order in which a growing batch takes its rows.
+    # Layer by layer: this is the order in which rows join a growing batch.
     cells = [
         (number, layer.index, head)
         for layer in heads.layers

@@ -64,13 +64,19 @@ def _findings(matrix: Matrix) -> Iterator[str]:
     alone = {mutant: killers(marks) for mutant, marks in matrix.items() if len(killers(marks)) == 1}
     none = [mutant for mutant, marks in matrix.items() if not killers(marks)]
     yield from ("", "## Thin places", "")
-    yield "Mutants that a single check rejects. With more examples, other checks reject some of them, too."
+    yield "These mutants are rejected by one check only. With more examples, other checks reject some of them, too."
     yield ""
     yield from (f"- {mutant.__name__}: `{check}`" for mutant, (check,) in alone.items())
     yield from (
         f"- {mutant.__name__}: `{mutant.expected_check}`, but only with more examples than here" for mutant in none
     )
-    yield from ("", "## The checks", "", "What each check rejects, and what no other check rejects.", "")
+    yield from (
+        "",
+        "## The checks",
+        "",
+        "For each check: the number of mutants that it rejects, and the mutants that it alone rejects.",
+        "",
+    )
     yield from ("| # | check | rejects | alone |", "|---|---|---|---|")
     for number, check in enumerate(CHECKS, start=1):
         rejects = sum(check.id in killers(marks) for marks in matrix.values())
@@ -78,44 +84,45 @@ def _findings(matrix: Matrix) -> Iterator[str]:
         yield f"| {number} | `{check.id}` | {rejects} | {only} |"
     idle = [check.id for check in CHECKS if [check.id] not in alone.values()]
     yield from ("", "### Checks that no mutant needs", "")
-    yield "Another check rejects every mutant that these reject. Why they are kept:"
+    yield "Every mutant that one of these checks rejects is also rejected by another check. The reasons to keep them:"
     yield ""
     yield from (f"- `{check}`: {WHY_KEPT.get(check, 'its message is clearer')}." for check in idle)
 
 
 WHY_KEPT = {
-    "smoke": "it comes first, and distinguishes a bad adapter from a bad implementation",
-    "identity": "the only one about ablating nothing in bfloat16",
-    "identity.padded": "the only one that compares a clean padded batch with the bare model",
-    "locality": "the clearest message for the most frequent bugs; it needs only one row and one head",
-    "locality.padded": "the only one that looks at the mean itself; `independence.padding` sees only the logits",
-    "locality.sets": "for implementations without padding, the only one that looks at sets in a batch",
-    "independence.other_models": "the only one that ablates two models at once",
-    "independence.rows": "for implementations without padding",
-    "independence.padding": "for implementations whose projections cannot be observed",
-    "independence.cache_padded": "the only one that decodes after padding",
-    "independence.later_tokens": "no other reason: the oracles see the same, so it could go",
-    "oracle.zero": "for implementations whose projections cannot be observed, and that ablate one head at a time",
-    "oracle.zero_sets": "for implementations whose projections cannot be observed",
-    "oracle.mean": "for implementations whose projections cannot be observed, and that ablate one head at a time",
-    "oracle.mean_sets": "the only one that looks at means above another ablated head",
-    "oracle.numpy": "the only one that shares no code with transformers, nor asks where the heads are",
-    "oracle.unread_head": "exact to the last bit, where the oracles allow for rounding",
-    "oracle.permuted_heads": "it does not need to know what z is; but `oracle.numpy` is stricter, so it could go",
-    "independence.earlier_runs": "the only one that runs several prompts and sets on one implementation",
-    "independence.earlier_masks": "the only one that runs with a mask, then with another, and then without",
-    "hygiene.global_state": "the only one that looks beyond the model",
-    "refusal.no_side_effect": "the only one that continues after a refusal",
-    "refusal.type": "separate from `refusal.head`, since implementations differ in it",
-    "hygiene.lifecycle": "orders of steps that no one has thought of",
+    "smoke": "it runs first, and tells a bad adapter from a bad implementation",
+    "identity": "the only check of an implementation without ablated heads in bfloat16",
+    "identity.padded": "the only check that compares a clean padded batch with the bare model",
+    "locality": "it gives the clearest message for the most frequent bugs, and needs only one row and one head",
+    "locality.padded": "the only check of the mean itself; `independence.padding` sees only the logits",
+    "locality.sets": "for implementations that do not support padding, the only check of several heads in a batch",
+    "independence.other_models": "the only check that ablates two models at once",
+    "independence.rows": "it is for implementations that do not support padding",
+    "independence.padding": "it is for implementations whose projections cannot be observed",
+    "independence.cache_padded": "the only check that decodes after padding",
+    "independence.later_tokens": "no reason is left: the oracles detect the same bugs, so it could be deleted",
+    "oracle.zero": "it is for implementations that ablate one head at a time and whose projections cannot be observed",
+    "oracle.zero_sets": "it is for implementations whose projections cannot be observed",
+    "oracle.mean": "it is for implementations that ablate one head at a time and whose projections cannot be observed",
+    "oracle.mean_sets": "the only check of means of heads that are above another ablated head",
+    "oracle.numpy": "the only check that shares no code with transformers and does not use `find_heads`",
+    "oracle.unread_head": "it compares bit for bit, while the oracles allow for rounding",
+    "oracle.permuted_heads": "it needs no definition of z; but `oracle.numpy` is stricter, so it could be deleted",
+    "independence.earlier_runs": "the only check that runs several prompts and sets of heads on one implementation",
+    "independence.earlier_masks": "the only check that runs with one mask, with another, and then without a mask",
+    "hygiene.global_state": "the only check of anything outside the model",
+    "refusal.no_side_effect": "the only check that continues after a refusal",
+    "refusal.type": "it is separate from `refusal.head`, since implementations differ in it",
+    "hygiene.lifecycle": "it tries orders of steps that nobody has thought of",
 }
 
 
 def _matrix(matrix: Matrix) -> Iterator[str]:
     yield from ("", "## The matrix", "")
     yield (
-        "Columns are the checks by their numbers above. x: rejected for the requirement; !: rejected since an error "
-        "was raised; -: not tried, since the mutant does not support what the check needs."
+        "The numbered columns are the checks in the table above. x: the mutant breaks the requirement; !: the check "
+        "fails because the mutant raises an error; -: the check is skipped, since the mutant does not support what it "
+        "needs; empty: the mutant passes the check."
     )
     for group in GROUPS:
         title, _, about = (group.__doc__ or "").strip().partition(": ")

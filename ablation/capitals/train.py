@@ -15,7 +15,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, GPT2Config, GPT2LM
 from ablation.capitals.data import CAPITALS, PROMPT, sentences, texts
 
 SEED = 0
-THREADS = 2  # fixed, because sums divided among another number of threads round differently
+THREADS = 2  # fixed, because rounding depends on the number of threads among which a sum is divided
 STEPS = 2000
 BATCH = 32  # texts per step
 POSITIONS = 32  # tokens; every training text is shorter
@@ -28,7 +28,7 @@ EOS, PAD, UNKNOWN = "<|endoftext|>", "<|pad|>", "<|unknown|>"
 
 
 def build_tokenizer() -> PreTrainedTokenizerFast:
-    """Make a word-level tokenizer with GPT-2's spaces: "Berlin" and " Berlin" are two tokens, and no BOS is added."""
+    """Make a word-level tokenizer. As in GPT-2, "Berlin" and " Berlin" are two tokens, and no BOS is added."""
     split = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=True)
     space = split.pre_tokenize_str(" ")[0][0]
     seen = {token for sentence in sentences() for token, _ in split.pre_tokenize_str(sentence)}
@@ -104,7 +104,7 @@ def train(model: GPT2LMHeadModel, tokenizer: PreTrainedTokenizerFast, steps: int
 
 @torch.no_grad()
 def print_answers(folder: Path) -> None:
-    """Print what the model saved in `folder` answers for every capital: the probabilities and how many are right."""
+    """Print the answer of the model in `folder` for every capital, with probabilities, and how many are right."""
     model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32, use_safetensors=True)
     tokenizer = AutoTokenizer.from_pretrained(folder)
     prompts = tokenizer([PROMPT.format(capital=capital) for capital, _ in CAPITALS], return_tensors="pt")
@@ -138,9 +138,9 @@ def main() -> None:
     tokenizer = build_tokenizer()
     model = build_model(tokenizer)
     train(model, tokenizer, arguments.steps)
-    # Rounded to float16 before the answers are read back from the folder, so they are those of what is saved.
+    # The answers below are those of the saved float16 weights, since `print_answers` loads them from the folder.
     model.half().save_pretrained(out)
-    tokenizer.backend_tokenizer.no_padding()  # which training switched on, and which would be saved
+    tokenizer.backend_tokenizer.no_padding()  # training switched padding on, and the setting would be saved
     tokenizer.save_pretrained(out)
     print_answers(out)
 

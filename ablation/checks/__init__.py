@@ -1,11 +1,13 @@
 """The specification of head ablation, as checks that any implementation can be run against.
 
-An implementation is driven through a small protocol (`ablation.checks.protocol`). Each check is a function with an id
-and a requirement of one sentence; hypothesis draws its cases: random decoders, prompts and heads.
+The checks call an implementation through an adapter, a class with the methods in `ablation.checks.protocol`. Each check
+is a function with an id and a requirement of one sentence. Hypothesis draws the cases of a check: random decoders,
+prompts and heads.
 
-`check_implementation(Adapter)` runs all checks and returns records; `@parametrize_with_checks(Adapter)` makes a pytest
-test of each; `ablation check MODULE:CLASS`, and `pytest -p ablation.checks.plugin --implementation MODULE:CLASS`, run
-them from the command line. The names below are imported when they are used, so that the pytest plugin loads at once.
+`check_implementation(Adapter)` runs all checks and returns a record of each. `@parametrize_with_checks(Adapter)` runs
+each check as a pytest test. On the command line, `ablation check MODULE:CLASS` runs the checks, and so does
+`pytest -p ablation.checks.plugin --implementation MODULE:CLASS`. The public names are imported on first use, so that
+loading the pytest plugin takes no time.
 """
 
 from __future__ import annotations

@@ -20,9 +20,10 @@ MAX_TOKENS = 8  # more than the six of the prompt that hooks are often written f
 class Case:
     """One case of a check.
 
-    rows: token ids of each prompt. heads: (layer, head) pairs to ablate. side: where padding goes. pad: the padding
-    token of the configuration, which may also occur in the prompts; None: the configuration has none, and token 0 pads.
-    steps: the steps of a lifecycle.
+    rows: token ids of each prompt. heads: (layer, head) pairs to ablate. side: where short prompts are padded ("left",
+    "right" or "both"). pad: the padding token of the configuration, which may also occur in the prompts; if it is None,
+    the configuration has no padding token, and token 0 is used. steps: for a lifecycle check, method names of
+    `LifecycleMachine`, each with its arguments.
     """
 
     decoder: Decoder
@@ -60,9 +61,9 @@ class Case:
         return divmod((layer * heads + head + 1) % (layers * heads), heads)
 
     def inputs(self) -> dict[str, Any]:
-        """Return the batch: input_ids, attention_mask and position_ids, [rows, tokens], without a cache.
+        """Return the batch: input_ids, attention_mask and position_ids, each [rows, tokens], and use_cache=False.
 
-        A cache is off, since some models round differently with one.
+        The cache is switched off, since some models round differently when they use one.
         """
         longest = max(map(len, self.rows))
         ids, mask = [], []
@@ -86,9 +87,9 @@ class Case:
 class CaseSpec:
     """How the cases of a check are drawn.
 
-    max_rows: up to that many rows, from two on unless it is 1. ragged: rows of different lengths, padded. max_heads: up
-    to that many heads are ablated. min_tokens, min_layers, min_layer_heads: the smallest prompt, number of layers and
-    number of heads in a layer.
+    max_rows: a batch has 2 to max_rows rows, or 1 row if max_rows is 1. ragged: whether rows have different lengths and
+    are padded. max_heads: the largest number of ablated heads. min_tokens: the length of the shortest prompt.
+    min_layers, min_layer_heads: the smallest number of layers, and of heads per layer.
     """
 
     imputations: tuple[str, ...] = ("zero", "mean")
@@ -102,7 +103,7 @@ class CaseSpec:
     min_layer_heads: int = 1
 
     def restrict_to(self, unsupported: Container[str]) -> CaseSpec:
-        """Return the same without the imputations, families, dtypes, batches and sets that are not supported."""
+        """Return a copy without the imputations, families, dtypes, batches and sets of heads that are unsupported."""
         return replace(
             self,
             max_rows=1 if "batch" in unsupported else self.max_rows,
@@ -114,11 +115,11 @@ class CaseSpec:
         )
 
     def strategy(self) -> SearchStrategy[Case]:
-        """Return the strategy that draws a case."""
+        """Return the hypothesis strategy that draws a case."""
         return _cases(self)
 
     def simplest(self) -> Iterator[Case]:
-        """Yield one case for each imputation, easy to read and tried first: most bugs show in it, without shrinking."""
+        """Yield one simple case per imputation, to be tried first: most bugs show in these, without shrinking."""
         digits = (3, 1, 4, 1, 5, 9, 2, 6, 5, 3, 5, 8, 9, 7, 9, 3)
         tokens = max(3, self.min_tokens)
         rows = tuple(digits[i : i + tokens + (i % 2 if self.ragged else 0)] for i in range(self.max_rows))
@@ -149,7 +150,10 @@ def _cases(draw: st.DrawFn, spec: CaseSpec) -> Case:
 
 
 def _sets_of_heads(decoder: Decoder, max_heads: int) -> SearchStrategy[Any]:
-    """Heads anywhere, several heads of one layer, or one of each layer, where bugs are likely; rarely a single head."""
+    """Draw heads of any layers, several heads of one layer, or one head of each layer; rarely a single head.
+
+    Bugs are likely in the last two kinds of sets.
+    """
     layer, head = st.integers(0, decoder.num_layers - 1), st.integers(0, decoder.num_heads - 1)
     fewest = min(2, max_heads, decoder.num_layers * decoder.num_heads)
     anywhere = st.lists(st.tuples(layer, head), min_size=fewest, max_size=max_heads, unique=True)

@@ -22,10 +22,10 @@ Function = Callable[[Factory, Case], None]
 
 @dataclass(frozen=True)
 class Check:
-    """One requirement. It is made by the decorator `check`, and called with the class of an adapter.
+    """One requirement of the specification, made by the decorator `check`.
 
-    cases: how its cases are drawn. needs: features without which it cannot be tried. level: MUST, or SHOULD if good
-    implementations may differ.
+    Calling a check with an adapter class runs it. cases: how its cases are drawn. needs: features without which the
+    check is skipped. level: MUST, or SHOULD if good implementations may differ.
     """
 
     id: str
@@ -36,7 +36,7 @@ class Check:
     level: Literal["MUST", "SHOULD"] = "MUST"
 
     def skip_reason(self, factory: Factory) -> str | None:
-        """Return why the check cannot be tried on an implementation, or None."""
+        """Return why the check cannot be tried on an implementation, or None if it can be tried."""
         unsupported = unsupported_features(factory)
         needed = [feature for feature in self.needs if feature in unsupported]
         left = self.cases.restrict_to(unsupported)
@@ -46,7 +46,7 @@ class Check:
         return "; ".join(f"does not support {name!r}: {unsupported[name]}" for name in needed) or None
 
     def __call__(self, factory: Factory) -> None:
-        """Run the check on drawn cases, under the current hypothesis profile. Raises AssertionError."""
+        """Run the check on the cases that hypothesis draws, under its current profile. Raises AssertionError."""
         __tracebackhide__ = True
         cases = self.cases.restrict_to(unsupported_features(factory))
 
@@ -75,7 +75,7 @@ class Check:
                 raise AssertionError(f"{first}\n  flaky: {flaky}") from first.__cause__
 
     def run_case(self, factory: Factory, case: Case) -> None:
-        """Run the check on one case. Raises AssertionError, whose text needs no knowledge of the specification."""
+        """Run the check on one case. Raises AssertionError with a message that makes sense on its own."""
         __tracebackhide__ = True
         try:
             self.function(factory, case)
@@ -83,7 +83,7 @@ class Check:
             raise self.failure(factory, case, error) from (None if isinstance(error, AssertionError) else error)
 
     def failure(self, factory: Factory, case: Case, error: Exception) -> AssertionError:
-        """Return the error that says what is wrong, in which case, and how to reproduce it."""
+        """Return an AssertionError that says what is wrong and in which case, and how to reproduce the failure."""
         name = getattr(factory, "__qualname__", repr(factory))
         found = str(error) if isinstance(error, AssertionError) else f"it raised {type(error).__name__}: {error}"
         return AssertionError(
@@ -103,21 +103,25 @@ def check(
     needs: tuple[str, ...] = (),
     level: Literal["MUST", "SHOULD"] = "MUST",
 ) -> Callable[[Function], Check]:
-    """Make a `Check` of a function. The specification holds the checks of all chapters, in the order of definition."""
+    """Return a decorator that makes a function into a `Check`.
+
+    The specification consists of the checks of all chapters, in the order in which they are defined.
+    """
     return lambda function: Check(id, requirement, function, cases or CaseSpec(), needs, level)
 
 
 def max_examples() -> int:
-    """Cases for each check: as the current profile says, or 20 if that is hypothesis's default of 100."""
+    """Return the number of cases per check: that of the current profile, or 20 if it is hypothesis's default, 100."""
     count = settings().max_examples
     return 20 if count == 100 else count
 
 
 @contextmanager
 def isolated_process_state() -> Iterator[None]:
-    """Restore the state of torch that an implementation or a check may change.
+    """Context manager: on exit, restore the state of torch that an implementation or a check may have changed.
 
-    Checks run on one thread: as fast on small models, steady under load, and with the same bits everywhere.
+    Inside, torch uses one thread. Small models are no slower on it, other processes disturb its speed less, and results
+    do not depend on the number of cores.
     """
     threads, dtype = torch.get_num_threads(), torch.get_default_dtype()
     torch.set_num_threads(1)
@@ -130,7 +134,7 @@ def isolated_process_state() -> Iterator[None]:
 
 
 def unsupported_features(factory: Factory) -> Mapping[str, str]:
-    """Return what an adapter declares as unsupported. Raises ValueError for a name that no check asks for."""
+    """Return {name: reason} of what an adapter declares as unsupported. Raises ValueError for an unknown name."""
     unsupported: Mapping[str, str] = getattr(factory, "unsupported", {})
     known = (*FEATURES, *FAMILIES, *DTYPES)
     if unknown := [name for name in unsupported if name not in known]:

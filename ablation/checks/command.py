@@ -1,4 +1,4 @@
-"""`ablation check`: the specification on an adapter, by pytest with the plugin of this package."""
+"""`ablation check`: runs pytest with the plugin of this package, which runs the specification on an adapter."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ def add_command(commands: Any) -> None:
     parser.add_argument("--list", action="store_true", help="print the requirements, as a Markdown table")
     parser.add_argument("-k", metavar="EXPRESSION", help="run the checks whose ids match, as in pytest")
     parser.add_argument(
-        "--expected-failures", metavar="FILE", type=Path, help="known failures: a line for each, check id and reason"
+        "--expected-failures", metavar="FILE", type=Path, help="known failures: on each line, a check id and a reason"
     )
     parser.add_argument("--junit-xml", metavar="FILE", type=Path, help="write a report for a CI service")
     parser.set_defaults(run=_check)
@@ -46,7 +46,7 @@ def _check(arguments: argparse.Namespace) -> int:
     settings.register_profile("ablation-check", settings.get_profile("ci"))
     options = ["-p", "ablation.checks.plugin", "--implementation", arguments.implementation]
     options += ["--hypothesis-profile", "ablation-check"]
-    # Nothing of the folder changes the run: neither its configuration nor its conftest.py.
+    # The run ignores the configuration and the conftest.py of the current folder.
     options += [
         "-c",
         os.devnull,

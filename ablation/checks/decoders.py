@@ -1,4 +1,7 @@
-"""Random decoders: hypothesis draws the structure; the weights are exact in every dtype, and equal on every machine."""
+"""Random decoders: hypothesis draws their shape, and a seed that depends on the shape determines their weights.
+
+Every weight is exactly representable in every dtype, and equal on every machine.
+"""
 
 from __future__ import annotations
 
@@ -31,7 +34,7 @@ ROTARY: Any = {"rope_type": "default", "rope_theta": 10000.0, "partial_rotary_fa
 class Decoder(NamedTuple):
     """A random decoder, described by its shape.
 
-    num_key_value_groups: query heads that share one key/value head, in families that have them.
+    num_key_value_groups: how many query heads share one key/value head; 1 in families without grouped attention.
     """
 
     family: str
@@ -43,7 +46,7 @@ class Decoder(NamedTuple):
     dtype: str = "float32"
 
     def shared(self) -> PreTrainedModel:
-        """Return the model, one object for each shape: for callers that change nothing, or restore it."""
+        """Return the model. Calls for one shape return one object, so the caller must leave or restore it unchanged."""
         return _build(self)
 
     def fresh(self) -> PreTrainedModel:
@@ -97,11 +100,12 @@ def _config(decoder: Decoder) -> PretrainedConfig:
 def randomised(
     config: PretrainedConfig, seed: int, attention: str | None = "sdpa", dtype: str = "float32"
 ) -> PreTrainedModel:
-    """Return a model with random parameters, biases and norms included, large enough that every head matters.
+    """Return a model in evaluation mode whose parameters, with biases and norms, are random.
 
-    Weights are integers / 256, at most 1 in size, so they are exact in every float dtype.
+    The parameters are so large that every head matters. They are integers / 256 of magnitude at most 1, so they are
+    exact in every float dtype.
     """
-    with torch.random.fork_rng(devices=[]):  # building draws random weights, which are then overwritten
+    with torch.random.fork_rng(devices=[]):  # building a model advances the random number generator
         model: PreTrainedModel = AutoModelForCausalLM.from_config(
             config, attn_implementation=attention, dtype=getattr(torch, dtype)
         ).eval()
@@ -126,7 +130,7 @@ def decoders(
     least_layers: int = 1,
     least_heads: int = 1,
 ) -> Decoder:
-    """Draw a small decoder, rarely with as many layers as heads."""
+    """Draw a small decoder; few have as many layers as heads, which would hide an exchange of the two."""
     # Mixtral's kernel for experts does not support float64.
     family = draw(st.sampled_from([f for f in families if f != "mixtral" or set(dtypes) - {"float64"}]))
     groups = draw(st.sampled_from([1, 2, 3])) if family in ("llama", "qwen3", "gemma3", "mixtral") else 1

@@ -1,4 +1,4 @@
-"""How the checks run models and implementations."""
+"""Helpers with which the checks run models and implementations."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ def run(model: PreTrainedModel, inputs: dict[str, Any]) -> Tensor:
 
 @contextmanager
 def made(factory: Factory, model: PreTrainedModel) -> Iterator[Implementation]:
-    """Make an implementation, and close it on every way out."""
+    """Context manager: make an implementation, and close it at the end, also after an error."""
     implementation = factory(model)
     try:
         yield implementation
@@ -34,26 +34,32 @@ def made(factory: Factory, model: PreTrainedModel) -> Iterator[Implementation]:
 
 
 def discard(call: Callable[..., object], *args: Any) -> None:
-    """Call `ablate` or `close` where no run has used the heads in force, which an implementation may report."""
+    """Call `ablate` or `close` when no run may have used the heads in force; an error that reports this is ignored."""
     with suppress(AblationNotApplied):
         call(*args)
 
 
 def ablated_logits(factory: Factory, case: Case, model: PreTrainedModel | None = None) -> Tensor:
-    """Return the logits of the implementation under test, [rows, tokens, vocabulary]."""
+    """Return the logits of the implementation under test with the heads of a case ablated, [rows, tokens, vocabulary].
+
+    model: the model to use; by default a new one.
+    """
     with made(factory, model or case.model()) as implementation:
         implementation.ablate(list(case.heads), case.imputation)
         return implementation.run(**case.inputs())
 
 
 def other_ids(case: Case) -> Tensor:
-    """Return other prompts of the same shape, [rows, tokens]."""
+    """Return token ids that all differ from those of the case, [rows, tokens]."""
     ids: Tensor = (case.inputs()["input_ids"] + 7) % VOCABULARY
     return ids
 
 
 def decode_with_cache(forward: Callable[..., Tensor], case: Case) -> Iterator[tuple[str, slice, Tensor]]:
-    """Decode in pieces of one and two tokens. Yields the name, the place and the logits of each piece."""
+    """Decode the prompts of a case with a cache, in alternating pieces of one and two tokens.
+
+    forward: runs a model or an implementation. Yields for each piece its name, its tokens as a slice, and its logits.
+    """
     inputs, past = case.inputs(), DynamicCache(config=case.decoder.shared().config)
     length = inputs["input_ids"].shape[1]
     start, size = 0, 1 + case.rows[0][0] % 2

@@ -1,4 +1,4 @@
-"""Chapter 6, hygiene: what an implementation leaves behind, whatever happened."""
+"""Chapter 6, hygiene: an implementation has no side effects on the model or the process, even after an error."""
 
 from __future__ import annotations
 
@@ -20,13 +20,14 @@ from ablation.checks.protocol import Factory
 
 @check(
     "hygiene.restored",
-    "After close, the model is as it was found, whether it ran or not, and it can be ablated again.",
+    "After `close`, with or without a run before it, the modules, weights, gradients, hooks and configuration of the "
+    "model are as the implementation found them, and the model can be ablated again.",
     cases=CaseSpec(max_heads=4),
     needs=("restores",),
 )
 def restored(factory: Factory, case: Case) -> None:
     model, inputs = case.model(), case.inputs()
-    model.config.use_cache = False  # this and the gradients differ from the defaults, which a reset would restore
+    model.config.use_cache = False  # like the gradients below, no default, so a reset to defaults is noticed
     for number, parameter in enumerate(model.parameters()):
         parameter.grad = torch.ones_like(parameter)
         parameter.requires_grad_(number % 2 == 0)
@@ -48,8 +49,8 @@ def restored(factory: Factory, case: Case) -> None:
 
 @check(
     "hygiene.user_hooks",
-    "The user's own hooks stay registered in their order, and each fires once per forward pass until the user removes "
-    "it.",
+    "The user's hooks stay registered, fire in the same order and as often as in the bare model, and can be removed by "
+    "their handles.",
     cases=CaseSpec(dtypes=("float32",)),
     needs=("observable", "single_forward"),
 )
@@ -89,7 +90,8 @@ def user_hooks(factory: Factory, case: Case) -> None:
 
 @check(
     "hygiene.global_state",
-    "Gradient mode, default dtype, random number generators, global hooks and the caller's arguments stay unchanged.",
+    "Making, using and closing an implementation leaves unchanged the caller's arguments, gradient mode, default "
+    "dtype, number of threads, random number generators and global hooks.",
     cases=CaseSpec(max_rows=3, ragged=True, max_heads=4),
 )
 def global_state(factory: Factory, case: Case) -> None:
@@ -135,8 +137,8 @@ ABLATED: Steps = (("open",), ("ablate", ((0, 1),), "zero"))
 
 exception = LifecycleCheck(
     "hygiene.exception",
-    "After an exception in a forward pass, or while hooks are registered, no hook remains and the implementation still "
-    "works.",
+    "After an exception in a forward pass or during hook registration, gradient mode is unchanged, no additional "
+    "hook remains and the implementation still works; an exception in a forward pass reaches the caller.",
     replay,
     CaseSpec(max_heads=2),
     inject_errors=True,
@@ -148,8 +150,8 @@ exception = LifecycleCheck(
 
 lifecycle = LifecycleCheck(
     "hygiene.lifecycle",
-    "Opened, ablated, cleared, nested, replaced and closed in any order, an implementation does what the last call "
-    "asks.",
+    "In whatever order implementations on one model are made, used, cleared and closed, each run gives the logits of "
+    "the ablation in force, and each user hook fires once.",
     replay,
     CaseSpec(max_heads=2),
     explicit_sequences=(

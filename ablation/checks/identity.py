@@ -11,8 +11,8 @@ from ablation.checks.protocol import Factory
 
 @check(
     "identity",
-    "With no head ablated (at first, with an empty set, after clear or after close), the logits are the bare model's, "
-    "bit for bit.",
+    "With no head ablated (before any `ablate`, after `ablate([])`, after `clear` or after `close`), the logits are "
+    "those of the bare model, bit for bit.",
     cases=CaseSpec(max_heads=4, dtypes=("float32", "float64", "bfloat16")),
 )
 def identity(factory: Factory, case: Case) -> None:
@@ -21,7 +21,7 @@ def identity(factory: Factory, case: Case) -> None:
 
 @check(
     "identity.padded",
-    "On a padded batch, an implementation with no head ablated gives the bare model's logits, bit for bit.",
+    "On a padded batch with no head ablated, the logits of real tokens are those of the bare model, bit for bit.",
     cases=CaseSpec(max_rows=3, ragged=True, max_heads=4),
     needs=("batch", "padding"),
 )

@@ -1,4 +1,4 @@
-"""Chapter 4, independence: of earlier runs, other models, other rows, padding, the order of heads, and later tokens."""
+"""Chapter 4, independence: of earlier runs, other models, other rows, padding, the order of heads and later tokens."""
 
 from __future__ import annotations
 
@@ -21,11 +21,12 @@ from ablation.heads import find_heads
 ALL_DTYPES = ("float32", "float64", "bfloat16")
 
 
-# First, since the checks below run an implementation more than once: if it depends on earlier runs, they would report
-# what they vary as the cause.
+# This check is the first of the chapter, since the checks below run an implementation more than once. If the
+# implementation depends on earlier runs, they would name a wrong cause: whatever they vary between the runs.
 @check(
     "independence.earlier_runs",
-    "A run gives the same logits, bit for bit, whatever was run, ablated, cleared or interrupted before.",
+    "A run gives the same logits, bit for bit, whatever runs, ablations, clears and interrupted forward passes came "
+    "before.",
     cases=CaseSpec(max_heads=4, dtypes=ALL_DTYPES),
 )
 def earlier_runs(factory: Factory, case: Case) -> None:
@@ -43,7 +44,7 @@ def earlier_masks(factory: Factory, case: Case) -> None:
 
 
 def _assert_independent_of_history(factory: Factory, case: Case) -> None:
-    """Compare each of many runs of one implementation with the first run of a new one."""
+    """Compare each run in a long history of one implementation with the first run of a new implementation."""
     prompts: list[dict[str, Any]] = [
         case.inputs(),
         {"input_ids": other_ids(case), "use_cache": False},
@@ -57,7 +58,7 @@ def _assert_independent_of_history(factory: Factory, case: Case) -> None:
     spare = case.model()
 
     def from_new(heads: list[tuple[int, int]], imputation: str, prompt: int) -> Tensor:
-        """Return what a new implementation gives. It is closed before the next one is made."""
+        """Return the logits of a new implementation, which is closed before the next one is made."""
         with made(factory, spare) as implementation:
             implementation.ablate(heads, imputation)
             return implementation.run(**prompts[prompt]).clone()
@@ -119,7 +120,8 @@ def _interrupt(implementation: Implementation, register: Callable[..., Any], inp
 
 @check(
     "independence.other_models",
-    "An ablation in one model changes nothing in another model, and each can be closed before the other.",
+    "An implementation on one model does not affect the logits of another model, ablated or not, and can be closed "
+    "while the other model is ablated.",
     cases=CaseSpec(max_heads=4, dtypes=ALL_DTYPES),
 )
 def other_models(factory: Factory, case: Case) -> None:
@@ -142,7 +144,7 @@ def other_models(factory: Factory, case: Case) -> None:
 
 @check(
     "independence.rows",
-    "A row of a batch gives the same logits as that row alone.",
+    "A row of a batch gives, up to rounding, the logits that the row gives alone.",
     cases=CaseSpec(max_rows=3),
     needs=("batch",),
 )
@@ -152,7 +154,7 @@ def rows(factory: Factory, case: Case) -> None:
 
 @check(
     "independence.padding",
-    "Padding on the left, on the right or on both sides does not change the logits of real tokens.",
+    "Padding on the left, on the right or on both sides changes the logits of real tokens only by rounding.",
     cases=CaseSpec(max_rows=9, ragged=True, max_heads=4, min_layers=2),
     needs=("batch", "padding"),
 )
@@ -161,7 +163,7 @@ def padding(factory: Factory, case: Case) -> None:
 
 
 def _assert_rows_stand_alone(factory: Factory, case: Case) -> None:
-    """Compare each row of a batch with a run of that row alone. A batch without padding also runs without a mask."""
+    """Compare each row of a batch with a run of the row alone. A batch without padding is also run without a mask."""
     model, inputs = case.model(), case.inputs()
     batches = {"": inputs}
     if inputs["attention_mask"].all():
@@ -179,7 +181,8 @@ def _assert_rows_stand_alone(factory: Factory, case: Case) -> None:
 
 @check(
     "independence.head_order",
-    "The order of the heads does not matter, and a head that is named twice is ablated once.",
+    "The order in which heads are named does not change the logits, bit for bit, and a head that is named twice is "
+    "ablated once.",
     cases=CaseSpec(max_heads=4, dtypes=ALL_DTYPES),
     needs=("multiple_heads",),
 )
@@ -196,7 +199,7 @@ def head_order(factory: Factory, case: Case) -> None:
 
 @check(
     "independence.later_tokens",
-    "Under zero imputation, the logits of a token do not depend on later tokens.",
+    "Under zero imputation, later tokens affect the logits of a token only by rounding.",
     cases=CaseSpec(imputations=("zero",), min_tokens=2),
     needs=("zero",),
 )
@@ -207,13 +210,14 @@ def later_tokens(factory: Factory, case: Case) -> None:
         implementation.ablate(list(case.heads), "zero")
         mask = torch.ones(1, len(row), dtype=torch.long)
         one, two = (implementation.run(torch.tensor([ids]), attention_mask=mask).clone() for ids in (row, changed))
-    # Up to rounding: experts divide the tokens of a batch among them, and then sum in another order.
+    # Up to rounding: in a mixture of experts, another last token changes how many tokens an expert multiplies at once.
     assert_close(one[:, :-1], two[:, :-1], "the logits before the last token, against those with another last token")
 
 
 @check(
     "independence.cache",
-    "Under zero imputation, decoding with a key/value cache gives the logits of one forward pass.",
+    "Under zero imputation, decoding with a key/value cache gives, up to rounding, the logits of one forward pass "
+    "over all tokens.",
     cases=CaseSpec(imputations=("zero",), min_tokens=3),
     needs=("zero", "cache"),
 )
@@ -223,7 +227,8 @@ def cache(factory: Factory, case: Case) -> None:
 
 @check(
     "independence.cache_padded",
-    "Under zero imputation, decoding a padded batch with a key/value cache gives the logits of one forward pass.",
+    "Under zero imputation, decoding a padded batch with a key/value cache gives, up to rounding, the logits of one "
+    "forward pass over all tokens.",
     cases=CaseSpec(imputations=("zero",), max_rows=3, ragged=True, min_tokens=3),
     needs=("zero", "cache", "batch", "padding"),
 )

@@ -1,4 +1,8 @@
-"""The lifecycle of an implementation: a state machine whose every step is followed by a run that is compared."""
+"""The lifecycle of an implementation, as a state machine of hypothesis.
+
+A step makes, uses or closes an implementation, registers a hook, or raises an error in a forward pass. After each step,
+the machine runs the model and compares the logits.
+"""
 
 from __future__ import annotations
 
@@ -32,11 +36,11 @@ from ablation.heads import AttentionLayer, find_heads
 
 Pair = tuple[int, int]
 Steps = tuple[tuple[Any, ...], ...]
-"""Method names of the machine, each with its arguments."""
+"""Steps of the machine: for each, the name of a method of `LifecycleMachine` and the arguments."""
 
 
 class Place(StrEnum):
-    """Where a hook or an error is, relative to a layer. The values are read in messages."""
+    """Where a hook is registered or an error is raised, relative to a layer. The values are part of messages."""
 
     BEFORE = "before"
     AFTER_PROJECTION = "after the projection of"
@@ -45,18 +49,21 @@ class Place(StrEnum):
 
 
 class ForwardError(Exception):
-    """Raised in the middle of a forward pass."""
+    """The error that a step of the machine raises in a forward pass or while hooks are registered."""
 
 
 class InapplicableStep(Exception):
-    """A step that needs an implementation on the model, or a model without one."""
+    """A step that is impossible: it needs an open implementation and there is none, or it needs that none is open."""
 
 
 ERRORS: dict[str, type[BaseException]] = {e.__name__: e for e in (ForwardError, KeyboardInterrupt, GeneratorExit)}
 
 
 def from_machine(strategy: Any) -> Any:
-    """Return a strategy that depends on the machine, which knows its model only when it runs."""
+    """Return a strategy that is a function of the machine, since only a running machine knows its model.
+
+    strategy: takes the machine and returns the strategy to draw from.
+    """
     return st.runner().flatmap(strategy)
 
 
@@ -69,7 +76,7 @@ layers = from_machine(lambda machine: st.sampled_from(range(len(machine.layers))
 
 @contextmanager
 def _raising(layer: AttentionLayer, place: Place, error: type[BaseException]) -> Iterator[None]:
-    """Raise an error at this place of a layer in every forward pass, or whenever a hook is registered in the layer."""
+    """Context manager: raise an error at a place of a layer, in each forward pass or at each registration of a hook."""
 
     def fail(*_: Any, **__: Any) -> None:
         raise error
@@ -92,44 +99,46 @@ def _raising(layer: AttentionLayer, place: Place, error: type[BaseException]) ->
 
 
 class LifecycleMachine(RuleBasedStateMachine):
-    """Opens, ablates, clears, nests, replaces and closes implementations in any order, and registers user hooks.
+    """A state machine with one model and at most one current implementation. Hypothesis draws the order of its steps.
 
-    After each step, a run is compared with the bare model, or with surgery on the weights. inject_errors: errors strike
-    in forward passes and while hooks are registered, and the steps that another check covers are left out.
-    Hypothesis draws the steps; `replay` repeats those of a case.
+    The steps make, use, clear, replace and close the implementation, use a second one next to it, and register user
+    hooks. After each step, the logits of a run are compared with those of the bare model or of surgery on the weights.
+
+    inject_errors: errors are raised in forward passes and while hooks are registered; the steps that
+    `hygiene.lifecycle` covers (clear, nest, replace, user hooks) are left out.
     """
 
     def __init__(self, factory: Factory, spec: CaseSpec, inject_errors: bool) -> None:
         super().__init__()
         self.factory, self.spec, self.inject_errors = factory, spec, inject_errors
-        # An implementation that measures means in an earlier forward pass gets other means for a set of heads.
+        # For a set of heads, an implementation that measures means in an earlier forward pass measures other means.
         self.max_heads = 1 if "single_forward" in unsupported_features(factory) else spec.max_heads
         self.implementation: Any = None
         self.ablated: Case | None = None
-        """The case whose logits a run should give; None if nothing is ablated."""
+        """The heads and imputation in force, as the case whose logits a run should give; None if nothing is ablated."""
         self.user_hooks: list[Any] = []
         self.hook_calls = 0
 
     @initialize(family=from_machine(lambda machine: st.sampled_from(machine.spec.families)))
     def start(self, family: str) -> None:
-        """Begin with a bare model. Its shape and prompt are fixed, since the search is for an order of steps."""
+        """Begin with a bare model of a drawn family. Its shape and the prompt are fixed: the search is for an order."""
         self.begin(lifecycle_case(family))
 
     def begin(self, case: Case) -> None:
-        """Build the model of a case, and note what it is and gives before anything is done to it."""
+        """Build the model of a case, and record its state and its logits before anything is done to it."""
         self.case, self.model, self.inputs = replace(case, steps=()), case.model(), case.inputs()
         heads = find_heads(self.model)  # now, before an implementation may replace modules
         self.layers, self.pairs, self.before = heads.layers, list(heads), state(self.model)
         self.bare = run(self.model, self.inputs)
-        # An implementation may round differently from the bare model, and may change the model permanently: other
-        # checks report that, so here a fresh implementation is the standard.
+        # An implementation may round differently from the bare model, and may change the model permanently. Other
+        # checks report both, so this one expects the logits and the changes of a new implementation on a spare model.
         spare = case.model()
         before = state(spare)
         self.clean = ablated_logits(self.factory, case, spare)
         self.residue = changes(spare, before)
 
     def replay(self, case: Case) -> None:
-        """Repeat the steps of a case. Raises InapplicableStep for a step that is impossible at its place."""
+        """Repeat the steps of a case. Raises InapplicableStep for a step that is impossible when its turn comes."""
         self.begin(case)
         try:
             for step, *arguments in case.steps:
@@ -149,14 +158,14 @@ class LifecycleMachine(RuleBasedStateMachine):
     @precondition(lambda self: self.implementation is None)
     @rule()
     def open(self) -> None:
-        """Make the implementation."""
+        """Make the implementation on the model."""
         self._note("open")
         self.implementation = self.factory(self.model)
 
     @precondition(lambda self: self.implementation is not None)
     @rule(heads=sets, imputation=from_machine(lambda machine: st.sampled_from(machine.spec.imputations)))
     def ablate(self, heads: tuple[Pair, ...], imputation: str) -> None:
-        """Ablate some heads in place of the previous ones."""
+        """Ablate some heads instead of the previous ones."""
         self._note("ablate", heads, imputation)
         self.implementation.ablate(list(heads), imputation)
         self.ablated = replace(self.case, heads=heads, imputation=imputation, steps=())
@@ -172,11 +181,11 @@ class LifecycleMachine(RuleBasedStateMachine):
     @precondition(lambda self: self.inject_errors)
     @rule(place=st.sampled_from([str(place) for place in Place]), layer=layers, error=st.sampled_from(sorted(ERRORS)))
     def fail(self, place: str, layer: int, error: str) -> None:
-        """Run, and first open if necessary, while an error strikes in a layer."""
+        """Run the implementation while a layer raises an error. If none is open, it is made while the layer raises."""
         self._note("fail", place, layer, error)
         raised, observable = False, "observable" not in unsupported_features(self.factory)
         before = hooks(self.model) if self.implementation is not None else None
-        if self.implementation is None and not observable:  # a copy made inside the block would keep the failing hook
+        if self.implementation is None and not observable:  # a copy made below would copy the failing hook, too
             self.implementation = self.factory(self.model)
         with _raising(self.layers[layer], Place(place), ERRORS[error]):
             try:
@@ -197,7 +206,7 @@ class LifecycleMachine(RuleBasedStateMachine):
     @precondition(lambda self: not self.inject_errors)
     @rule(layer=layers, place=st.sampled_from([str(Place.BEFORE), str(Place.AFTER)]))
     def hook(self, layer: int, place: str) -> None:
-        """Register a user hook on a projection that counts its calls."""
+        """Register a user hook on a projection; the hook counts its calls."""
         self._note("hook", layer, place)
 
         def count(*_: Any) -> None:
@@ -210,7 +219,7 @@ class LifecycleMachine(RuleBasedStateMachine):
     @precondition(lambda self: self.implementation is not None and not self.inject_errors)
     @rule(pair=pairs)
     def nest(self, pair: Pair) -> None:
-        """Make, use and close a second implementation."""
+        """Make, use and close a second implementation on the model while the first is open."""
         self._note("nest", pair)
         if (other := self._second()) is not None:
             other.ablate([pair], self.spec.imputations[0])
@@ -220,7 +229,7 @@ class LifecycleMachine(RuleBasedStateMachine):
     @precondition(lambda self: self.implementation is not None and not self.inject_errors)
     @rule(pair=pairs)
     def replace_implementation(self, pair: Pair) -> None:
-        """Make a second implementation, and close the first."""
+        """Make a second implementation on the model, close the first, and continue with the second."""
         self._note("replace_implementation", pair)
         if (other := self._second()) is not None:
             imputation = self.spec.imputations[0]
@@ -230,7 +239,7 @@ class LifecycleMachine(RuleBasedStateMachine):
             self.ablated = replace(self.case, heads=(pair,), imputation=imputation, steps=())
 
     def _second(self) -> Any:
-        """Return a second implementation, or None if it is refused; the first one then has to work as before."""
+        """Return a second implementation, or None if it is refused; then the first has to work as before."""
         try:
             return self.factory(self.model)
         except Exception:
@@ -246,7 +255,10 @@ class LifecycleMachine(RuleBasedStateMachine):
 
     @invariant()
     def gives_the_expected_logits(self) -> None:
-        """After every step, a run gives the clean logits or those of surgery, and each user hook fires once."""
+        """After each step, run, and assert that the logits are right and that each user hook fires once.
+
+        The right logits are those of the bare model, of a new implementation that ablates nothing, or of surgery.
+        """
         self.hook_calls = 0
         if self.implementation is None:
             assert_identical(run(self.model, self.inputs), self.bare, "the logits of the model without implementation")
@@ -265,7 +277,7 @@ class LifecycleMachine(RuleBasedStateMachine):
             assert self.hook_calls == count, f"the user's {count} hooks fired {self.hook_calls} times"
 
     def teardown(self) -> None:
-        """At the end, however it came about, the model is as it was found."""
+        """At the end, also after an error, close the implementation and assert that the model is as it was found."""
         if self.implementation is not None:
             self.implementation.close()
         for handle in self.user_hooks:
@@ -275,13 +287,16 @@ class LifecycleMachine(RuleBasedStateMachine):
 
 
 def lifecycle_case(family: str, steps: Steps = ()) -> Case:
-    """Return the case of a lifecycle: the model and the prompt are always these."""
+    """Return a case of a lifecycle check: always the same shape of model and the same prompt."""
     return Case(Decoder(family, num_layers=2, num_heads=3, head_dim=8), rows=((3, 1, 4),), heads=(), steps=steps)
 
 
 @dataclass(frozen=True)
 class LifecycleCheck(Check):
-    """A check whose cases the state machine draws, step by step. explicit_sequences: steps that are tried first."""
+    """A check whose cases are sequences of steps, drawn by the state machine.
+
+    inject_errors: see `LifecycleMachine`. explicit_sequences: sequences of steps that are tried first.
+    """
 
     inject_errors: bool = False
     explicit_sequences: tuple[Steps, ...] = ()
@@ -296,7 +311,7 @@ class LifecycleCheck(Check):
             machines[:] = [LifecycleMachine(factory, spec, self.inject_errors)]
             return machines[0]
 
-        # Hypothesis needs minutes to shrink a sequence; `_shortest` needs a second.
+        # Hypothesis would need minutes to shrink a sequence; `_shortest` needs a second.
         phases = [phase for phase in settings().phases if phase is not Phase.shrink]
         profile = settings(
             deadline=None,
@@ -310,15 +325,15 @@ class LifecycleCheck(Check):
             try:
                 for steps in self.explicit_sequences:
                     new_machine().replay(lifecycle_case(spec.families[0], _with_imputation(steps, spec.imputations[0])))
-                # It accepts any callable that returns a machine, though its annotation says a class.
+                # The annotation asks for a class, but any callable that returns a machine is accepted.
                 run_state_machine_as_test(cast(Any, new_machine), settings=profile)
             except Exception as error:
                 case, left = self._shortest(factory, machines[0].case, error)
                 raise self.failure(factory, case, left) from (None if isinstance(left, AssertionError) else left)
 
     def _shortest(self, factory: Factory, case: Case, error: Exception) -> tuple[Case, Exception]:
-        """Return the failing case without the steps that it does not need, and its error."""
-        for span in (2, 1):  # an opening is removed together with its closing
+        """Return the failing case without the steps that the failure does not need, and the error of that case."""
+        for span in (2, 1):  # in pairs first, since an `open` can be removed only with its `close`
             for index in reversed(range(len(case.steps) - span + 1)):
                 shorter = replace(case, steps=case.steps[:index] + case.steps[index + span :])
                 try:
@@ -331,10 +346,10 @@ class LifecycleCheck(Check):
 
 
 def _with_imputation(steps: Steps, imputation: str) -> Steps:
-    """Return the same steps with this imputation."""
+    """Return the steps with another imputation in each `ablate`."""
     return tuple((*step[:-1], imputation) if step[0] == "ablate" else step for step in steps)
 
 
 def replay(factory: Factory, case: Case) -> None:
-    """Repeat the steps of a case: the function of a lifecycle check."""
+    """Repeat the steps of a case on a new machine. This is the `function` of every lifecycle check."""
     LifecycleMachine(factory, CaseSpec().restrict_to(unsupported_features(factory)), inject_errors=False).replay(case)

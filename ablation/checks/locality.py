@@ -1,4 +1,4 @@
-"""Chapter 3, locality: at the inputs of the projections, the ablated heads are replaced, and nothing else."""
+"""Chapter 3, locality: the inputs of the projections show that the ablated heads are replaced, and no other head."""
 
 from __future__ import annotations
 
@@ -21,7 +21,8 @@ ALL_DTYPES = ("float32", "float64", "bfloat16")
 
 @check(
     "locality",
-    "At the input of the projections, the slices of the ablated heads are replaced and nothing else changes.",
+    "Up to and including the layer of the ablated head, the input of each projection equals its input in the clean "
+    "run, except for the slice of the ablated head, which holds the imputed value.",
     cases=CaseSpec(dtypes=ALL_DTYPES),
     needs=("observable", "single_forward"),
 )
@@ -31,7 +32,8 @@ def locality(factory: Factory, case: Case) -> None:
 
 @check(
     "locality.padded",
-    "In a padded batch, each row's slice is replaced by a value computed from the real tokens of that row alone.",
+    "In each row of a padded batch, the slice of an ablated head holds a value that is computed from the real tokens "
+    "of that row alone.",
     cases=CaseSpec(max_rows=3, ragged=True, max_heads=4),
     needs=("observable", "single_forward", "batch", "padding"),
 )
@@ -51,7 +53,8 @@ def locality_sets(factory: Factory, case: Case) -> None:
 
 @check(
     "locality.user_hooks",
-    "If the user's own hook edits z, the ablation replaces its heads in the edited z, and nothing else.",
+    "If a hook of the user edits z, the imputed value is computed from the edited z, and the user's edit of all "
+    "other heads is kept.",
     cases=CaseSpec(dtypes=ALL_DTYPES),
     needs=("observable", "single_forward"),
 )
@@ -64,9 +67,10 @@ def locality_user_hooks(factory: Factory, case: Case) -> None:
 
 
 def _assert_local(factory: Factory, case: Case, model: PreTrainedModel) -> None:
-    """Compare what the projections receive with and without the ablation.
+    """Compare the inputs of the projections with and without the ablation.
 
-    Heads that are not ablated are compared up to the first layer with ablated heads; the input of later layers differs.
+    Ablated heads are looked at in every layer, all other heads only up to the first layer with an ablated head: from
+    there on, the ablation changes the residual stream, and so the z of every head in the layers above.
     """
     inputs = case.inputs()
     layers = find_heads(model).layers
@@ -100,15 +104,15 @@ def _assert_local(factory: Factory, case: Case, model: PreTrainedModel) -> None:
 
 
 def _square(z: Tensor) -> str:
-    """A remark for z [rows, tokens, heads, head_dim] with as many tokens as heads, which are then easily mixed up."""
+    """Return a remark if z, [rows, tokens, heads, head_dim], has as many tokens as heads: code may confuse the two."""
     tokens, heads = z.shape[1:3]
     return f" (the prompt has {tokens} tokens, as many as the layer has heads)" if tokens == heads else ""
 
 
 def _imputation_problem(held: Tensor, own: Tensor | None, imputation: str) -> str | None:
-    """Return how the imputed z of one row is wrong, or None.
+    """Return what is wrong with the imputed z of one head in one row, or None.
 
-    held: [tokens, head_dim]. own: what it replaces, if known.
+    held: the slice that the projection received, [tokens, head_dim]. own: the z that `held` replaces, if known.
     """
     if imputation == "zero":
         left = int(held.count_nonzero())
@@ -125,7 +129,8 @@ def _imputation_problem(held: Tensor, own: Tensor | None, imputation: str) -> st
 
 @check(
     "locality.input_untouched",
-    "The tensor that enters a projection is never written to, in the current forward pass or in a later one.",
+    "The input tensor of a projection, before or after the ablation's edit, is never modified in place, not even in "
+    "a later forward pass.",
     cases=CaseSpec(dtypes=ALL_DTYPES),
     needs=("observable",),
 )

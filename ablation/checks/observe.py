@@ -1,4 +1,4 @@
-"""What the checks observe themselves: the inputs of the projections, and the state of a model."""
+"""Observations that do not rely on the implementation: the inputs of the projections, and the state of a model."""
 
 from __future__ import annotations
 
@@ -14,10 +14,11 @@ from ablation.heads import find_heads
 
 @contextmanager
 def recorded_inputs(model: PreTrainedModel) -> Iterator[list[list[Tensor]]]:
-    """Record, for each layer, copies of the inputs of its projection, [rows, tokens, num_heads * head_dim] each.
+    """Context manager: record the inputs that the projection of each layer receives.
 
-    It wraps the projection's own `forward`, which runs after all hooks. If it is entered before an implementation is
-    made, it also runs after a `forward` that the implementation puts in its place.
+    Yields, for each layer with heads, a list with one copy per call, [rows, tokens, num_heads * head_dim]. The recorder
+    wraps the `forward` of each projection, so it sees an input after all pre-hooks. If the recorder is entered before
+    an implementation is made, it also sees the edits of an implementation that replaces `forward`.
     """
     layers = find_heads(model).layers
     calls: list[list[Tensor]] = [[] for _ in layers]
@@ -42,7 +43,7 @@ def _recording(forward: Any, calls: list[Tensor]) -> Any:
 
 
 def hooks(model: nn.Module) -> dict[str, Any]:
-    """Return the tables of hooks of all modules, in their order."""
+    """Return the hooks of all modules: {module and table of hooks: [(key, id of the hook), in order]}."""
     return {
         f"{name or 'the model'}.{attribute}": [(key, id(hook)) for key, hook in value.items()]
         for name, module in model.named_modules()
@@ -52,7 +53,7 @@ def hooks(model: nn.Module) -> dict[str, Any]:
 
 
 def state(model: nn.Module) -> dict[str, Any]:
-    """Return all that an ablation must not change: modules, hooks, weights, their order, flags, configuration."""
+    """Return everything that an ablation must restore: modules, hooks, weights, their order, flags, configuration."""
     config = getattr(model, "config", None)
     found: dict[str, Any] = {
         "config": repr(config),
@@ -79,13 +80,13 @@ def state(model: nn.Module) -> dict[str, Any]:
 
 
 def changes(model: nn.Module, before: dict[str, Any], look: Callable[[nn.Module], dict[str, Any]] = state) -> list[str]:
-    """Return the names of what differs from an earlier state, or an earlier table of hooks."""
+    """Return the names of the entries that differ from an earlier result of `look` (`state` or `hooks`)."""
     after = look(model)
     return [place for place in before | after if before.get(place) != after.get(place)]
 
 
 def assert_unchanged(changed: Sequence[str]) -> None:
-    """Assert that nothing changed; the message names the first changes."""
+    """Assert that a list of changes is empty; the message names the first three."""
     __tracebackhide__ = True
     shown = ", ".join(changed[:3]) + (f" and {len(changed) - 3} more" if len(changed) > 3 else "")
     assert not changed, f"the model is not as it was found: {shown} changed"

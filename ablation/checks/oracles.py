@@ -1,4 +1,7 @@
-"""Chapter 5, oracles: the logits of an ablated model from the weights, and from a GPT-2 written in numpy."""
+"""Chapter 5, oracles: two independent computations of the logits of an ablated model.
+
+One writes the ablation into the weights of the model ("surgery"); the other is a GPT-2 written in numpy.
+"""
 
 from __future__ import annotations
 
@@ -29,7 +32,8 @@ Pair = tuple[int, int]
 
 @check(
     "oracle.zero",
-    "Zero imputation gives the logits of a model whose W_O has zeros where it reads the head, with the bias kept.",
+    "Zero imputation of a head gives, up to rounding, the logits of the bare model after the weights of W_O that "
+    "read the head, but not the bias, are set to 0.",
     cases=CaseSpec(imputations=("zero",)),
     needs=("zero",),
 )
@@ -39,7 +43,8 @@ def zero(factory: Factory, case: Case) -> None:
 
 @check(
     "oracle.zero_sets",
-    "Zero imputation of several heads gives the logits of a model whose W_O has zeros where it reads any of them.",
+    "Zero imputation of several heads gives, up to rounding, the logits of the bare model after all weights of W_O "
+    "that read one of these heads are set to 0.",
     cases=CaseSpec(imputations=("zero",), max_rows=2, max_heads=4),
     needs=("zero", "multiple_heads"),
 )
@@ -49,8 +54,9 @@ def zero_sets(factory: Factory, case: Case) -> None:
 
 @check(
     "oracle.zero_deep",
-    "The zero oracle also holds with more than 12 heads and more than 10 layers, where sorting modules by name would "
-    "fail.",
+    "With more than 12 heads per layer and more than 10 layers (where sorting by name puts layer 10 before layer 2), "
+    "zero imputation gives, up to rounding, the logits of the bare model after the weights of W_O that read the head "
+    "are set to 0.",
     cases=CaseSpec(imputations=("zero",), dtypes=("float32",), min_layers=11, min_layer_heads=13),
     needs=("zero",),
 )
@@ -61,8 +67,9 @@ def zero_deep(factory: Factory, case: Case) -> None:
 
 @check(
     "oracle.mean",
-    "Mean imputation gives the logits of a model whose bias gains the head's mean times the sum, over the head's "
-    "channels, of the block of W_O that reads the head, and in which that block becomes zero.",
+    "Mean imputation of a head by its mean m gives, up to rounding, the logits of the bare model after the weights "
+    "of W_O that read the head are summed over its channels, m times the sum is added to the bias, and the weights "
+    "are set to 0.",
     cases=CaseSpec(imputations=("mean",)),
     needs=("mean",),
 )
@@ -72,7 +79,7 @@ def mean(factory: Factory, case: Case) -> None:
 
 @check(
     "oracle.mean_sets",
-    "Mean imputation of several heads uses the mean of each head's z in the ablated run itself, in which the ablated "
+    "Mean imputation of several heads uses the mean of each head's z in the ablated run itself, where the ablated "
     "heads of lower layers are already replaced.",
     cases=CaseSpec(imputations=("mean",), max_heads=4),
     needs=("mean", "multiple_heads", "single_forward"),
@@ -88,9 +95,10 @@ def _assert_equals_surgery(factory: Factory, case: Case) -> None:
 
 @lru_cache(maxsize=256)
 def expected_logits(case: Case) -> Tensor:
-    """Return the logits that an ablation should give, by surgery on the weights. Mean imputation: one row only.
+    """Return the logits that an ablation should give, computed by surgery on the weights of a new model.
 
-    Means are taken layer by layer, since the z of a head depends on the heads that are ablated in lower layers.
+    Mean imputation: for a case of one row only. Means are measured layer by layer, since the z of a head depends on the
+    heads that are ablated in lower layers.
     """
     model = case.model()
     if case.imputation == "zero":
@@ -107,7 +115,11 @@ def expected_logits(case: Case) -> Tensor:
 
 
 def apply_surgery(model: PreTrainedModel, heads: Iterable[Pair], means: Mapping[Pair, float] | None = None) -> None:
-    """Write an ablation into the weights: the head's block of W_O becomes 0, and its mean joins the bias."""
+    """Write an ablation into the weights of a model, in place.
+
+    The block of W_O that reads an ablated head becomes 0. means: {(layer, head): mean of z}, for mean imputation; the
+    mean times the sum of the block over the head's channels is added to the projection's bias.
+    """
     layers = find_heads(model).layers
     with torch.no_grad():
         for index, head in heads:
@@ -120,7 +132,7 @@ def apply_surgery(model: PreTrainedModel, heads: Iterable[Pair], means: Mapping[
 
 
 def w_o_block(layer: AttentionLayer, head: int) -> Tensor:
-    """Return the block of W_O that reads one head, [head_dim, hidden]: a view of the weight."""
+    """Return the part of W_O that reads one head, [head_dim, hidden]: a view of the weight."""
     weight: Tensor = layer.projection.weight  # type: ignore[assignment]  # Conv1D [in, out], Linear [out, in]
     by_input = weight if isinstance(layer.projection, Conv1D) else weight.T
     return by_input[layer.channels(head)]
@@ -128,7 +140,8 @@ def w_o_block(layer: AttentionLayer, head: int) -> Tensor:
 
 @check(
     "oracle.numpy",
-    "A GPT-2 written in numpy, with the ablated entry of its list of head outputs replaced, gives the same logits.",
+    "The logits are, up to rounding, those of a GPT-2 written in numpy that replaces the z of the ablated head by "
+    "the imputed value.",
     cases=CaseSpec(families=("gpt2",)),
 )
 def numpy_gpt2(factory: Factory, case: Case) -> None:
@@ -140,7 +153,7 @@ def numpy_gpt2(factory: Factory, case: Case) -> None:
 def gpt2_logits(model: PreTrainedModel, ids: tuple[int, ...], ablated: dict[Pair, str]) -> Array:
     """Return the logits [tokens, vocabulary] of a GPT-2 in float64, with the z of some heads replaced.
 
-    It shares no code with transformers.
+    ids: the prompt. ablated: {(layer, head): "zero" or "mean"}. This computation shares no code with transformers.
     """
     w: dict[str, Array] = {
         name.removeprefix("transformer."): tensor.double().numpy() for name, tensor in model.state_dict().items()
@@ -176,7 +189,10 @@ def gpt2_logits(model: PreTrainedModel, ids: tuple[int, ...], ablated: dict[Pair
     return norm(x, "ln_f") @ w["wte.weight"].T
 
 
-@check("oracle.unread_head", "Ablating a head that W_O does not read changes no bit of the logits.")
+@check(
+    "oracle.unread_head",
+    "If the weights of W_O that read a head are 0, ablating the head does not change the logits, bit for bit.",
+)
 def unread_head(factory: Factory, case: Case) -> None:
     model = case.model()
     apply_surgery(model, case.heads)
@@ -189,7 +205,8 @@ def unread_head(factory: Factory, case: Case) -> None:
 
 @check(
     "oracle.permuted_heads",
-    "Permuting the heads in the weights permutes their effects.",
+    "After the weights of a layer are changed to store its heads in another order, ablating a head at its new index "
+    "gives, up to rounding, the logits that ablating it at its old index gave before.",
     cases=CaseSpec(families=("gpt2",)),
 )
 def permuted_heads(factory: Factory, case: Case) -> None:

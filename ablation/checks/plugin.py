@@ -1,7 +1,7 @@
 """pytest plugin: with --implementation MODULE:CLASS, pytest runs the specification on that adapter, and nothing else.
 
-`pytest -p ablation.checks.plugin --implementation my_adapter:Mine`, in any folder. The adapter is imported from the
-folder in which pytest is called, or from the environment. Without the option, the plugin does nothing.
+For example, `pytest -p ablation.checks.plugin --implementation my_adapter:Mine`. The adapter is imported from the
+current folder, or from the installed packages. Without the option, the plugin does nothing.
 """
 
 from __future__ import annotations
@@ -30,7 +30,7 @@ LABELS = {
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:
-    """Add the options."""
+    """Add the options of the plugin."""
     group = parser.getgroup("head ablation")
     group.addoption(
         "--implementation",
@@ -40,12 +40,12 @@ def pytest_addoption(parser: pytest.Parser) -> None:
     group.addoption(
         "--expected-failures",
         metavar="FILE",
-        help="checks that this implementation is known to fail: a line for each, the id of the check and the reason",
+        help="checks that this implementation is known to fail: on each line, the id of a check and a reason",
     )
 
 
 def pytest_configure(config: pytest.Config) -> None:
-    """Read the options once; report bad ones before anything runs, in one line."""
+    """Read the options once. An invalid option is reported in one line, before any check runs."""
     config.stash[RECORDS] = []
     if config.getoption("--implementation"):
         adapter = config.stash[ADAPTER] = _load_adapter(config)
@@ -71,7 +71,7 @@ def _load_adapter(config: pytest.Config) -> Any:
         adapter = importlib.import_module(module)
         for part in attribute.split("."):
             adapter = getattr(adapter, part)
-    except Exception as error:  # whatever the user's module raises when it is imported
+    except Exception as error:  # the user's module may raise any error when it is imported
         problem = f"{type(error).__name__}: {error}" if not isinstance(error, ImportError | AttributeError) else error
         raise pytest.UsageError(f"--implementation {name}: {problem}; it should be MODULE:CLASS") from None
     if not callable(adapter):
@@ -86,7 +86,7 @@ def _load_adapter(config: pytest.Config) -> Any:
 
 
 def _read_expected_failures(config: pytest.Config) -> dict[str, str]:
-    """Return {check id: reason} of the file that --expected-failures names. Raises UsageError."""
+    """Return {check id: reason} from the file that --expected-failures names. Raises UsageError."""
     file = config.getoption("--expected-failures")
     if file is None:
         return {}
@@ -129,22 +129,22 @@ class CheckItem(pytest.Item):
         report_to_pytest(record)
 
     def repr_failure(self, excinfo: pytest.ExceptionInfo[BaseException], *_: Any) -> str:
-        """The message alone: no frame of the specification helps the reader."""
+        """Return the message alone, since the frames of the specification do not help the reader."""
         return str(excinfo.value)
 
     def reportinfo(self) -> tuple[Path, None, str]:
-        """Return where the test is: in no file of the user."""
+        """Return the name of the check, with a path that is not a file of the user's."""
         return Path("specification"), None, self.name
 
 
 def pytest_ignore_collect(config: pytest.Config) -> bool | None:
-    """With --implementation, collect no file."""
+    """With --implementation, collect no test files."""
     return True if config.getoption("--implementation") else None
 
 
 @pytest.hookimpl(tryfirst=True)  # before -k selects
 def pytest_collection_modifyitems(session: pytest.Session, config: pytest.Config, items: list[pytest.Item]) -> None:
-    """With --implementation, the tests are the checks."""
+    """With --implementation, put the checks in place of all tests."""
     if config.getoption("--implementation"):
         from ablation.checks.runner import CHECKS
 
@@ -159,7 +159,7 @@ def pytest_report_header(config: pytest.Config) -> list[str]:
 
 @pytest.hookimpl(trylast=True)
 def pytest_sessionfinish(session: pytest.Session) -> None:
-    """A run that tried no check is not a success."""
+    """Let pytest fail if every check was skipped."""
     if _tried_nothing(session.config.stash[RECORDS]):
         session.exitstatus = pytest.ExitCode.TESTS_FAILED
 
@@ -169,7 +169,7 @@ def _tried_nothing(records: list[Record]) -> bool:
 
 
 def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter, config: pytest.Config) -> None:
-    """The verdict: how many requirements hold, and the others by name."""
+    """Print how many requirements hold, and which do not."""
     records = config.stash[RECORDS]
     if not records:
         return

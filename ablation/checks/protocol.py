@@ -1,6 +1,6 @@
-"""What an implementation of head ablation has to offer to be checked.
+"""The protocol through which the checks call an implementation of head ablation.
 
-An adapter for a hook that is a context manager:
+An adapter is a class with the methods of `Implementation`. This one is for a hook that is a context manager:
 
     class Mine:
         unsupported = {"mean": "not implemented", "cache": "not tested"}
@@ -38,8 +38,8 @@ FEATURES = {
     "batch": "several rows at once",
     "padding": "batches with padding, given an attention mask",
     "cache": "decoding with a key/value cache, with no head ablated and under zero imputation",
-    "observable": "running the modules of the given model itself, and changing z before their `forward`, so that their "
-    "inputs can be recorded; a `forward` that is replaced on the class is too late for that",
+    "observable": "running the given model's own modules, and changing z before a projection's `forward` is called, so "
+    "that the inputs of the projections can be recorded; replacing `forward` on the class is too late for that",
     "restores": "leaving the model as it was found, once closed",
     "single_forward": "running the model once for each ablated run",
     "validation": "refusing heads and imputations that do not exist",
@@ -51,38 +51,39 @@ CACHE = "cache" if "cache" in inspect.signature(GPT2LMHeadModel.forward).paramet
 
 
 class Implementation(Protocol):
-    """Head ablation on one model. It is made from a model in evaluation mode, which belongs to it until `close`.
+    """Head ablation on one model, which is in evaluation mode and belongs to the implementation until `close`.
 
-    A second implementation on the same model may be refused. If it is not, either may be closed first. Other models and
-    global state must not change.
+    The constructor may refuse a model that already has an implementation. If it accepts the model, the two
+    implementations may be closed in either order. Other models and global state must not change.
 
-    A class attribute `unsupported` may hold {name: reason} for features of FEATURES, families (`gpt2`, ...) and dtypes
-    (`float64`, ...) that the implementation does not claim. Checks that need one are skipped, with that reason.
+    A class attribute `unsupported` may hold {name: reason} for features (the keys of FEATURES), families (`gpt2`, ...)
+    and dtypes (`float64`, ...) that the implementation does not support. Cases that need one of these are left out; a
+    check without any other case is skipped, with that reason.
     """
 
     def __init__(self, model: PreTrainedModel) -> None: ...
 
     def ablate(self, heads: Sequence[tuple[int, int]], imputation: str) -> None:
-        """Ablate these (layer, head) pairs and no others in following runs, by "zero" or "mean".
+        """Ablate these (layer, head) pairs and no others in the following runs. imputation: "zero" or "mean".
 
-        The caller may change the sequence later. After a rejected call, the previous heads stay in force. If no run has
-        used the previous heads, `ablate` and `close` may take effect and then raise
+        The caller may change the sequence `heads` later. If the call is rejected, the previous heads stay in force. If
+        no run has used the previous heads, `ablate` and `close` may take effect and then raise
         `ablation.errors.AblationNotApplied`.
         """
 
     def run(self, input_ids: Tensor, attention_mask: Tensor | None = None, **inputs: Any) -> Tensor:
         """Return the logits, [rows, tokens, vocabulary], in a tensor that later runs do not write to.
 
-        inputs: for the model: position_ids and use_cache, and a key/value cache under the name CACHE unless "cache" is
-        unsupported.
+        inputs: keyword arguments to pass on to the model: position_ids, use_cache and, unless "cache" is unsupported, a
+        key/value cache under the name CACHE.
         """
 
     def clear(self) -> None:
-        """Ablate nothing in following runs."""
+        """Ablate nothing in the following runs."""
 
     def close(self) -> None:
-        """Leave the model as it was found."""
+        """Restore the model to the state in which the implementation found it."""
 
 
 Factory = Callable[[PreTrainedModel], Implementation]
-"""Makes an implementation from a model: the adapter class."""
+"""The type of an adapter class: called with a model, it returns an implementation."""

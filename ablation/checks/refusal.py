@@ -30,13 +30,13 @@ UNKNOWN_IMPUTATIONS: tuple[Any, ...] = ("median", "", "Zero", "zer", None)
 
 @check(
     "refusal.head",
-    "A layer or head that does not exist is refused with a reason, before any forward pass.",
+    "A layer or head that does not exist is refused before any forward pass, by an error that states a reason.",
     cases=CaseSpec(dtypes=("float32",)),
     needs=("validation",),
     level="SHOULD",
 )
 def head(factory: Factory, case: Case) -> None:
-    """A missing head may be the only one, or come after or before one that exists."""
+    """Name a missing head alone, after heads that exist, or before them."""
     good = list(case.heads) if "multiple_heads" not in unsupported_features(factory) else []
     before, after = {0: ([], []), 1: (good, []), 2: ([], good)}[case.rows[0][0] % 3]
     for what, missing in MISSING_HEADS.items():
@@ -45,7 +45,7 @@ def head(factory: Factory, case: Case) -> None:
 
 @check(
     "refusal.type",
-    "A layer or head that is not an integer is refused with a reason, before any forward pass.",
+    "A layer or head that is not an integer is refused before any forward pass, by an error that states a reason.",
     cases=CaseSpec(dtypes=("float32",)),
     needs=("validation",),
     level="SHOULD",
@@ -57,7 +57,7 @@ def type_(factory: Factory, case: Case) -> None:
 
 @check(
     "refusal.imputation",
-    "An unknown imputation is refused with a reason, before any forward pass.",
+    "An unknown imputation is refused before any forward pass, by an error that states a reason.",
     cases=CaseSpec(dtypes=("float32",)),
     needs=("validation",),
     level="SHOULD",
@@ -90,7 +90,7 @@ def _assert_refused(factory: Factory, case: Case, heads: list[Any], imputation: 
 
 @check(
     "refusal.no_side_effect",
-    "A rejected call leaves the previous heads in force, and the next valid call is accepted.",
+    "A call of `ablate` that is rejected leaves the previous heads in force, and the next valid call is accepted.",
     cases=CaseSpec(max_heads=4, dtypes=("float32",)),
     needs=("validation",),
     level="SHOULD",

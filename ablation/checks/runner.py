@@ -1,4 +1,4 @@
-"""The list of checks, and the one way to an outcome: for plain calls, for pytest, and for `ablation check`."""
+"""The list of checks, and how they are run: by a call, as pytest tests, and by `ablation check`."""
 
 from __future__ import annotations
 
@@ -24,12 +24,25 @@ CHECKS: tuple[Check, ...] = tuple(
 
 NOTHING_TRIED = "no check was tried, so this run fails: the adapter supports nothing that they need"
 
+TERMS = """\
+The checks call an implementation of head ablation through an adapter (docs/checking.md). The z of an attention head is
+its output before the attention output projection (W_O), a linear layer whose input holds the z of all heads of a layer,
+one slice per head. An imputation replaces the z of an ablated head: zero by 0, and mean by the mean of z over the real
+tokens of a row and all channels; real tokens are those that are not padding. The bare model is the model without an
+implementation on it, and a clean run is a run with no head ablated. "Bit for bit" means equal by `torch.equal`, so +0
+equals -0; "up to rounding" means within the tolerance in `ablation/checks/assertions.py`. Good implementations may
+differ in a requirement marked (should); all others are obligatory.
+"""
+
 Outcome = Literal["passed", "failed", "skipped", "expected failure", "unexpected pass"]
 
 
 @dataclass(frozen=True)
 class Record:
-    """What a check found. reason: the message of a failure; why a check was skipped, or was expected to fail."""
+    """The outcome of one check.
+
+    reason: the message of a failure, or why the check was skipped or was expected to fail; empty if it passed.
+    """
 
     id: str
     outcome: Outcome
@@ -37,11 +50,11 @@ class Record:
 
 
 def run_check(check: Check, factory: Factory, expected_failures: Mapping[str, str] | None = None) -> Record:
-    """Run one check on an implementation. Raises ValueError for a wrong declaration only.
+    """Run one check on an implementation.
 
-    If an implementation supports so little that no check can be tried, the first check fails.
+    If the implementation supports so little that every check would be skipped, the first check fails instead.
 
-    expected_failures: check id -> reason.
+    expected_failures: {check id: reason}. Raises ValueError if `unsupported` names something that does not exist.
     """
     if reason := check.skip_reason(factory):
         if check is CHECKS[0] and all(other.skip_reason(factory) for other in CHECKS):
@@ -64,9 +77,10 @@ def run_check(check: Check, factory: Factory, expected_failures: Mapping[str, st
 
 
 def check_implementation(factory: Factory, *, expected_failures: Mapping[str, str] | None = None) -> list[Record]:
-    """Run every check, and return a record of each. expected_failures: check id -> reason.
+    """Run every check, and return a record for each. A check that fails does not raise an error.
 
-    Raises ValueError if `unsupported` or `expected_failures` names something that does not exist, and nothing else.
+    expected_failures: {check id: reason}. Raises ValueError if `unsupported` or `expected_failures` names something
+    that does not exist.
     """
     unsupported_features(factory)
     validate_ids(expected_failures or {})
@@ -76,14 +90,14 @@ def check_implementation(factory: Factory, *, expected_failures: Mapping[str, st
 def parametrize_with_checks(
     *factories: Factory, expected_failures: Mapping[str, str] | None = None
 ) -> pytest.MarkDecorator:
-    """Make a pytest test of every check of these implementations. The test takes `check` and calls it.
+    """Parametrize a pytest test with every check of one or several implementations. The test calls its `check`.
 
     @parametrize_with_checks(Mine, expected_failures={"independence.cache": "see issue 12"})
     def test_head_ablation(check):
         check()
 
-    Raises ValueError if `unsupported` or `expected_failures` names something that does not exist, or if an adapter
-    cannot be called as the checks call it.
+    Raises ValueError if `unsupported` or `expected_failures` names something that does not exist, or if a method of an
+    adapter does not accept the arguments that the checks pass.
     """
     validate_ids(expected_failures or {})
     for factory in factories:
@@ -110,7 +124,7 @@ def parametrize_with_checks(
 
 
 def report_to_pytest(record: Record) -> None:
-    """End a pytest test with the outcome of a record."""
+    """Let the current pytest test fail, skip, xfail or pass, as the record says."""
     __tracebackhide__ = True
     match record.outcome:
         case "failed":
@@ -124,7 +138,10 @@ def report_to_pytest(record: Record) -> None:
 
 
 def reproduce(check_id: str, factory: Factory, case: Case) -> None:
-    """Run one check on one case, as a failure prints it. Raises AssertionError, or KeyError for an unknown id."""
+    """Run one check on one case. The message of a failure prints the call of this function that repeats the failure.
+
+    Raises AssertionError if the check fails, and KeyError for an unknown id.
+    """
     with isolated_process_state():
         {check.id: check for check in CHECKS}[check_id].run_case(factory, case)
 
@@ -137,7 +154,7 @@ def validate_ids(ids: Mapping[str, str]) -> None:
 
 
 def requirements_table() -> str:
-    """Return the specification as a Markdown table: a row for each check."""
-    rows = ["| check | requirement |", "|---|---|"]
+    """Return the specification in Markdown: the terms, and a table with one row for each check."""
+    rows = [TERMS, "| check | requirement |", "|---|---|"]
     rows += [f"| `{check.id}`{' (should)' * (check.level == 'SHOULD')} | {check.requirement} |" for check in CHECKS]
     return "\n".join(rows) + "\n"

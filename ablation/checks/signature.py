@@ -1,4 +1,7 @@
-"""Whether an adapter can be called as the checks call it: one line, instead of a failure in every check."""
+"""Whether the methods of an adapter accept the arguments that the checks pass.
+
+A wrong signature is reported once, in one line, instead of as a failure of every check.
+"""
 
 from __future__ import annotations
 
@@ -22,10 +25,11 @@ CALLS: tuple[tuple[str, tuple[str, ...], tuple[str, ...]], ...] = (
 
 
 def signature_problem(factory: Factory) -> str | None:
-    """Return which call the adapter does not accept, and why, or None. Raises ValueError for a wrong declaration.
+    """Return the first call that the adapter does not accept, and why, or None if it accepts all calls.
 
-    An implementation is made from a small model and closed, since methods may be attributes of the instance. Any other
-    error is left to the checks, which report it with its case.
+    The function makes an implementation on a small model and closes it, since methods may be attributes of an instance.
+    Errors of the implementation are ignored here: the checks report them, each with its case. Raises ValueError if
+    `unsupported` names something that does not exist.
     """
     if problem := _call_problem(factory, "__init__", ("model",), ()):
         return problem
@@ -61,7 +65,7 @@ def _call_problem(
 ) -> str | None:
     try:
         signature = inspect.signature(function)
-    except (TypeError, ValueError):  # some callables of C have none
+    except (TypeError, ValueError):  # some callables written in C have no signature
         return None
     try:
         signature.bind(*positional, **dict.fromkeys(keywords))

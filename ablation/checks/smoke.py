@@ -1,4 +1,4 @@
-"""Chapter 1, smoke: is this an adapter at all? A failure here is the adapter's, not the implementation's."""
+"""Chapter 1, smoke: whether the adapter works at all. A failure here is a fault of the adapter, not of the hook."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from ablation.checks.protocol import Factory
 
 @check(
     "smoke",
-    "An adapter is made from a model, ablates a head, runs, clears and closes, and the ablation changes the logits.",
+    "An adapter can be made from a model, ablate a head, run, clear and close, and its ablation changes the logits.",
     # A single token of a head with one channel is its own mean, so there are at least two tokens.
     cases=CaseSpec(min_tokens=2, dtypes=("float32",)),
 )

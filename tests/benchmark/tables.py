@@ -70,7 +70,7 @@ def shapes() -> Iterator[str]:
     """Yield the ways at other shapes and prompts."""
     parts = {"GPT-2 small": 12, "SmolLM2-135M": 15, "GPT-2 medium": 24}
     yield from ("## Other shapes", "")
-    yield "Ways that run one ablation after the other ran one layer in so many, and their time was multiplied."
+    yield "Ways that run one ablation after the other ran those of 1 layer in n; the time shown is n times as long."
     for name, tokens in (("GPT-2 small", 32), ("GPT-2 small", 128), ("SmolLM2-135M", 6), ("GPT-2 medium", 6)):
         model = build(SHAPES[name])
         measured = timed(model, prompt(model, tokens), 1, parts[name])
@@ -82,7 +82,7 @@ def shapes() -> Iterator[str]:
 def where() -> Iterator[str]:
     """Yield the operations on which a sweep spends its time."""
     yield from ("## Where the time goes", "")
-    yield "Shares of PyTorch's operations in a sweep of GPT-2 small's shape, by its profiler."
+    yield "Shares of PyTorch operations in the time of a sweep of GPT-2 small's shape, by PyTorch's profiler."
     yield from ("", "| tokens | operation | calls | share |", "|---|---|---|---|")
     model = build(SHAPES["GPT-2 small"])
     for tokens in (6, 128):
@@ -143,8 +143,8 @@ KEEP = {"MALLOC_TRIM_THRESHOLD_": "2000000000", "MALLOC_MMAP_THRESHOLD_": "20000
 def memory() -> Iterator[str]:
     """Yield the peak memory with and without the row budget."""
     yield from ("## Memory", "")
-    yield "The peak memory of a process that sweeps GPT-2 small's shape, weights (0.5 GB) and Python included."
-    yield "glibc returns freed memory to the system and maps it again, unless the environment says otherwise:"
+    yield "The peak memory of a process that sweeps GPT-2 small's shape, including the weights (0.5 GB) and Python."
+    yield "By default, glibc returns freed memory to the system and maps it again. These variables make it keep memory:"
     yield f"`{' '.join(f'{name}={value}' for name, value in KEEP.items())}`."
     yield from ("", "| tokens | rows | freed memory | passes | peak | time |", "|---|---|---|---|---|---|")
     for tokens in (6, 128):
