@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from types import SimpleNamespace
-from typing import Any
+from typing import Any, cast
 
 import pytest
 import torch
@@ -13,7 +13,9 @@ from torch import Tensor, nn
 from ablation.checks.decoders import Decoder
 from ablation.edits import Ablation
 from ablation.engine import run, run_sequential
-from ablation.guard import choose_probes, coupled_rows
+from ablation.forward import Request
+from ablation.growing import BatchMismatch
+from ablation.guard import Guard, choose_probes, coupled_rows
 from ablation.sweeps import sweep, sweep_sequential
 from tests.comparing import IDS, assert_results_equal
 
@@ -83,6 +85,55 @@ def test_probes_are_more_where_rows_may_couple() -> None:
     probes = choose_probes(mixtral, ablations)
     assert len(set(probes)) == len(probes) == 16 and all(isinstance(probe, Ablation) for probe in probes)
     assert len(choose_probes(mixtral, ablations[:2])) == 2
+
+
+# ---- how far a row may differ
+
+
+def guard(clean: Tensor, noise: float = 0.0, dtype: torch.dtype = torch.float32) -> Guard:
+    """A guard with given clean logits, whose noise need not be measured."""
+    made = Guard(cast(Request, SimpleNamespace(model=SimpleNamespace(dtype=dtype))), clean, {})
+    vars(made)["_noise"] = noise
+    return made
+
+
+@pytest.mark.parametrize("size", [1e-3, 1.0, 1e3])
+def test_row_may_differ_by_rounding_or_by_measured_noise(size: float) -> None:
+    clean = torch.tensor([0.0, -size, size / 2, size / 4])
+    eps = torch.finfo(torch.float32).eps
+    guard(clean).check_clean(clean * (1 + 32 * eps))
+    guard(clean, noise=1e-5 * size).check_clean(clean * (1 + 7e-5))
+    for noise, row in (
+        (0.0, clean * (1 + 128 * eps)),
+        (1e-5 * size, clean * (1 + 9e-5)),
+        (size, clean * (1 + 1e-2)),  # more than half of the digits
+        (0.0, clean * torch.nan),
+    ):
+        with pytest.raises(BatchMismatch, match=r"^a row differs from the same row of an ordinary forward by [^ ]+$"):
+            guard(clean, noise).check_clean(row)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_offset_or_masked_tokens_do_not_hide_a_mismatch(dtype: torch.dtype) -> None:
+    ordinary = torch.randn(100, generator=torch.Generator().manual_seed(0)).to(dtype)
+    different = ordinary.clone()
+    different[7] += 1
+    masked = [row.index_fill(-1, torch.arange(20, 50), torch.finfo(dtype).min) for row in (different, ordinary)]
+    for one, other in ((different, ordinary), (different + 50, ordinary + 50), masked):
+        guard(other, dtype=dtype).check_clean(other)
+        with pytest.raises(BatchMismatch):
+            guard(other, dtype=dtype).check_clean(one)
+
+
+def test_shortest_dtype_decides() -> None:
+    """Some models compute in bfloat16 and give logits of float32; so does autocast."""
+    clean = torch.tensor([0.0, -1.0, 0.5, 0.25])
+    row = clean * (1 + torch.finfo(torch.bfloat16).eps)
+    guard(clean, dtype=torch.bfloat16).check_clean(row)
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        guard(clean).check_clean(row)
+    with pytest.raises(BatchMismatch):
+        guard(clean).check_clean(row)
 
 
 # ---- kinds of quantisation
