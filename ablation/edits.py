@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, NamedTuple
@@ -76,7 +77,12 @@ class Receipt:
     @property
     def counts(self) -> dict[int, list[EditCounts]]:
         """{layer with edits: the counts of each edit, in the order of the edits}."""
-        return {layer: [EditCounts(*edit) for edit in counts.tolist()] for layer, counts in self.edited.items()}
+        if not self.edited:
+            return {}
+        device = next(iter(self.edited.values())).device
+        joined = torch.cat([counts.to(device) for counts in self.edited.values()]).tolist()  # waits for the device once
+        edits = iter([EditCounts(*edit) for edit in joined])
+        return {layer: list(itertools.islice(edits, len(counts))) for layer, counts in self.edited.items()}
 
     def __repr__(self) -> str:
         return f"Receipt(calls={self.calls}, counts={self.counts})"

@@ -5,11 +5,11 @@ from __future__ import annotations
 import itertools
 import math
 import warnings
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, suppress
 from dataclasses import dataclass
 from functools import partial
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, TypeVar
 
 import numpy as np
 import torch
@@ -24,10 +24,12 @@ from ablation.forward import Request, batch_logits, last_logits, rows_per_pass, 
 from ablation.growing import BatchMismatch, RowLayout, first_layer, growing_batch
 from ablation.guard import Guard, choose_probes, coupled_rows
 from ablation.heads import AttentionLayer
-from ablation.measure import LogitSummary, resolve_watched, summarise_logits, tie_tolerance
+from ablation.measure import LogitSummary, float64, resolve_watched, summarise_logits, tie_tolerance
+from ablation.memory import is_out_of_memory, release
 from ablation.module_hooks import register
 from ablation.results import RunResult
 
+T = TypeVar("T")
 Progress = Callable[[float], None]
 """A callback that receives the share of the work that is done, in (0, 1]."""
 
@@ -57,7 +59,7 @@ def run(
 
     token_ids: the prompt, one row without padding. watch: token ids whose probabilities are measured, by convention the
     target and the control; None stands for the most probable token of the clean run that is not watched yet.
-    max_rows: the largest number of rows in a forward pass, at least 2; by default as many as fit in ROW_BUDGET_BYTES.
+    max_rows: the largest number of rows in a forward pass, at least 2; by default as many as fit in memory.
     Ablations that do not fit run in further passes.
 
     Raises InvalidPrompt, InvalidHead, InvalidAblation, UnsupportedModel, AblationNotApplied, NonFiniteLogits.
@@ -133,16 +135,23 @@ def _measure_clean(request: Request, logits: Tensor, head_mean: NDArray[np.float
     return _CleanRun(logits, head_mean, watched, tolerance, summarise_logits(logits[None], watched, tolerance))
 
 
-def _run_plain(request: Request, probes: Sequence[Ablation]) -> tuple[_CleanRun, Tensor]:
+class _PlainRun(NamedTuple):
+    """Logits of the last token, and head means, [L, H], of the clean run: see `RunResult`."""
+
+    clean: Tensor
+    """[vocabulary]"""
+    ablated: Tensor
+    """[ablations, vocabulary]"""
+    head_mean: NDArray[np.float64]
+
+
+def _run_plain(request: Request, probes: Sequence[Ablation]) -> _PlainRun:
     """Run the clean row and some ablations in a plain batch, which has all its rows from the start.
 
-    Returns the clean run, and the logits of the ablations, [probes, vocabulary].
-
-    Raises BatchMismatch, AblationNotApplied, NonFiniteLogits, and UnsupportedModel if a projection does not receive
-    every head's z.
+    Raises BatchMismatch, AblationNotApplied, and UnsupportedModel if a projection does not receive every head's z.
     """
     layout = RowLayout.plain(probes)
-    head_mean = np.full(request.heads.shape, np.nan)
+    means: dict[AttentionLayer, Tensor] = {}
 
     def look(layer: AttentionLayer, projection: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         (z, *_) = args or kwargs.values()
@@ -152,8 +161,8 @@ def _run_plain(request: Request, probes: Sequence[Ablation]) -> tuple[_CleanRun,
                 f"{layer.projection_name} received {tuple(z.shape)}, not [{rows} rows, {tokens} tokens, "
                 f"{channels} channels]"
             )
-        per_head = z[layout.clean_row].cpu().double().unflatten(-1, (layer.num_heads, layer.head_dim))
-        head_mean[layer.index, : layer.num_heads] = per_head.mean(dim=(0, 2)).numpy()
+        per_head = float64(z[layout.clean_row]).unflatten(-1, (layer.num_heads, layer.head_dim))
+        means[layer] = per_head.mean(dim=(0, 2))  # on the device: nothing waits for it before the end
 
     with request.hook as hook, ExitStack() as hooks:
         hook.set_edits(layout.edits)
@@ -162,12 +171,16 @@ def _run_plain(request: Request, probes: Sequence[Ablation]) -> tuple[_CleanRun,
         logits = batch_logits(request, layout.num_rows) if probes else last_logits(request, 1)
         for layer in request.heads.layers:
             verify_called_once(layer, hook.receipt)
-    return _measure_clean(request, logits[layout.clean_row], head_mean), logits[layout.ablated_rows]
+    head_mean = np.full(request.heads.shape, np.nan)
+    for layer, mean in means.items():
+        head_mean[layer.index, : layer.num_heads] = mean.cpu().numpy()
+    return _PlainRun(logits[layout.clean_row], logits[layout.ablated_rows], head_mean)
 
 
 def _run_sequential(request: Request, progress: Progress | None, **how: Any) -> RunResult:
     """Run one forward pass for each ablation."""
-    clean, _ = _run_plain(request, [])
+    plain = _run_plain(request, [])
+    clean = _measure_clean(request, plain.clean, plain.head_mean)
     outcomes = []
     with request.hook as hook:
         for done, ablation in enumerate(request.ablations, start=1):
@@ -181,12 +194,18 @@ def _run_sequential(request: Request, progress: Progress | None, **how: Any) -> 
 
 
 def _run_probes(request: Request, max_rows: int) -> tuple[_CleanRun, Guard]:
-    """Run the clean run, and some ablations, in plain batches. Raises BatchMismatch."""
-    found: dict[Ablation, Tensor] = {}
-    for chunk in _chunks(choose_probes(request.model, request.ablations), max_rows - 1):
-        clean, logits = _run_plain(request, chunk)
-        found |= zip(chunk, logits, strict=True)
-    return clean, Guard(request, clean.logits, found)
+    """Run the clean run, and some ablations, in plain batches. Raises BatchMismatch and NonFiniteLogits."""
+    probes: list[Tensor] = []
+
+    def run_pass(chunk: Sequence[Ablation]) -> _PlainRun:
+        plain = _run_plain(request, chunk)
+        probes.extend(plain.ablated)
+        return plain
+
+    chosen = choose_probes(request.model, request.ablations)
+    (*_, plain) = _in_passes(chosen, max_rows, run_pass)
+    clean = _measure_clean(request, plain.clean, plain.head_mean)
+    return clean, Guard(request, clean.logits, dict(zip(chosen, probes, strict=True)))
 
 
 def _run_guarded(request: Request, max_rows: int, progress: Progress | None) -> RunResult:
@@ -203,26 +222,50 @@ def _run_growing(
     """Run all ablations in as few growing batches as `max_rows` allows. Raises BatchMismatch."""
     order = sorted(range(len(request.ablations)), key=lambda index: first_layer(request.ablations[index]))
     ablations = [request.ablations[index] for index in order]
-    passes = _chunks(ablations, max_rows - 1)
-    steps, done = len(passes) * len(request.heads.layers), itertools.count(1)
+    done = 0
 
-    def on_layer() -> None:
-        if progress is not None:
-            progress(next(done) / steps)
+    def run_pass(chunk: Sequence[Ablation]) -> _Outcomes:
+        nonlocal done
+        begun = itertools.count(1)
 
-    outcomes = []
-    with request.hook as hook:
-        for chunk in passes:
-            layout = RowLayout.growing(chunk)
+        def on_layer() -> None:
+            if progress is not None:
+                progress((done + len(chunk) * next(begun) / len(request.heads.layers)) / len(ablations))
+
+        layout = RowLayout.growing(chunk)
+        with request.hook as hook:
             hook.set_edits(layout.edits)
             with growing_batch(hook, layout, last_token_only=last_token_only, on_layer=on_layer):
                 logits = batch_logits(request, 1)
-            receipt, ablated = hook.receipt, logits[layout.ablated_rows]
-            hook.clear()  # the guard may run the bare model
-            guard.check_clean(logits[layout.clean_row])
-            guard.check_ablated(chunk, ablated)
-            outcomes.append(_measure(request, clean, layout, ablated, receipt))
-    return _result(request, clean, outcomes, order, method="growing batch", passes=len(passes))
+            receipt = hook.receipt
+        ablated = logits[layout.ablated_rows]
+        guard.check(logits[layout.clean_row], chunk, ablated)
+        outcomes = _measure(request, clean, layout, ablated, receipt)
+        done += len(chunk)
+        return outcomes
+
+    outcomes = list(_in_passes(ablations, max_rows, run_pass))
+    return _result(request, clean, outcomes, order, method="growing batch", passes=len(outcomes))
+
+
+def _in_passes(
+    ablations: Sequence[Ablation], max_rows: int, run_pass: Callable[[Sequence[Ablation]], T]
+) -> Iterator[T]:
+    """Run ablations in passes of at most `max_rows` rows, in their order; a pass that runs out of memory is halved."""
+    waiting = _chunks(ablations, max_rows - 1)
+    while waiting:
+        chunk, *rest = waiting
+        try:
+            found = run_pass(chunk)
+        except RuntimeError as error:
+            if not is_out_of_memory(error) or len(chunk) == 1:
+                raise
+        else:
+            waiting = rest
+            yield found
+            continue
+        release()  # outside of `except`, where the error holds what the pass has allocated
+        waiting = _chunks([ablation for part in waiting for ablation in part], math.ceil(len(chunk) / 2))
 
 
 def _chunks(ablations: Sequence[Ablation], largest: int) -> list[Sequence[Ablation]]:

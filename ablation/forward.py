@@ -19,10 +19,7 @@ from ablation.errors import InvalidAblation, InvalidPrompt
 from ablation.growing import BatchMismatch
 from ablation.heads import HeadMap, as_index
 from ablation.hook import HeadAblation
-
-# Activations of one pass may take this much memory, unless `max_rows` says otherwise. Larger passes are no faster on a
-# CPU: a heap that grows beyond some 100 MB is returned to the system and mapped again at every operation.
-ROW_BUDGET_BYTES = 2**27
+from ablation.memory import is_out_of_memory, pass_bytes
 
 PACKAGE = f"{Path(__file__).parent}{os.sep}"
 
@@ -103,7 +100,7 @@ def _predicted_tokens(model: PreTrainedModel) -> int:
 
 
 def rows_per_pass(request: Request, max_rows: int | None) -> int:
-    """Return the number of rows per forward pass: `max_rows`, or as many as fit in ROW_BUDGET_BYTES.
+    """Return the number of rows per forward pass: `max_rows`, or as many as fit in memory.
 
     Raises InvalidAblation if `max_rows` is less than 2.
     """
@@ -121,7 +118,14 @@ def rows_per_pass(request: Request, max_rows: int | None) -> int:
     scores = request.heads.shape[1] * tokens
     logits = len(_embedding(request.model)) * (1 if _keeps_last_logits(request.model) else tokens)
     row_bytes = (tokens * (widest + scores) + logits) * request.model.dtype.itemsize
-    return max(2, ROW_BUDGET_BYTES // row_bytes)
+    return max(2, pass_bytes(_devices(request.model)) // row_bytes)
+
+
+def _devices(model: PreTrainedModel) -> set[torch.device]:
+    """Return the devices that a model runs on. Parameters on the meta device are loaded onto others when needed."""
+    spread: dict[str, Any] = getattr(model, "hf_device_map", {})
+    named = {torch.device("cpu" if place == "disk" else place) for place in spread.values()}
+    return named or {model.device}
 
 
 def _keeps_last_logits(model: PreTrainedModel) -> bool:
@@ -152,7 +156,7 @@ def batch_logits(request: Request, rows: int) -> Tensor:
     try:
         output = request.model(ids, **options)
     except Exception as error:
-        if _raised_by_package(error):
+        if _raised_by_package(error) or is_out_of_memory(error):
             raise
         raise BatchMismatch(f"{type(error).__name__}: {error}".splitlines()[0]) from error
     return _of_last_token(output)

@@ -88,12 +88,13 @@ class RowLayout:
         """
         found = np.zeros((len(self.ablations), 3), dtype=np.int64)
         found[:, 0] = 1
+        counts = receipt.counts
         for layer, edits in self.edits.items():
             numbers = [edit.row - self.first_row for edit in edits if edit.row is not None]
             if receipt.calls[layer] != 1:
                 found[numbers, 0] = receipt.calls[layer]
-            if layer in receipt.edited:
-                np.add.at(found[:, 1:], numbers, receipt.edited[layer].cpu().numpy())
+            if layer in counts:
+                np.add.at(found[:, 1:], numbers, np.array(counts[layer]))
         return found
 
 
@@ -150,9 +151,9 @@ def _size(hidden: object) -> str:
 
 
 def _repeat_rows(value: Any, rows: int) -> Any:
-    """Return a layer's arguments, with every tensor of one row (mask, positions) repeated for all rows of the batch."""
+    """Return a layer's arguments, with every tensor of one row (mask, positions) expanded to all rows of the batch."""
     if isinstance(value, Tensor) and value.ndim > 1 and len(value) == 1:
-        return value.repeat(rows, *[1] * (value.ndim - 1))
+        return value.expand(rows, *value.shape[1:])
     if isinstance(value, tuple):
         return tuple(_repeat_rows(part, rows) for part in value)
     if isinstance(value, dict):

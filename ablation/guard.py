@@ -41,18 +41,17 @@ class Guard:
     clean: Tensor
     probes: dict[Ablation, Tensor]
 
-    def check_clean(self, row: Tensor) -> None:
-        """Raise BatchMismatch unless a clean row, [vocabulary], agrees with the ordinary forward pass."""
-        self._check(row, self.clean)
+    def check(self, clean: Tensor, ablations: Sequence[Ablation], ablated: Tensor) -> None:
+        """Raise BatchMismatch unless the clean row, and the probes among the ablated rows, agree with ordinary ones.
 
-    def check_ablated(self, ablations: Sequence[Ablation], rows: Tensor) -> None:
-        """Raise BatchMismatch unless those ablated rows, [ablations, vocabulary], that are probes agree with them."""
-        for ablation, row in zip(ablations, rows, strict=True):
+        clean: [vocabulary]. ablated: [ablations, vocabulary]. No ablation may be entered: the bare model may run.
+        """
+        rows, ordinary = [clean], [self.clean]
+        for ablation, row in zip(ablations, ablated, strict=True):
             if ablation in self.probes:
-                self._check(row, self.probes[ablation])
-
-    def _check(self, row: Tensor, ordinary: Tensor) -> None:
-        difference = float((row - ordinary).abs().max())
+                rows.append(row)
+                ordinary.append(self.probes[ablation])
+        difference = float((torch.stack(rows) - torch.stack(ordinary)).abs().max())
         # Not more than half of the digits, however much the clean rows differ: a hook may treat some rows differently.
         if not difference <= self._rounding and not difference <= min(NOISE_FACTOR * self._noise, self._half_digits):
             raise BatchMismatch(f"a row differs from the same row of an ordinary forward by {difference:.2g}")

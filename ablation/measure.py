@@ -8,13 +8,12 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from ablation.memory import measuring_bytes
+
 # Two tokens with equal weights in the unembedding may get logits that differ in their last bits, since a kernel sums
 # the columns at the edge of a block in another order. Measured: up to 10 eps of the logits' size (float32 and float64,
 # 6 to 4096 channels, 1 to 16 rows, AVX-512, AVX2 and neither); 0 in bfloat16, whose sum is rounded once, to one eps.
 TIE_EPS = 64.0
-
-CHUNK_ROWS = 4
-"""Rows measured at once: their logits in float64 fit into the cache of a CPU."""
 
 
 class LogitSummary(NamedTuple):
@@ -56,7 +55,7 @@ def resolve_watched(watch: Sequence[int | None], logits: Tensor, tolerance: floa
 
     logits: those of the clean run, [vocabulary].
     """
-    free = _on_float64_device(logits).double()
+    free = float64(logits)
     named = torch.tensor([t for t in watch if t is not None], dtype=torch.long, device=free.device)
     free = free.index_fill(0, named, -torch.inf)
     watched = []
@@ -76,18 +75,24 @@ def summarise_logits(logits: Tensor, watched: Tensor, tolerance: float) -> Logit
     """
     logits = _on_float64_device(logits)
     watched = watched.to(logits.device)
-    scratch = torch.empty(CHUNK_ROWS, logits.shape[1], dtype=torch.float64, device=logits.device)
-    parts = [_summarise_chunk(rows, watched, tolerance, scratch) for rows in logits.split(CHUNK_ROWS)]
+    largest = max(4, measuring_bytes(logits.device) // (8 * logits.shape[1]))
+    scratch = torch.empty(min(largest, len(logits)), logits.shape[1], dtype=torch.float64, device=logits.device)
+    parts = [_summarise_chunk(rows, watched, tolerance, scratch) for rows in logits.split(largest)]
     return LogitSummary(*(torch.cat(part) for part in zip(*parts, strict=True)))
 
 
+def float64(values: Tensor) -> Tensor:
+    """Return the same values in float64, on a device that has it."""
+    return _on_float64_device(values).double()
+
+
 def _on_float64_device(logits: Tensor) -> Tensor:
-    """Return the logits on a device that has float64: MPS lacks it."""
+    """Return a tensor on a device that has float64: MPS lacks it."""
     return logits.cpu() if logits.device.type == "mps" else logits
 
 
 def _summarise_chunk(logits: Tensor, watched: Tensor, tolerance: float, scratch: Tensor) -> LogitSummary:
-    """`summarise_logits` of at most CHUNK_ROWS rows. scratch: [CHUNK_ROWS, vocabulary], overwritten."""
+    """`summarise_logits` of as many rows as `scratch` has at most. scratch: [rows, vocabulary] float64, overwritten."""
     rest = scratch[: len(logits)].copy_(logits)
     finite = rest.sum(dim=-1).isfinite()
     of_watched = rest[:, watched]

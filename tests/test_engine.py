@@ -348,7 +348,7 @@ def test_pass_has_as_many_rows_as_fit_into_memory(monkeypatch: pytest.MonkeyPatc
     for model, kept in ((llama.shared(), 1), (without_logits_to_keep(llama), 5)):
         row = 4 * (5 * (4 * 12 + 3 * 5) + kept * VOCABULARY)  # bytes, for 5 tokens that 3 heads attend to
         for budget, passes in ((13 * row, 1), (13 * row - 1, 2), (4 * row, 4), (4 * row - 1, 6), (1, 12)):
-            monkeypatch.setattr("ablation.forward.ROW_BUDGET_BYTES", budget)
+            monkeypatch.setattr("ablation.memory.CPU_PASS_BYTES", budget)
             assert sweep(model, IDS).provenance["passes"] == passes
 
 

@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 
 from ablation.checks.decoders import Decoder, randomised
-from ablation.measure import CHUNK_ROWS, lowest_best, summarise_logits, tie_tolerance
+from ablation.measure import lowest_best, summarise_logits, tie_tolerance
 from ablation.sweeps import sweep
 from tests.comparing import IDS
 
@@ -17,6 +17,15 @@ WATCHED = torch.tensor([3, 0])
 
 def random_logits(rows: int, dtype: torch.dtype = torch.float32) -> Tensor:
     return torch.randn(rows, 100, generator=torch.Generator().manual_seed(0)).to(dtype)
+
+
+CHUNK_ROWS = 4
+
+
+@pytest.fixture(autouse=True)
+def small_chunks(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Logits are measured four rows at a time."""
+    monkeypatch.setattr("ablation.memory.CPU_CACHE_BYTES", CHUNK_ROWS * 8 * 100)
 
 
 @pytest.mark.parametrize("rows", [1, CHUNK_ROWS, CHUNK_ROWS + 1, 3 * CHUNK_ROWS])
