@@ -3,9 +3,10 @@
 An implementation is driven through a small protocol (`ablation.checks.protocol`). Each check is a function with an id
 and a requirement of one sentence; hypothesis draws its cases: random decoders, prompts and heads.
 
-`check_implementation(Adapter)` runs all checks and returns records; `@parametrize_with_checks(Adapter)` makes a pytest
-test of each; `ablation check MODULE:CLASS`, and `pytest -p ablation.checks.plugin --implementation MODULE:CLASS`, run
-them from the command line. The names below are imported when they are used, so that the pytest plugin loads at once.
+`check_implementation(Adapter)` runs all checks and returns records, and `verdict` sums them up;
+`@parametrize_with_checks(Adapter)` makes a pytest test of each check; `ablation check MODULE:CLASS`, and
+`pytest -p ablation.checks.plugin --implementation MODULE:CLASS`, run them from the command line. The names below are
+imported when they are used, so that the pytest plugin loads at once.
 """
 
 from __future__ import annotations
@@ -19,6 +20,7 @@ if TYPE_CHECKING:
     from ablation.checks.decoders import Decoder
     from ablation.checks.protocol import Implementation
     from ablation.checks.runner import CHECKS, Record, check_implementation, parametrize_with_checks, reproduce
+    from ablation.checks.summary import verdict
 
 __all__ = [
     "CHECKS",
@@ -30,9 +32,16 @@ __all__ = [
     "check_implementation",
     "parametrize_with_checks",
     "reproduce",
+    "verdict",
 ]
 
-_MODULES = {"Case": "cases", "Check": "check", "Decoder": "decoders", "Implementation": "protocol"}
+_MODULES = {
+    "Case": "cases",
+    "Check": "check",
+    "Decoder": "decoders",
+    "Implementation": "protocol",
+    "verdict": "summary",
+}
 
 
 def __getattr__(name: str) -> Any:

@@ -1,8 +1,9 @@
-"""Whether an adapter can be called as the checks call it: one line, instead of a failure in every check."""
+"""Whether the checks can use an adapter at all: one line, instead of a failure in every check."""
 
 from __future__ import annotations
 
 import inspect
+import warnings
 from collections.abc import Callable
 from contextlib import suppress
 from typing import Any
@@ -10,6 +11,7 @@ from typing import Any
 from ablation.checks.check import isolated_process_state, unsupported_features
 from ablation.checks.decoders import DTYPES, FAMILIES, Decoder
 from ablation.checks.protocol import Factory
+from ablation.errors import InvalidDeclaration
 
 CALLS: tuple[tuple[str, tuple[str, ...], tuple[str, ...]], ...] = (
     ("ablate", ("heads", "imputation"), ()),
@@ -22,36 +24,50 @@ CALLS: tuple[tuple[str, tuple[str, ...], tuple[str, ...]], ...] = (
 """The calls that the checks make: method, positional arguments, keyword arguments."""
 
 
+def adapter_problem(factory: Factory) -> str | None:
+    """Return why the checks cannot use an adapter, in one line, or None: a wrong declaration, or a wrong signature."""
+    try:
+        return signature_problem(factory)
+    except InvalidDeclaration as error:
+        return str(error)
+
+
 def signature_problem(factory: Factory) -> str | None:
-    """Return which call the adapter does not accept, and why, or None. Raises ValueError for a wrong declaration.
+    """Return which call the adapter does not accept, and why, or None. Raises InvalidDeclaration.
 
     An implementation is made from a small model and closed, since methods may be attributes of the instance. Any other
     error is left to the checks, which report it with its case.
     """
+    unsupported = unsupported_features(factory)
     if problem := _call_problem(factory, "__init__", ("model",), ()):
         return problem
-    unsupported = unsupported_features(factory)
     families = [name for name in FAMILIES if name not in unsupported]
     dtypes = [name for name in DTYPES if name not in unsupported]
     if not families or not dtypes:
         return None
     model = Decoder(families[0], num_layers=1, num_heads=2, head_dim=8, dtype=dtypes[0]).fresh()
-    with isolated_process_state():
+    with isolated_process_state(), warnings.catch_warnings():
+        warnings.simplefilter("ignore")
         try:
             implementation = factory(model)
-        except Exception:
+        except KeyboardInterrupt:
+            raise
+        except BaseException:
             return None
         try:
             return next(filter(None, (_method_problem(implementation, *call) for call in CALLS)), None)
         finally:
-            with suppress(Exception):
+            with suppress(Exception, SystemExit):
                 implementation.close()
 
 
 def _method_problem(
     implementation: Any, name: str, positional: tuple[str, ...], keywords: tuple[str, ...]
 ) -> str | None:
-    method = getattr(implementation, name, None)
+    try:
+        method = getattr(implementation, name, None)
+    except Exception:  # a property; the checks report what it raises
+        return None
     if not callable(method):
         return f"the adapter has no method {name}"
     return _call_problem(method, name, positional, keywords)
