@@ -36,6 +36,8 @@ class Case:
     def __str__(self) -> str:
         if self.steps:
             return f"{self.decoder.family}, {', '.join(' '.join(map(str, step)) for step in self.steps)}"
+        if not self.heads:
+            return f"{self.decoder.family}, no head ablated{self._batch()}"
         heads = ", ".join(f"layer {layer} head {head}" for layer, head in self.heads)
         return f"{self.decoder.family}, {heads}, {self.imputation} imputation{self._batch()}"
 

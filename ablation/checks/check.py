@@ -159,7 +159,7 @@ def _finding(error: BaseException) -> str:
     return textwrap.shorten(text, LONGEST_FINDING, placeholder=" ...")
 
 
-QUICK_EXAMPLES = 8
+QUICK_EXAMPLES = 4
 
 
 def search_settings(quick: bool = False, **changes: Any) -> settings:

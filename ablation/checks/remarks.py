@@ -17,6 +17,10 @@ BIAS_FREE = {"llama": "Llama", "qwen3": "Qwen3"}
 """Families of which most released models have no bias in the projection, while the random ones have one."""
 
 
+UNRELATED = ("layers", "channels per head")
+"""Two lengths that no code mixes up: a layer is an index into a list, a channel one into z."""
+
+
 def remarks(fails: Callable[[Case], bool], case: Case) -> Iterator[str]:
     """Yield a sentence for each peculiarity of a failing case that may be the reason. fails: runs the check."""
     yield from _square(fails, case)
@@ -37,7 +41,7 @@ def _square(fails: Callable[[Case], bool], case: Case) -> Iterator[str]:
         "channels per head": case.decoder.head_dim,
     }
     for one, other in combinations(lengths, 2):
-        if lengths[one] == lengths[other] > 1:
+        if (one, other) != UNRELATED and lengths[one] == lengths[other] > 1:
             longer, length = _longer(case, one)
             again = "it fails, too" if fails(longer) else "it passes, so they may be mixed up"
             yield f"the case has as many {one} as {other} ({lengths[one]}); with {length} {one} {again}"

@@ -215,8 +215,12 @@ def report_to_pytest(record: Record) -> None:
 
 def reproduce(check_id: str, factory: Factory, case: Case) -> None:
     """Run one check on one case, as a failure prints it. Raises AssertionError, or KeyError for an unknown id."""
+    check = {check.id: check for check in CHECKS}[check_id]
     with isolated_process_state():
-        {check.id: check for check in CHECKS}[check_id].run_case(factory, case)
+        try:
+            check.run_case(factory, case)
+        except CheckFailure as failure:
+            raise check.explained(factory, failure) from failure.__cause__
 
 
 def validate_ids(ids: Mapping[str, str]) -> None:

@@ -5,7 +5,6 @@ from __future__ import annotations
 import inspect
 import warnings
 from collections.abc import Callable
-from contextlib import suppress
 from typing import Any
 
 from ablation.checks.check import isolated_process_state, unsupported_features
@@ -57,8 +56,12 @@ def signature_problem(factory: Factory) -> str | None:
         try:
             return next(filter(None, (_method_problem(implementation, *call) for call in CALLS)), None)
         finally:
-            with suppress(Exception, SystemExit):
+            try:
                 implementation.close()
+            except KeyboardInterrupt:
+                raise
+            except BaseException:  # noqa: S110 (the checks report it)
+                pass
 
 
 def _method_problem(

@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import warnings
 from collections import Counter
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import replace
 from functools import partial
 from typing import Any
 
 from ablation.checks.cases import Case, CaseSpec
 from ablation.checks.check import Check, CheckFailure, adapter_name, isolated_process_state, unsupported_features
+from ablation.checks.decoders import DTYPES, FAMILIES
 from ablation.checks.protocol import Factory
 from ablation.checks.runner import CHECKS, Record, run_check, tries_nothing
 
@@ -20,6 +21,7 @@ LABELS = {
     "unexpected pass": "no longer broken, so remove it from the expected failures",
     "skipped": "not tried",
 }
+IMPUTATIONS = CaseSpec().imputations
 MANY = 8
 """From this number on, checks that were skipped for one reason are counted, not named."""
 
@@ -51,8 +53,8 @@ def _lines(outcome: str, records: Sequence[Record]) -> Iterator[str]:
 def shared_cause(factory: Factory, records: Sequence[Record]) -> list[str]:
     """Say which features an adapter could declare as unsupported, so that several failures go away; or say nothing.
 
-    A feature is a candidate if at least two failing cases need it. A failure goes away if its case passes with that
-    feature alone exchanged, and if the check passes, or cannot be tried, when it runs again without the feature.
+    A feature that at least two failing cases need is a cause if most of them pass when that feature alone is exchanged.
+    A failure goes away if the check then passes, or cannot be tried, when it runs again without the feature.
     """
     left = {record.id: record.case for record in records if record.outcome == "failed" and record.case is not None}
     total, declared = len(left), dict[str, str]()
@@ -70,26 +72,41 @@ def _best_feature(
 ) -> tuple[str, dict[str, Case]] | None:
     """Return the feature without which most failures go away, at least two, and the failures that are then left."""
     checks = {check: left[check.id] for check in CHECKS if check.id in left}
-    needed = {check: _features(check, case) for check, case in checks.items()}
+    needed = {check: _features(case) for check, case in checks.items()}
     if any("cache" in check.needs for check in checks):  # `identity` decodes with a cache, too
         needed = {check: [*features, "cache"] for check, features in needed.items()}
     best, most = None, 1
     for feature, count in Counter(feature for features in needed.values() for feature in features).items():
         restricted = _without(factory, {**declared, feature: "..."})
-        if count <= most or tries_nothing(restricted):
+        users = {check: case for check, case in checks.items() if feature in needed[check]}
+        if count <= most or tries_nothing(restricted) or not _is_cause(feature, restricted, users):
             continue
-        gone: set[str] = set()
-        for tried, check in enumerate(check for check in checks if feature in needed[check]):
-            if count - tried + len(gone) <= most:
-                break  # it cannot be better any more
-            if _passes_without(check, restricted, checks[check], feature):
-                gone.add(check.id)
+        gone = {check.id for check in users if run_check(check, restricted, quick=True).outcome != "failed"}
         if len(gone) > most:
             best, most = (feature, {id: case for id, case in left.items() if id not in gone}), len(gone)
     return best
 
 
-def _features(check: Check, case: Case) -> list[str]:
+def _is_cause(feature: str, restricted: Factory, failing: Mapping[Check, Case]) -> bool:
+    """Return whether most failing cases pass when a feature is exchanged. restricted: the adapter without it."""
+    pass_, fail = 0, 0
+    for check, case in failing.items():
+        if feature == "cache" and "cache" in check.needs:
+            continue  # nothing could replace it
+        try:
+            with warnings.catch_warnings(), isolated_process_state():
+                warnings.simplefilter("ignore")
+                check.run_case(restricted, _exchanged(case, feature, restricted))
+        except CheckFailure:
+            fail += 1
+        else:
+            pass_ += 1
+        if 2 * fail >= len(failing):
+            return False
+    return pass_ > fail
+
+
+def _features(case: Case) -> list[str]:
     """Return the features that a case needs and that may be exchanged, the narrowest first."""
     return [
         case.decoder.family,
@@ -101,37 +118,24 @@ def _features(check: Check, case: Case) -> list[str]:
     ]
 
 
-def _passes_without(check: Check, restricted: Factory, case: Case, feature: str) -> bool:
-    """Return whether a failing check passes, or cannot be tried, without a feature."""
-    if check.skip_reason(restricted):
-        return True
-    exchanged = _exchanged(check.cases.restrict_to(unsupported_features(restricted)), case, feature)
-    try:
-        with warnings.catch_warnings(), isolated_process_state():
-            warnings.simplefilter("ignore")
-            check.run_case(restricted, exchanged)
-    except CheckFailure:
-        return False
-    return run_check(check, restricted, quick=True).outcome == "passed"
-
-
-def _exchanged(left: CaseSpec, case: Case, feature: str) -> Case:
-    """Return a case without a feature, in which nothing else differs. left: what may still be drawn."""
-    decoder, shortest = case.decoder, min(map(len, case.rows))
-    if feature == decoder.family:
-        return replace(case, decoder=decoder._replace(family=left.families[0]))
-    if feature == decoder.dtype:
-        return replace(case, decoder=decoder._replace(dtype=left.dtypes[0]))
-    if feature == case.imputation:
-        return replace(case, imputation=left.imputations[0])
+def _exchanged(case: Case, feature: str, restricted: Factory) -> Case:
+    """Return a case without a feature, in which nothing else differs; the same case if nothing can replace it."""
+    decoder, unsupported = case.decoder, unsupported_features(restricted)
+    for name, values in (("family", FAMILIES), ("dtype", DTYPES)):
+        if feature in values:
+            supported = [value for value in values if value not in unsupported]
+            return replace(case, decoder=decoder._replace(**{name: supported[0]}))
+    if feature in IMPUTATIONS:
+        return replace(case, imputation=next(name for name in IMPUTATIONS if name not in unsupported))
     match feature:
         case "padding":
+            shortest = min(map(len, case.rows))
             return replace(case, rows=tuple(row[:shortest] for row in case.rows))
         case "multiple_heads":
             return replace(case, heads=case.heads[:1])
         case "batch":
             return replace(case, rows=case.rows[:1])
-    return case  # nothing to exchange for a cache
+    return case
 
 
 def _without(factory: Factory, declared: dict[str, str]) -> Any:
