@@ -203,7 +203,7 @@ def test_verdict_begins_with_the_cause_that_failures_share(run_plugin: Run) -> N
         (["my_hook"], "it should be MODULE:CLASS"),
         (["my_hook:__name__"], "it is no class; it should be MODULE:CLASS"),
         (["broken:X"], "--implementation broken:X: ZeroDivisionError: division by zero"),
-        (["my_hook:TakesOnlyIds"], "TakesOnlyIds: run cannot be called as run(input_ids, attention_mask): too many"),
+        (["my_hook:TakesOnlyIds"], "TakesOnlyIds: run cannot be called as run(input_ids, attention_mask=...): got an"),
         (["my_hook:Hopeless"], "`unsupported` names 'meen', which does not exist; did you mean 'mean'?"),
         (["my_hook:HasNoClose"], "my_hook:HasNoClose: the adapter has no method close"),
     ],

@@ -206,7 +206,7 @@ def later_tokens(factory: Factory, case: Case) -> None:
     with made(factory, case.model()) as implementation:
         implementation.ablate(list(case.heads), "zero")
         mask = torch.ones(1, len(row), dtype=torch.long)
-        one, two = (implementation.run(torch.tensor([ids]), mask).clone() for ids in (row, changed))
+        one, two = (implementation.run(torch.tensor([ids]), attention_mask=mask).clone() for ids in (row, changed))
     # Up to rounding: experts divide the tokens of a batch among them, and then sum in another order.
     assert_close(one[:, :-1], two[:, :-1], "the logits before the last token, against those with another last token")
 

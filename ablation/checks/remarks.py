@@ -17,8 +17,8 @@ BIAS_FREE = {"llama": "Llama", "qwen3": "Qwen3"}
 """Families of which most released models have no bias in the projection, while the random ones have one."""
 
 
-UNRELATED = ("layers", "channels per head")
-"""Two lengths that no code mixes up: a layer is an index into a list, a channel one into z."""
+UNRELATED = (("rows", "layers"), ("layers", "channels per head"))
+"""Lengths that no code mixes up: a layer is an index into a list, rows and channels are axes of z."""
 
 
 def remarks(fails: Callable[[Case], bool], case: Case) -> Iterator[str]:
@@ -41,7 +41,7 @@ def _square(fails: Callable[[Case], bool], case: Case) -> Iterator[str]:
         "channels per head": case.decoder.head_dim,
     }
     for one, other in combinations(lengths, 2):
-        if (one, other) != UNRELATED and lengths[one] == lengths[other] > 1:
+        if (one, other) not in UNRELATED and lengths[one] == lengths[other] > 1:
             longer, length = _longer(case, one)
             again = "it fails, too" if fails(longer) else "it passes, so they may be mixed up"
             yield f"the case has as many {one} as {other} ({lengths[one]}); with {length} {one} {again}"

@@ -15,7 +15,7 @@ from ablation.errors import InvalidDeclaration
 CALLS: tuple[tuple[str, tuple[str, ...], tuple[str, ...]], ...] = (
     ("ablate", ("heads", "imputation"), ()),
     ("run", ("input_ids",), ()),
-    ("run", ("input_ids", "attention_mask"), ()),
+    ("run", ("input_ids",), ("attention_mask",)),
     ("run", (), ("input_ids", "attention_mask", "position_ids", "use_cache")),
     ("clear", (), ()),
     ("close", (), ()),
