@@ -120,7 +120,9 @@ def test_verdict_names_no_cause_of_a_general_bug(factory: Any) -> None:
 
 
 def test_verdict_on_a_correct_implementation_has_one_line() -> None:
-    assert verdict(Ours, [Record(check.id, "passed") for check in CHECKS]) == ["34 of 34 requirements hold"]
+    count = len(CHECKS)
+    passed = [Record(check.id, "passed") for check in CHECKS]
+    assert verdict(Ours, passed) == [f"{count} of {count} requirements hold"]
     assert verdict(Ours, []) == []
 
 

@@ -66,8 +66,8 @@ def _load_adapter(config: pytest.Config) -> Any:
         raise pytest.UsageError(f"--implementation {name}: it is no class; it should be MODULE:CLASS")
     from ablation.checks.signature import adapter_problem
 
-    if problem := adapter_problem(adapter):
-        raise pytest.UsageError(f"--implementation {name}: {problem}")
+    if unusable := adapter_problem(adapter):
+        raise pytest.UsageError(f"--implementation {name}: {unusable}")
     return adapter
 
 
@@ -89,17 +89,17 @@ def _read_expected_failures(config: pytest.Config) -> dict[str, str]:
     for number, line in enumerate(map(str.strip, text.splitlines()), start=1):
         if not line or line.startswith("#"):
             continue
-        check, *reason = line.split(maxsplit=1)
+        check, *rest = line.split(maxsplit=1)
         place = f"--expected-failures {file}, line {number}"
         try:
             validate_ids({check: ""})
         except InvalidDeclaration as error:
             raise pytest.UsageError(f"{place}: {error}") from None
-        if not reason:
+        if not rest:
             raise pytest.UsageError(f"{place}: a reason has to follow {check!r}")
         if check in expected:
             raise pytest.UsageError(f"{place}: {check!r} is in the file twice")
-        expected[check] = reason[0]
+        expected[check] = rest[0]
     return expected
 
 

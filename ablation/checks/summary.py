@@ -121,10 +121,10 @@ def _features(case: Case) -> list[str]:
 def _exchanged(case: Case, feature: str, restricted: Factory) -> Case:
     """Return a case without a feature, in which nothing else differs; the same case if nothing can replace it."""
     decoder, unsupported = case.decoder, unsupported_features(restricted)
-    for name, values in (("family", FAMILIES), ("dtype", DTYPES)):
-        if feature in values:
-            supported = [value for value in values if value not in unsupported]
-            return replace(case, decoder=decoder._replace(**{name: supported[0]}))
+    if feature in FAMILIES:
+        return replace(case, decoder=decoder._replace(family=next(f for f in FAMILIES if f not in unsupported)))
+    if feature in DTYPES:
+        return replace(case, decoder=decoder._replace(dtype=next(d for d in DTYPES if d not in unsupported)))
     if feature in IMPUTATIONS:
         return replace(case, imputation=next(name for name in IMPUTATIONS if name not in unsupported))
     match feature:
