@@ -69,11 +69,21 @@ def pytest_configure(config: pytest.Config) -> None:
         if source != name and not (folder / "config.json").is_file():
             problem = "it has no config.json" if folder.exists() else "it does not exist"
             raise pytest.UsageError(f"--models {source}: cannot load a model from {folder}: {problem}")
-        if source == name and name != "gpt2":  # gpt2 may still be downloaded
+        if source == name:
             try:
-                NAMED_MODELS[name].locate()
+                _make_available(name)
             except ModelUnavailable as error:
                 raise pytest.UsageError(f"--models: {error}") from None
+
+
+def _make_available(name: str) -> None:
+    """Raise ModelUnavailable unless a named model is on this machine, or can be downloaded."""
+    try:
+        NAMED_MODELS[name].locate()
+    except ModelUnavailable:
+        if not NAMED_MODELS[name].source().is_hub:
+            raise
+        _loaded(name, True)
 
 
 def requested_models(config: pytest.Config) -> dict[str, str]:

@@ -35,3 +35,7 @@ class ModelUnavailable(AblationError, OSError):
 
 class InvalidPrompt(AblationError, ValueError):
     """A prompt or a token that cannot be used as given."""
+
+
+class InvalidDeclaration(AblationError, ValueError):
+    """An adapter's `unsupported`, or a list of expected failures, that names something that does not exist."""

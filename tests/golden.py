@@ -66,7 +66,7 @@ def tolerances() -> dict[str, dict[str, Any]]:
 
 @dataclass(frozen=True)
 class Golden:
-    """Compares arrays with golden/MODEL/NAME.npz, or rewrites it under `pytest --force-regen`.
+    """Compares arrays with golden/MODEL/NAME.npz, or writes it under `pytest --force-regen`, and only then.
 
     In addition to pytest-regressions, it refuses a changed dtype, values that are not finite, and relative tolerances;
     it keeps what the arrays were made with in golden/MODEL/NAME.json, and names the cells that moved. A float array is
@@ -87,7 +87,9 @@ class Golden:
         atol = {key: atol_of(model, key) if array.dtype.kind == "f" else 0.0 for key, array in obtained.items()}
         path = FOLDER / model / f"{name}.npz"
         before = path.read_bytes() if path.exists() else None
-        if before is not None and not self.regenerate:
+        if not self.regenerate:
+            missing = f"golden/{model}/{name}.npz does not exist: `pytest --force-regen` makes it"
+            assert before is not None, missing
             with np.load(path, allow_pickle=False) as expected:
                 moved = differences({key: expected[key] for key in expected}, obtained, atol)
             if moved:

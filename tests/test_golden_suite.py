@@ -122,10 +122,28 @@ def test_force_regen_keeps_what_did_not_move(arrays: dict[str, Any], check: Chec
     assert contents(original_datadir) == before
 
 
-def test_missing_golden_file_fails(check: Check, arrays: dict[str, Any], original_datadir: Path) -> None:
-    (original_datadir / "toy" / "margins.npz").unlink()
-    with pytest.raises(pytest.fail.Exception, match="File not found in data directory, created"):
+@pytest.mark.parametrize("what", ["one array file", "all files", "the folder"])
+def test_missing_golden_file_is_an_error_and_stays_missing(
+    what: str, check: Check, arrays: dict[str, Any], original_datadir: Path
+) -> None:
+    folder = original_datadir / "toy"
+    for file in [folder / "margins.npz"] if what == "one array file" else list(folder.iterdir()):
+        file.unlink()
+    if what == "the folder":
+        folder.rmdir()
+    before = contents(original_datadir)
+    with pytest.raises(AssertionError, match="golden/toy/margins.npz does not exist: `pytest --force-regen` makes it"):
         check(arrays)
+    assert contents(original_datadir) == before and folder.exists() == (what != "the folder")
+
+
+def test_force_regen_makes_a_missing_golden_file(check: Check, arrays: dict[str, Any], original_datadir: Path) -> None:
+    for file in (original_datadir / "toy").iterdir():
+        file.unlink()
+    with pytest.raises(pytest.fail.Exception):  # once, so that nobody overlooks it
+        check(arrays, regenerate=True)
+    assert np.array_equal(np.load(original_datadir / "toy" / "margins.npz")["margin"], arrays["margin"])
+    assert json.loads((original_datadir / "toy" / "margins.json").read_text()) == MADE_WITH
 
 
 def test_long_mismatch_shows_the_worst_cells() -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -11,7 +12,8 @@ from typing import Any
 
 import pytest
 
-from ablation.sources import NAMED_MODELS
+from ablation.errors import ModelUnavailable
+from ablation.sources import NAMED_MODELS, Source
 from tests.test_models import folder  # noqa: F401 (a fixture)
 
 ROOT = Path(__file__).parent.parent
@@ -23,16 +25,21 @@ def contents(path: Path) -> dict[Path, bytes]:
     return {file: file.read_bytes() for file in path.rglob("*") if file.is_file()}
 
 
-def run_pytest(*arguments: str, **environment: str) -> tuple[int, str]:
+def run_pytest(*arguments: str, root: Path = ROOT, **environment: str) -> tuple[int, str]:
     clean = {key: value for key, value in os.environ.items() if key not in ("CI", "GITHUB_ACTIONS")}
     command = [sys.executable, "-m", "pytest", "-p", "no:cacheprovider", *arguments]
-    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, env=clean | environment)
+    done = subprocess.run(command, cwd=root, capture_output=True, text=True, env=clean | environment)
     return done.returncode, done.stdout + done.stderr
+
+
+def conftest_of(request: pytest.FixtureRequest) -> Any:
+    (conftest,) = (p for p in request.config.pluginmanager.get_plugins() if getattr(p, "__file__", "") == str(CONFTEST))
+    return conftest
 
 
 def configure(request: pytest.FixtureRequest, **given: Any) -> None:
     """Let conftest.py read options, in this process, since a new one takes seconds to start."""
-    (conftest,) = (p for p in request.config.pluginmanager.get_plugins() if getattr(p, "__file__", "") == str(CONFTEST))
+    conftest = conftest_of(request)
     options = dict.fromkeys(("--models", "force_regen", "regen_all")) | given
     conftest.pytest_configure(SimpleNamespace(getoption=options.get))
 
@@ -64,6 +71,34 @@ def test_unknown_model_is_a_usage_error(request: pytest.FixtureRequest) -> None:
 def test_model_in_a_missing_folder_is_a_usage_error(request: pytest.FixtureRequest, tmp_path: Path) -> None:
     with pytest.raises(pytest.UsageError, match="nowhere: it does not exist"):
         configure(request, **{"--models": f"gpt2={tmp_path / 'nowhere'}"})
+
+
+def test_model_that_cannot_be_downloaded_is_one_usage_error(
+    request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The tests would otherwise fail one by one, each after its own attempt."""
+
+    def missing(*_: Any) -> None:
+        raise ModelUnavailable("the hub cannot be reached")
+
+    monkeypatch.setattr(Source, "locate", missing)
+    monkeypatch.setattr(conftest_of(request), "_loaded", missing)
+    with pytest.raises(pytest.UsageError, match="--models: the hub cannot be reached"):
+        configure(request, **{"--models": "gpt2"})
+
+
+@pytest.mark.slow
+def test_plain_run_writes_nothing_and_misses_deleted_arrays(tmp_path: Path) -> None:
+    root = tmp_path / "copy"
+    skipped = shutil.ignore_patterns(".*", "__pycache__", "*.egg-info", "mutants", "ablation-*")
+    shutil.copytree(ROOT, root, ignore=skipped)
+    shutil.rmtree(root / "golden" / "capitals")
+    before = contents(root)
+    status, output = run_pytest("tests/test_golden.py", "--models", "capitals", root=root, PYTHONDONTWRITEBYTECODE="1")
+    assert status == pytest.ExitCode.TESTS_FAILED
+    assert "head_means.npz does not exist: `pytest --force-regen` makes it" in output
+    after = {path: text for path, text in contents(root).items() if ".hypothesis" not in path.parts}
+    assert after == before
 
 
 @pytest.mark.slow

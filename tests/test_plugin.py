@@ -68,6 +68,16 @@ class TakesOnlyIds(KnockOut):
     def run(self, ids):
         return self.model(ids).logits
 
+class HasNoClose(KnockOut):
+    close = None
+
+class Silent(KnockOut):
+    def ablate(self, heads, imputation):
+        pass
+
+class NoLlama(KnockOut):
+    unsupported = {"mean": "not written yet"} | dict.fromkeys(["qwen3", "gpt_neox", "opt", "mixtral"], "not tried")
+
 class Hopeless:
     unsupported = {"meen": "misspelt"}
 '''
@@ -172,6 +182,19 @@ def test_run_that_tries_no_check_fails(run_plugin: Run) -> None:
     assert "no check was tried, so this run fails" in done.stdout.str()
 
 
+def test_broken_adapter_is_one_short_failure(run_plugin: Run) -> None:
+    done = run_plugin("my_hook:Silent", "-q", "-rN")
+    assert done.ret == pytest.ExitCode.TESTS_FAILED
+    assert done.stdout.str().count("changed no logit") == 1 and len(done.outlines) < 25
+    assert "the adapter works with no model" in done.stdout.str() and "Traceback" not in done.stdout.str()
+
+
+def test_verdict_begins_with_the_cause_that_failures_share(run_plugin: Run) -> None:
+    done = run_plugin("my_hook:NoLlama", "-q", "-k", "locality or zero and not deep")
+    verdict = done.stdout.str().partition("= head ablation by my_hook:NoLlama =")[2].splitlines()
+    assert re.match(r"if you declare unsupported = {'llama': ...}, (\d) of the \1 failures go away", verdict[1])
+
+
 @pytest.mark.parametrize(
     ("options", "reason"),
     [
@@ -180,18 +203,46 @@ def test_run_that_tries_no_check_fails(run_plugin: Run) -> None:
         (["my_hook"], "it should be MODULE:CLASS"),
         (["my_hook:__name__"], "it is no class; it should be MODULE:CLASS"),
         (["broken:X"], "--implementation broken:X: ZeroDivisionError: division by zero"),
-        (["my_hook:TakesOnlyIds"], "TakesOnlyIds: run cannot be called as run(input_ids, attention_mask): too many"),
-        (["my_hook:Hopeless"], "`unsupported` names 'meen', which is none of zero, mean"),
-        (["my_hook:KnockOut", "--expected-failures", "no.txt"], "No such file or directory"),
-        (["my_hook:KnockOut", "--expected-failures", "bad.txt"], "'zero' is not the id of a check, or no reason"),
+        (["my_hook:TakesOnlyIds"], "TakesOnlyIds: run cannot be called as run(input_ids, attention_mask=...): got an"),
+        (["my_hook:Hopeless"], "`unsupported` names 'meen', which does not exist; did you mean 'mean'?"),
+        (["my_hook:HasNoClose"], "my_hook:HasNoClose: the adapter has no method close"),
     ],
 )
 def test_bad_option_is_one_line(options: list[str], reason: str, run_plugin: Run) -> None:
-    Path("bad.txt").write_text("zero it is\n")
     Path("broken.py").write_text("1 / 0\n")
     done = run_plugin(*options)
     assert done.ret == pytest.ExitCode.USAGE_ERROR
-    assert reason in done.stderr.str() and "Traceback" not in done.stderr.str()
+    assert reason in done.stderr.str() and len(done.stderr.str().splitlines()) == 1
+
+
+@pytest.mark.parametrize(
+    ("content", "reason"),
+    [
+        (None, "known.txt: No such file or directory"),
+        ("a folder", "known.txt: Is a directory"),
+        ("smoke na\N{LATIN SMALL LETTER I WITH DIAERESIS}f".encode("latin-1"), "known.txt: it is not UTF-8"),
+        (
+            b"# ours\n\noracle.zeros why",
+            "line 3: the expected failures name 'oracle.zeros', which does not exist; did you",
+        ),
+        (
+            b"smoke why\nxyz why",
+            "line 2: the expected failures name 'xyz', which does not exist; `ablation check --list`",
+        ),
+        (b"smoke\n", "line 1: a reason has to follow 'smoke'"),
+        (b"smoke why\r\nidentity why\r\nsmoke\tagain\r\n", "line 3: 'smoke' is in the file twice"),
+    ],
+)
+def test_bad_file_of_expected_failures_is_one_line(content: bytes | str | None, reason: str, run_plugin: Run) -> None:
+    known = Path("known.txt")
+    if isinstance(content, bytes):
+        known.write_bytes(content)
+    elif content:
+        known.mkdir()
+    done = run_plugin("my_hook:KnockOut", "--expected-failures", "known.txt")
+    assert done.ret == pytest.ExitCode.USAGE_ERROR
+    assert "--expected-failures known.txt" in done.stderr.str() and reason in done.stderr.str()
+    assert len(done.stderr.str().splitlines()) == 1
 
 
 def test_plugin_alone_imports_no_torch() -> None:

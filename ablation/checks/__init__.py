@@ -4,10 +4,10 @@ The checks call an implementation through an adapter, a class with the methods i
 is a function with an id and a requirement of one sentence. Hypothesis draws the cases of a check: random decoders,
 prompts and heads.
 
-`check_implementation(Adapter)` runs all checks and returns a record of each. `@parametrize_with_checks(Adapter)` runs
-each check as a pytest test. On the command line, `ablation check MODULE:CLASS` runs the checks, and so does
-`pytest -p ablation.checks.plugin --implementation MODULE:CLASS`. The public names are imported on first use, so that
-loading the pytest plugin takes no time.
+`check_implementation(Adapter)` runs all checks and returns a record of each; `verdict` sums the records up.
+`@parametrize_with_checks(Adapter)` runs each check as a pytest test. On the command line, `ablation check MODULE:CLASS`
+runs the checks, and so does `pytest -p ablation.checks.plugin --implementation MODULE:CLASS`. The public names are
+imported on first use, so that loading the pytest plugin takes no time.
 """
 
 from __future__ import annotations
@@ -21,6 +21,7 @@ if TYPE_CHECKING:
     from ablation.checks.decoders import Decoder
     from ablation.checks.protocol import Implementation
     from ablation.checks.runner import CHECKS, Record, check_implementation, parametrize_with_checks, reproduce
+    from ablation.checks.summary import verdict
 
 __all__ = [
     "CHECKS",
@@ -32,9 +33,16 @@ __all__ = [
     "check_implementation",
     "parametrize_with_checks",
     "reproduce",
+    "verdict",
 ]
 
-_MODULES = {"Case": "cases", "Check": "check", "Decoder": "decoders", "Implementation": "protocol"}
+_MODULES = {
+    "Case": "cases",
+    "Check": "check",
+    "Decoder": "decoders",
+    "Implementation": "protocol",
+    "verdict": "summary",
+}
 
 
 def __getattr__(name: str) -> Any:

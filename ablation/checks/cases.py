@@ -37,6 +37,8 @@ class Case:
     def __str__(self) -> str:
         if self.steps:
             return f"{self.decoder.family}, {', '.join(' '.join(map(str, step)) for step in self.steps)}"
+        if not self.heads:
+            return f"{self.decoder.family}, no head ablated{self._batch()}"
         heads = ", ".join(f"layer {layer} head {head}" for layer, head in self.heads)
         return f"{self.decoder.family}, {heads}, {self.imputation} imputation{self._batch()}"
 
@@ -121,7 +123,7 @@ class CaseSpec:
     def simplest(self) -> Iterator[Case]:
         """Yield one simple case per imputation, to be tried first: most bugs show in these, without shrinking."""
         digits = (3, 1, 4, 1, 5, 9, 2, 6, 5, 3, 5, 8, 9, 7, 9, 3)
-        tokens = max(3, self.min_tokens)
+        tokens = max(4, self.min_tokens)  # not as many as heads
         rows = tuple(digits[i : i + tokens + (i % 2 if self.ragged else 0)] for i in range(self.max_rows))
         heads = ((1, 0), (0, 2), (1, 2), (0, 1))[: self.max_heads]
         family, dtype = self.families[0], self.dtypes[0]

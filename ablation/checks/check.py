@@ -2,22 +2,42 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping
+import difflib
+import textwrap
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import Literal
+from typing import Any, Literal
 
 import hypothesis
 import torch
 from hypothesis import HealthCheck, Phase, given, settings
-from hypothesis.errors import FlakyFailure
 
 from ablation.checks.cases import Case, CaseSpec
 from ablation.checks.decoders import DTYPES, FAMILIES
 from ablation.checks.protocol import FEATURES, Factory
+from ablation.checks.remarks import remarks
+from ablation.errors import InvalidDeclaration
 
 Function = Callable[[Factory, Case], None]
 """Raises AssertionError if an implementation breaks the requirement in one case."""
+
+LONGEST_FINDING = 1000
+"""Characters of what was found, in a message: exceptions may print whole tensors."""
+
+
+NOT_DETERMINISTIC = "the same case passed when it was run again, so the implementation is not deterministic"
+
+
+class CheckFailure(AssertionError):
+    """An implementation breaks a requirement. The text needs no knowledge of the specification.
+
+    case: in which case. error: what the function of the check raised.
+    """
+
+    def __init__(self, message: str, case: Case, error: BaseException) -> None:
+        super().__init__(message)
+        self.case, self.error = case, error
 
 
 @dataclass(frozen=True)
@@ -45,20 +65,16 @@ class Check:
             needed = [name for name in drawn if name in unsupported]
         return "; ".join(f"does not support {name!r}: {unsupported[name]}" for name in needed) or None
 
-    def __call__(self, factory: Factory) -> None:
-        """Run the check on the cases that hypothesis draws, under its current profile. Raises AssertionError."""
+    def __call__(self, factory: Factory, *, quick: bool = False) -> None:
+        """Run the check on the cases that hypothesis draws, under its current profile. Raises CheckFailure.
+
+        quick: with few examples, and without shrinking a failure.
+        """
         __tracebackhide__ = True
         cases = self.cases.restrict_to(unsupported_features(factory))
 
         # Decorated here, not at import, so that the caller's profile applies.
-        @hypothesis.settings(
-            deadline=None,
-            max_examples=max_examples(),
-            phases=[phase for phase in settings().phases if phase is not Phase.explain],
-            print_blob=False,  # the message shows how to reproduce the failure
-            report_multiple_bugs=False,  # one failure is reported, not a group of them
-            suppress_health_check=[HealthCheck.too_slow],
-        )
+        @search_settings(quick)
         @given(cases.strategy())
         def run(case: Case) -> None:
             __tracebackhide__ = True
@@ -69,30 +85,51 @@ class Check:
         with isolated_process_state():
             try:
                 run()
-            except FlakyFailure as error:
-                (first, *_) = error.exceptions
-                flaky = "the same case passed when it was run again, so the implementation is not deterministic"
-                raise AssertionError(f"{first}\n  flaky: {flaky}") from first.__cause__
+            except (CheckFailure, BaseExceptionGroup) as error:
+                failure = first_error(error)
+                if not isinstance(failure, CheckFailure):
+                    raise
+                raise self.explained(factory, failure, is_flaky=failure is not error) from failure.__cause__
 
     def run_case(self, factory: Factory, case: Case) -> None:
-        """Run the check on one case. Raises AssertionError with a message that makes sense on its own."""
+        """Run the check on one case. Raises CheckFailure, whose message makes sense on its own.
+
+        A KeyboardInterrupt propagates, since it is the user's.
+        """
         __tracebackhide__ = True
         try:
             self.function(factory, case)
-        except Exception as error:
+        except KeyboardInterrupt:
+            raise
+        except BaseException as error:
             raise self.failure(factory, case, error) from (None if isinstance(error, AssertionError) else error)
 
-    def failure(self, factory: Factory, case: Case, error: Exception) -> AssertionError:
-        """Return an AssertionError that says what is wrong and in which case, and how to reproduce the failure."""
-        name = getattr(factory, "__qualname__", repr(factory))
-        found = str(error) if isinstance(error, AssertionError) else f"it raised {type(error).__name__}: {error}"
-        return AssertionError(
+    def failure(self, factory: Factory, case: Case, error: BaseException, notes: Iterable[str] = ()) -> CheckFailure:
+        """Return a CheckFailure that says what is wrong and in which case, and how to reproduce the failure."""
+        name = adapter_name(factory)
+        return CheckFailure(
             f"{name} breaks {self.id} ({self.level}): {self.requirement}\n"
-            f"  found: {found}\n"
+            f"  found: {_finding(error)}\n"
             f"  in: {case}\n"
+            f"{''.join(f'  note: {note}{chr(10)}' for note in notes)}"
             "  reproduce: from ablation.checks import Case, Decoder, reproduce\n"
-            f"  reproduce({self.id!r}, {name}, {case!r})"
+            f"  reproduce({self.id!r}, {name}, {case!r})",
+            case,
+            error,
         )
+
+    def explained(self, factory: Factory, failure: CheckFailure, *, is_flaky: bool = False) -> CheckFailure:
+        """Return a failure with remarks, for which the check runs on similar cases."""
+
+        def fails(case: Case) -> bool:
+            try:
+                self.run_case(factory, case)
+            except CheckFailure:
+                return True
+            return False
+
+        notes = [NOT_DETERMINISTIC] if is_flaky else remarks(fails, failure.case)
+        return self.failure(factory, failure.case, failure.error, notes)
 
 
 def check(
@@ -110,10 +147,43 @@ def check(
     return lambda function: Check(id, requirement, function, cases or CaseSpec(), needs, level)
 
 
-def max_examples() -> int:
-    """Return the number of cases per check: that of the current profile, or 20 if it is hypothesis's default, 100."""
+def first_error(error: BaseException) -> BaseException:
+    """Return the first error of a group, such as hypothesis raises for a failure that is not deterministic."""
+    while isinstance(error, BaseExceptionGroup):
+        error = error.exceptions[0]
+    return error
+
+
+def _finding(error: BaseException) -> str:
+    """Return what an error says, in one short paragraph."""
+    try:
+        text = str(error)
+    except Exception:  # of the implementation's own class of exceptions
+        text = ""
+    if not isinstance(error, AssertionError) or not text:
+        text = f"it raised {type(error).__name__}" + (f": {text}" if text else "")
+    return textwrap.shorten(text, LONGEST_FINDING, placeholder=" ...")
+
+
+QUICK_EXAMPLES = 4
+
+
+def search_settings(quick: bool = False, **changes: Any) -> settings:
+    """Return the hypothesis settings of a check: the current profile, without what would lengthen its report."""
     count = settings().max_examples
-    return 20 if count == 100 else count
+    phases = [phase for phase in settings().phases if phase is not Phase.explain]
+    if quick:
+        phases = [phase for phase in phases if phase not in (Phase.shrink, Phase.reuse)]
+        changes |= {"derandomize": True, "database": None}
+    count = 20 if count == 100 else count  # 100 is hypothesis's own default
+    return settings(
+        deadline=None,
+        max_examples=min(count, QUICK_EXAMPLES) if quick else count,
+        print_blob=False,  # the message shows how to reproduce the failure
+        report_multiple_bugs=False,  # one failure is reported, not a group of them
+        suppress_health_check=list(HealthCheck),
+        **{"phases": phases} | changes,
+    )
 
 
 @contextmanager
@@ -133,10 +203,28 @@ def isolated_process_state() -> Iterator[None]:
         torch.set_default_dtype(dtype)
 
 
+def adapter_name(factory: Factory) -> str:
+    """Return the name of an adapter, as messages give it."""
+    return str(getattr(factory, "__qualname__", repr(factory)))
+
+
 def unsupported_features(factory: Factory) -> Mapping[str, str]:
-    """Return {name: reason} of what an adapter declares as unsupported. Raises ValueError for an unknown name."""
+    """Return {name: reason} of what an adapter declares as unsupported.
+
+    Raises InvalidDeclaration for a name that does not exist.
+    """
     unsupported: Mapping[str, str] = getattr(factory, "unsupported", {})
+    if not isinstance(unsupported, Mapping):
+        raise InvalidDeclaration(f"`unsupported` is a {type(unsupported).__name__}, but should be a dict, name: reason")
     known = (*FEATURES, *FAMILIES, *DTYPES)
-    if unknown := [name for name in unsupported if name not in known]:
-        raise ValueError(f"`unsupported` names {unknown[0]!r}, which is none of {', '.join(known)}")
+    for name in unsupported:
+        if name not in known:
+            otherwise = f"there are {', '.join(known)}"
+            raise InvalidDeclaration(f"`unsupported` names {name!r}, {instead(name, known, otherwise)}")
     return unsupported
+
+
+def instead(name: object, known: Iterable[str], otherwise: str) -> str:
+    """Say that a name does not exist, and which one may have been meant; if none is similar, what else to do."""
+    close = difflib.get_close_matches(str(name).lower(), list(known), n=1)
+    return f"which does not exist; {f'did you mean {close[0]!r}?' if close else otherwise}"

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedModel
 
-from ablation.checks.assertions import assert_identical
+from ablation.checks.assertions import assert_identical, different
 from ablation.checks.cases import Case, CaseSpec
 from ablation.checks.check import check
 from ablation.checks.driving import made, other_ids, run
@@ -90,23 +90,17 @@ def _assert_local(factory: Factory, case: Case, model: PreTrainedModel) -> None:
         names = ", ".join(f"head {head}" for head in targets) or "no head"
         what = f"in layer {layer.index}, {names} should be ablated"
         if layer.index <= first:
-            changed = (old != new).any(dim=-1).flatten(0, 1).any(dim=0)  # [heads]
+            changed = different(old, new).any(dim=-1).flatten(0, 1).any(dim=0)  # [heads]
             others = [head for head in range(layer.num_heads) if changed[head] and head not in targets]
-            assert not others, f"{what}, but head {others[0]} was changed{_square(old)}"
-        unchanged = layer.index == first and torch.equal(old, new)
+            assert not others, f"{what}, but head {others[0]} was changed"
+        unchanged = layer.index == first and not different(old, new).any()
         for head in targets:
             for row, here in enumerate(real):  # padding may hold anything
                 held, own = (z[row, here, head] for z in (new, old))  # [tokens, head_dim]
                 problem = _imputation_problem(held, own if layer.index == first else None, case.imputation)
-                if problem and unchanged and not torch.equal(logits[real], bare[real]):
+                if problem and unchanged and different(logits[real], bare[real]).any():
                     problem = "is unchanged at the projection, though the logits changed: the edit is downstream of it"
                 assert not problem, f"{what}; the z of head {head} in row {row} {problem}"
-
-
-def _square(z: Tensor) -> str:
-    """Return a remark if z, [rows, tokens, heads, head_dim], has as many tokens as heads: code may confuse the two."""
-    tokens, heads = z.shape[1:3]
-    return f" (the prompt has {tokens} tokens, as many as the layer has heads)" if tokens == heads else ""
 
 
 def _imputation_problem(held: Tensor, own: Tensor | None, imputation: str) -> str | None:

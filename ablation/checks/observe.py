@@ -42,10 +42,21 @@ def _recording(forward: Any, calls: list[Tensor]) -> Any:
     return recording
 
 
+CAPTURING = "transformers.utils.output_capturing"
+"""transformers 5 installs hooks of its own in the first forward pass with `output_hidden_states=True` or
+`output_attentions=True`, and keeps them."""
+CAPTURING_INSTALLED = "_output_capturing_hooks_installed"  # the attribute that it then sets
+
+
 def hooks(model: nn.Module) -> dict[str, Any]:
-    """Return the hooks of all modules: {module and table of hooks: [(key, id of the hook), in order]}."""
+    """Return the hooks of all modules, without those that transformers installs itself.
+
+    {module and table of hooks: [(key, id of the hook), in order]}.
+    """
     return {
-        f"{name or 'the model'}.{attribute}": [(key, id(hook)) for key, hook in value.items()]
+        f"{name or 'the model'}.{attribute}": [
+            (key, id(hook)) for key, hook in value.items() if getattr(hook, "__module__", None) != CAPTURING
+        ]
         for name, module in model.named_modules()
         for attribute, value in vars(module).items()
         if "_hooks" in attribute and isinstance(value, dict)
@@ -62,7 +73,7 @@ def state(model: nn.Module) -> dict[str, Any]:
         **hooks(model),
     }
     for name, module in model.named_modules():
-        found[f"{name or 'the model'}: its attributes"] = sorted(vars(module))
+        found[f"{name or 'the model'}: its attributes"] = sorted(vars(module).keys() - {CAPTURING_INSTALLED})
         for attribute, value in vars(module).items():
             place = f"{name or 'the model'}.{attribute}"
             if attribute == "forward":

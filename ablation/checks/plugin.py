@@ -13,20 +13,14 @@ from typing import TYPE_CHECKING, Any
 
 import pytest
 
+from ablation.errors import InvalidDeclaration
+
 if TYPE_CHECKING:
     from ablation.checks.check import Check
-    from ablation.checks.runner import Record
+    from ablation.checks.runner import CheckRun, Record
 
-ADAPTER = pytest.StashKey[Any]()
-EXPECTED_FAILURES = pytest.StashKey[dict[str, str]]()
+RUN: pytest.StashKey[CheckRun] = pytest.StashKey()
 RECORDS = pytest.StashKey[list["Record"]]()
-
-LABELS = {
-    "failed": "broken",
-    "expected failure": "known to be broken",
-    "unexpected pass": "no longer broken, so remove it from the expected failures",
-    "skipped": "not tried",
-}
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:
@@ -48,16 +42,10 @@ def pytest_configure(config: pytest.Config) -> None:
     """Read the options once. An invalid option is reported in one line, before any check runs."""
     config.stash[RECORDS] = []
     if config.getoption("--implementation"):
-        adapter = config.stash[ADAPTER] = _load_adapter(config)
-        _validate_signature(config, adapter)
-        config.stash[EXPECTED_FAILURES] = _read_expected_failures(config)
+        adapter = _load_adapter(config)
+        from ablation.checks.runner import CheckRun
 
-
-def _validate_signature(config: pytest.Config, adapter: Any) -> None:
-    from ablation.checks.signature import signature_problem
-
-    if problem := signature_problem(adapter):
-        raise pytest.UsageError(f"--implementation {config.getoption('--implementation')}: {problem}")
+        config.stash[RUN] = CheckRun(adapter, _read_expected_failures(config))
 
 
 def _load_adapter(config: pytest.Config) -> Any:
@@ -76,12 +64,10 @@ def _load_adapter(config: pytest.Config) -> Any:
         raise pytest.UsageError(f"--implementation {name}: {problem}; it should be MODULE:CLASS") from None
     if not callable(adapter):
         raise pytest.UsageError(f"--implementation {name}: it is no class; it should be MODULE:CLASS")
-    from ablation.checks.check import unsupported_features
+    from ablation.checks.signature import adapter_problem
 
-    try:
-        unsupported_features(adapter)
-    except ValueError as error:
-        raise pytest.UsageError(f"--implementation {name}: {error}") from None
+    if unusable := adapter_problem(adapter):
+        raise pytest.UsageError(f"--implementation {name}: {unusable}")
     return adapter
 
 
@@ -90,20 +76,30 @@ def _read_expected_failures(config: pytest.Config) -> dict[str, str]:
     file = config.getoption("--expected-failures")
     if file is None:
         return {}
-    from ablation.checks.runner import CHECKS
+    from ablation.checks.runner import validate_ids
 
     try:
-        text = Path(file).read_text(encoding="utf-8")
-    except (OSError, UnicodeDecodeError) as error:
-        raise pytest.UsageError(f"--expected-failures: {error}") from None
-    expected = {}
-    for line in filter(None, map(str.strip, text.splitlines())):
-        check, _, reason = line.partition(" ")
-        if line.startswith("#"):
+        text = Path(file).read_text(encoding="utf-8-sig")
+    except UnicodeDecodeError:
+        raise pytest.UsageError(f"--expected-failures {file}: it is not UTF-8") from None
+    except (OSError, ValueError) as error:  # ValueError: a path that no file can have
+        reason = error.strerror if isinstance(error, OSError) else error
+        raise pytest.UsageError(f"--expected-failures {file}: {reason}") from None
+    expected: dict[str, str] = {}
+    for number, line in enumerate(map(str.strip, text.splitlines()), start=1):
+        if not line or line.startswith("#"):
             continue
-        if check not in {known.id for known in CHECKS} or not reason.strip():
-            raise pytest.UsageError(f"--expected-failures: {check!r} is not the id of a check, or no reason follows it")
-        expected[check] = reason.strip()
+        check, *rest = line.split(maxsplit=1)
+        place = f"--expected-failures {file}, line {number}"
+        try:
+            validate_ids({check: ""})
+        except InvalidDeclaration as error:
+            raise pytest.UsageError(f"{place}: {error}") from None
+        if not rest:
+            raise pytest.UsageError(f"{place}: a reason has to follow {check!r}")
+        if check in expected:
+            raise pytest.UsageError(f"{place}: {check!r} is in the file twice")
+        expected[check] = rest[0]
     return expected
 
 
@@ -121,11 +117,10 @@ class CheckItem(pytest.Item):
 
     def runtest(self) -> None:
         """Run the check, and keep its record for the verdict."""
-        from ablation.checks.runner import report_to_pytest, run_check
+        from ablation.checks.runner import report_to_pytest
 
-        stash = self.config.stash
-        record = run_check(self.check, stash[ADAPTER], stash[EXPECTED_FAILURES])
-        stash[RECORDS].append(record)
+        record = self.config.stash[RUN](self.check)
+        self.config.stash[RECORDS].append(record)
         report_to_pytest(record)
 
     def repr_failure(self, excinfo: pytest.ExceptionInfo[BaseException], *_: Any) -> str:
@@ -169,20 +164,15 @@ def _tried_nothing(records: list[Record]) -> bool:
 
 
 def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter, config: pytest.Config) -> None:
-    """Print how many requirements hold, and which do not."""
+    """Print a cause that failures share, how many requirements hold, and which do not."""
     records = config.stash[RECORDS]
     if not records:
         return
-    from ablation.checks.runner import CHECKS, NOTHING_TRIED
+    from ablation.checks.runner import NOTHING_TRIED
+    from ablation.checks.summary import verdict
 
     terminalreporter.section(f"head ablation by {config.getoption('--implementation')}")
-    held = sum(record.outcome in ("passed", "unexpected pass") for record in records)
-    rest = f"; {len(CHECKS) - len(records)} were not run" if len(records) < len(CHECKS) else ""
-    terminalreporter.line(f"{held} of {len(records)} requirements hold{rest}")
-    for outcome, label in LABELS.items():
-        for record in records:
-            if record.outcome == outcome:
-                reason = "" if outcome == "failed" else f" ({record.reason})"
-                terminalreporter.line(f"{label}: {record.id}{reason}")
+    for line in verdict(config.stash[RUN].factory, records):
+        terminalreporter.line(line)
     if _tried_nothing(records):
         terminalreporter.line(NOTHING_TRIED)

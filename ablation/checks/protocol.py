@@ -42,6 +42,8 @@ FEATURES = {
     "that the inputs of the projections can be recorded; replacing `forward` on the class is too late for that",
     "restores": "leaving the model as it was found, once closed",
     "single_forward": "running the model once for each ablated run",
+    "bit_identity": "giving the bare model's logits bit for bit with no head ablated; an implementation that computes "
+    "attention itself may round differently, and is then compared up to rounding",
     "validation": "refusing heads and imputations that do not exist",
 }
 

@@ -25,6 +25,8 @@ WRONG_TYPES: dict[str, Any] = {
     "head 0.0": (0, 0.0),
     "layer '0'": ("0", 0),
 }
+Calls = dict[str, tuple[list[Any], Any]]
+"""What is wrong with a call of `ablate` -> its heads and its imputation."""
 UNKNOWN_IMPUTATIONS: tuple[Any, ...] = ("median", "", "Zero", "zer", None)
 
 
@@ -39,8 +41,10 @@ def head(factory: Factory, case: Case) -> None:
     """Name a missing head alone, after heads that exist, or before them."""
     good = list(case.heads) if "multiple_heads" not in unsupported_features(factory) else []
     before, after = {0: ([], []), 1: (good, []), 2: ([], good)}[case.rows[0][0] % 3]
-    for what, missing in MISSING_HEADS.items():
-        _assert_refused(factory, case, [*before, missing(case.decoder), *after], case.imputation, what)
+    calls = {
+        what: ([*before, missing(case.decoder), *after], case.imputation) for what, missing in MISSING_HEADS.items()
+    }
+    _assert_each_refused(factory, case, calls)
 
 
 @check(
@@ -51,23 +55,39 @@ def head(factory: Factory, case: Case) -> None:
     level="SHOULD",
 )
 def type_(factory: Factory, case: Case) -> None:
-    for what, pair in WRONG_TYPES.items():
-        _assert_refused(factory, case, [pair], case.imputation, what)
+    calls = {what: ([pair], case.imputation) for what, pair in WRONG_TYPES.items()}
+    _assert_each_refused(factory, case, calls)
 
 
 @check(
     "refusal.imputation",
-    "An unknown imputation is refused before any forward pass, by an error that states a reason.",
+    "If several imputations are offered, an unknown one is refused before any forward pass, by an error that states a "
+    "reason.",
     cases=CaseSpec(dtypes=("float32",)),
-    needs=("validation",),
+    needs=("validation", "zero", "mean"),  # the adapter of a single imputation may ignore the name
     level="SHOULD",
 )
 def imputation(factory: Factory, case: Case) -> None:
-    for unknown in UNKNOWN_IMPUTATIONS:
-        _assert_refused(factory, case, list(case.heads), unknown, f"the imputation {unknown!r}")
+    calls = {f"imputation {unknown!r}": (list(case.heads), unknown) for unknown in UNKNOWN_IMPUTATIONS}
+    _assert_each_refused(factory, case, calls)
 
 
-def _assert_refused(factory: Factory, case: Case, heads: list[Any], imputation: Any, what: str) -> None:
+def _assert_each_refused(factory: Factory, case: Case, calls: Calls) -> None:
+    _assert_each(calls, lambda heads, imputation: _assert_refused(factory, case, heads, imputation))
+
+
+def _assert_each(calls: Calls, assert_call: Callable[[list[Any], Any], None]) -> None:
+    """Try all calls, and raise one AssertionError with what was found in each."""
+    findings = []
+    for what, call in calls.items():
+        try:
+            assert_call(*call)
+        except AssertionError as error:
+            findings.append(f"{what}: {error}")
+    assert not findings, "; ".join(findings)
+
+
+def _assert_refused(factory: Factory, case: Case, heads: list[Any], imputation: Any) -> None:
     model, inputs = case.model(), case.inputs()
     before, bare = state(model), run(model, inputs)
     forwards: list[object] = []
@@ -81,11 +101,11 @@ def _assert_refused(factory: Factory, case: Case, heads: list[Any], imputation: 
             refusal = error
         finally:
             handle.remove()
-        assert refusal is not None, f"{what}: {heads} with imputation {imputation!r} was accepted"
-        assert not forwards, f"{what}: {heads} was refused only after a forward pass had begun"
-        assert str(refusal), f"{what}: refused by a {type(refusal).__name__} without a reason"
+        assert refusal is not None, f"{heads} with imputation {imputation!r} was accepted"
+        assert not forwards, f"{heads} was refused only after a forward pass had begun"
+        assert str(refusal), f"{heads} was refused by a {type(refusal).__name__} without a reason"
     assert_state_equals(model, before)
-    assert_identical(run(model, inputs), bare, f"the logits of the model after {what} was refused")
+    assert_identical(run(model, inputs), bare, f"the logits of the model after {heads} was refused")
 
 
 @check(
@@ -99,27 +119,28 @@ def no_side_effect(factory: Factory, case: Case) -> None:
     good, inputs = list(case.heads), case.inputs()
     unsupported = unsupported_features(factory)
     beside = [] if "multiple_heads" in unsupported else [case.another_head()]
-    rejected: dict[str, Any] = {
+    rejected: Calls = {
         what: ([*beside, missing(case.decoder)], case.imputation) for what, missing in MISSING_HEADS.items()
     }
     too_large = MISSING_HEADS["head too large"](case.decoder)
     for other in [name for name in ("zero", "mean") if name != case.imputation and name not in unsupported]:
-        rejected[f"a head too large, with {other},"] = ([*beside, too_large], other)
-    rejected["the imputation 'median'"] = (beside or good, "median")
+        rejected[f"head too large, with {other}"] = ([*beside, too_large], other)
+    rejected["imputation 'median'"] = (beside or good, "median")
     with made(factory, case.model()) as implementation:
         implementation.ablate(good, case.imputation)
         want = implementation.run(**inputs).clone()
-        for what, call in rejected.items():
+
+        def assert_no_side_effect(heads: list[Any], imputation: Any) -> None:
             try:
-                implementation.ablate(*call)
+                implementation.ablate(heads, imputation)
             except Exception:
-                message = f"the logits with the heads that were in force before {what} was rejected"
+                message = f"the logits with the heads that were in force before {heads} was rejected"
                 assert_identical(implementation.run(**inputs), want, message)
             try:
                 implementation.ablate(good, case.imputation)
             except Exception as error:
-                raise AssertionError(
-                    f"after {what} was rejected, the valid {good} was rejected, too: {error}"
-                ) from None
-            message = f"the logits with the heads that were set after {what} was rejected"
+                raise AssertionError(f"after {heads} was rejected, so was the valid {good}: {error}") from None
+            message = f"the logits with the heads that were set after {heads} was rejected"
             assert_identical(implementation.run(**inputs), want, message)
+
+        _assert_each(rejected, assert_no_side_effect)

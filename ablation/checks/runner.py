@@ -2,18 +2,30 @@
 
 from __future__ import annotations
 
+import textwrap
 import warnings
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field, replace
 from typing import Literal
 
 import pytest
+from hypothesis.errors import Flaky
 
 from ablation.checks import hygiene, identity, independence, locality, oracles, refusal, smoke
 from ablation.checks.cases import Case
-from ablation.checks.check import Check, isolated_process_state, unsupported_features
+from ablation.checks.check import (
+    NOT_DETERMINISTIC,
+    Check,
+    CheckFailure,
+    adapter_name,
+    first_error,
+    instead,
+    isolated_process_state,
+    unsupported_features,
+)
 from ablation.checks.protocol import Factory
-from ablation.checks.signature import signature_problem
+from ablation.checks.signature import adapter_problem
+from ablation.errors import InvalidDeclaration
 
 CHAPTERS = (smoke, identity, locality, independence, oracles, hygiene, refusal)
 
@@ -23,6 +35,8 @@ CHECKS: tuple[Check, ...] = tuple(
 """The specification, in reading order."""
 
 NOTHING_TRIED = "no check was tried, so this run fails: the adapter supports nothing that they need"
+STOPPED = "not tried, since the adapter works with no model: `smoke` fails in its simplest case with each family"
+UNUSABLE = "not tried, since the checks cannot use the adapter"
 
 TERMS = """\
 The checks call an implementation of head ablation through an adapter (docs/checking.md). The z of an attention head is
@@ -41,50 +55,122 @@ Outcome = Literal["passed", "failed", "skipped", "expected failure", "unexpected
 class Record:
     """The outcome of one check.
 
-    reason: the message of a failure, or why the check was skipped or was expected to fail; empty if it passed.
+    reason: the message of a failure, or why the check was skipped or was expected to fail; empty if it passed. case:
+    the case of a failure.
     """
 
     id: str
     outcome: Outcome
     reason: str = ""
+    case: Case | None = field(default=None, compare=False, repr=False)
 
 
-def run_check(check: Check, factory: Factory, expected_failures: Mapping[str, str] | None = None) -> Record:
+def run_check(
+    check: Check, factory: Factory, expected_failures: Mapping[str, str] | None = None, *, quick: bool = False
+) -> Record:
     """Run one check on an implementation.
 
     If the implementation supports so little that every check would be skipped, the first check fails instead.
 
-    expected_failures: {check id: reason}. Raises ValueError if `unsupported` names something that does not exist.
+    expected_failures: {check id: reason}. quick: as in `Check.__call__`. Raises InvalidDeclaration if `unsupported`
+    names something that does not exist. A KeyboardInterrupt propagates.
     """
     if reason := check.skip_reason(factory):
-        if check is CHECKS[0] and all(other.skip_reason(factory) for other in CHECKS):
+        if check is CHECKS[0] and tries_nothing(factory):
             return Record(check.id, "failed", NOTHING_TRIED)
         return Record(check.id, "skipped", reason)
     expected = (expected_failures or {}).get(check.id)
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")
-            check(factory)
-    except AssertionError as error:
-        return (
-            Record(check.id, "failed", str(error))
-            if expected is None
-            else Record(check.id, "expected failure", expected)
-        )
-    except Exception as error:  # of hypothesis, not of the implementation
-        return Record(check.id, "failed", f"{check.id} could not be run: {type(error).__name__}: {error}")
+            check(factory, quick=quick)
+    except CheckFailure as error:
+        if expected is not None:
+            return Record(check.id, "expected failure", expected)
+        return Record(check.id, "failed", str(error), error.case)
+    except BaseException as error:  # of hypothesis, not of the implementation
+        cause = first_error(error)
+        if isinstance(cause, KeyboardInterrupt):
+            raise
+        problem = f"{type(cause).__name__}: {textwrap.shorten(str(cause), 500, placeholder=' ...')}"
+        if isinstance(cause, Flaky):
+            problem = NOT_DETERMINISTIC
+        return Record(check.id, "failed", f"{check.id} could not be run: {problem}")
     return Record(check.id, "passed") if expected is None else Record(check.id, "unexpected pass", expected)
 
 
-def check_implementation(factory: Factory, *, expected_failures: Mapping[str, str] | None = None) -> list[Record]:
-    """Run every check, and return a record for each. A check that fails does not raise an error.
+class CheckRun:
+    """Runs checks on one implementation, one after the other.
 
-    expected_failures: {check id: reason}. Raises ValueError if `unsupported` or `expected_failures` names something
-    that does not exist.
+    When the first check fails, `smoke` is tried with each family; if it always fails, no other check is tried, unless
+    `smoke` is expected to fail. Raises InvalidDeclaration if `expected_failures` names something that does not exist.
     """
-    unsupported_features(factory)
-    validate_ids(expected_failures or {})
-    return [run_check(check, factory, expected_failures) for check in CHECKS]
+
+    def __init__(self, factory: Factory, expected_failures: Mapping[str, str] | None = None) -> None:
+        self.factory, self.expected_failures = factory, expected_failures or {}
+        validate_ids(self.expected_failures)
+        self._stopped = False
+        self._may_be_broken = CHECKS[0].id not in self.expected_failures
+
+    def __call__(self, check: Check) -> Record:
+        """Run one check."""
+        if self._stopped:
+            return Record(check.id, "skipped", STOPPED)
+        record = run_check(check, self.factory, self.expected_failures)
+        if record.case is not None and self._may_be_broken:
+            self._may_be_broken = False
+            self._stopped = not works_with_some_model(self.factory)
+        return record
+
+
+def tries_nothing(factory: Factory) -> bool:
+    """Return whether an implementation supports so little that no check can be tried."""
+    return all(check.skip_reason(factory) for check in CHECKS)
+
+
+def works_with_some_model(factory: Factory) -> bool:
+    """Return whether the simplest case of the first check passes with any family and imputation."""
+    first = CHECKS[0]
+    cases = first.cases.restrict_to(unsupported_features(factory))
+    for family in cases.families:
+        for case in replace(cases, families=(family,)).simplest():
+            try:
+                with warnings.catch_warnings(), isolated_process_state():
+                    warnings.simplefilter("ignore")
+                    first.run_case(factory, case)
+            except CheckFailure:
+                continue
+            return True
+    return False
+
+
+def check_implementation(
+    factory: Factory,
+    *,
+    expected_failures: Mapping[str, str] | None = None,
+    progress: Callable[[Record], object] | None = None,
+) -> list[Record]:
+    """Run every check, and return a record of each; `verdict` makes a summary of them.
+
+    If the checks cannot use the adapter, the first record says why, and the others are skipped.
+
+    expected_failures: check id -> reason. progress: called with each record as soon as it is made. Raises
+    InvalidDeclaration if `expected_failures` names something that does not exist; a KeyboardInterrupt propagates.
+    Nothing else is raised.
+    """
+    run, problem = CheckRun(factory, expected_failures), adapter_problem(factory)
+    records: list[Record] = []
+    for check in CHECKS:
+        if not problem:
+            record = run(check)
+        elif records:
+            record = Record(check.id, "skipped", UNUSABLE)
+        else:
+            record = Record(check.id, "failed", f"{adapter_name(factory)}: {problem}")
+        records.append(record)
+        if progress is not None:
+            progress(record)
+    return records
 
 
 def parametrize_with_checks(
@@ -96,28 +182,30 @@ def parametrize_with_checks(
     def test_head_ablation(check):
         check()
 
-    Raises ValueError if `unsupported` or `expected_failures` names something that does not exist, or if a method of an
-    adapter does not accept the arguments that the checks pass.
+    Raises InvalidDeclaration if `unsupported` or `expected_failures` names something that does not exist, if an adapter
+    cannot be called as the checks call it, or if it supports so little that no check can be tried.
     """
-    validate_ids(expected_failures or {})
+    runs = [CheckRun(factory, expected_failures) for factory in factories]
     for factory in factories:
-        if problem := signature_problem(factory):
-            raise ValueError(f"{getattr(factory, '__qualname__', repr(factory))}: {problem}")
+        if problem := adapter_problem(factory):
+            raise InvalidDeclaration(f"{adapter_name(factory)}: {problem}")
+        if tries_nothing(factory):
+            raise InvalidDeclaration(f"{adapter_name(factory)}: {NOTHING_TRIED}")
 
-    def bound(check: Check, factory: Factory) -> Callable[[], None]:
-        def run() -> None:
+    def bound(check: Check, run: CheckRun) -> Callable[[], None]:
+        def call() -> None:
             __tracebackhide__ = True
-            report_to_pytest(run_check(check, factory, expected_failures))
+            report_to_pytest(run(check))
 
-        return run
+        return call
 
     several = len(factories) > 1
     parameters = [
         pytest.param(
-            bound(check, factory),
-            id=f"{getattr(factory, '__name__', number)}-{check.id}" if several else check.id,
+            bound(check, run),
+            id=f"{getattr(run.factory, '__name__', number)}-{check.id}" if several else check.id,
         )
-        for number, factory in enumerate(factories)
+        for number, run in enumerate(runs)
         for check in CHECKS
     ]
     return pytest.mark.parametrize("check", parameters)
@@ -142,15 +230,21 @@ def reproduce(check_id: str, factory: Factory, case: Case) -> None:
 
     Raises AssertionError if the check fails, and KeyError for an unknown id.
     """
+    check = {check.id: check for check in CHECKS}[check_id]
     with isolated_process_state():
-        {check.id: check for check in CHECKS}[check_id].run_case(factory, case)
+        try:
+            check.run_case(factory, case)
+        except CheckFailure as failure:
+            raise check.explained(factory, failure) from failure.__cause__
 
 
 def validate_ids(ids: Mapping[str, str]) -> None:
-    """Raise ValueError if a name is not the id of a check."""
-    known = {check.id for check in CHECKS}
-    if unknown := sorted(set(ids) - known):
-        raise ValueError(f"expected_failures names no check: {', '.join(unknown)}")
+    """Raise InvalidDeclaration if a name is not the id of a check."""
+    known = [check.id for check in CHECKS]
+    for name in ids:
+        if name not in known:
+            otherwise = "`ablation check --list` lists the checks"
+            raise InvalidDeclaration(f"the expected failures name {name!r}, {instead(name, known, otherwise)}")
 
 
 def requirements_table() -> str:

@@ -1,22 +1,24 @@
-"""Whether the methods of an adapter accept the arguments that the checks pass.
+"""Whether the checks can use an adapter at all.
 
-A wrong signature is reported once, in one line, instead of as a failure of every check.
+A wrong declaration or signature is reported once, in one line, instead of as a failure of every check.
 """
 
 from __future__ import annotations
 
 import inspect
+import warnings
 from collections.abc import Callable
-from contextlib import suppress
 from typing import Any
 
 from ablation.checks.check import isolated_process_state, unsupported_features
 from ablation.checks.decoders import DTYPES, FAMILIES, Decoder
 from ablation.checks.protocol import Factory
+from ablation.errors import InvalidDeclaration
 
 CALLS: tuple[tuple[str, tuple[str, ...], tuple[str, ...]], ...] = (
     ("ablate", ("heads", "imputation"), ()),
     ("run", ("input_ids",), ()),
+    ("run", ("input_ids",), ("attention_mask",)),
     ("run", (), ("input_ids", "attention_mask", "position_ids", "use_cache")),
     ("clear", (), ()),
     ("close", (), ()),
@@ -24,37 +26,55 @@ CALLS: tuple[tuple[str, tuple[str, ...], tuple[str, ...]], ...] = (
 """The calls that the checks make: method, positional arguments, keyword arguments."""
 
 
+def adapter_problem(factory: Factory) -> str | None:
+    """Return why the checks cannot use an adapter, in one line, or None: a wrong declaration, or a wrong signature."""
+    try:
+        return signature_problem(factory)
+    except InvalidDeclaration as error:
+        return str(error)
+
+
 def signature_problem(factory: Factory) -> str | None:
     """Return the first call that the adapter does not accept, and why, or None if it accepts all calls.
 
     The function makes an implementation on a small model and closes it, since methods may be attributes of an instance.
-    Errors of the implementation are ignored here: the checks report them, each with its case. Raises ValueError if
-    `unsupported` names something that does not exist.
+    Errors of the implementation are ignored here: the checks report them, each with its case. Raises
+    InvalidDeclaration if `unsupported` names something that does not exist.
     """
+    unsupported = unsupported_features(factory)
     if problem := _call_problem(factory, "__init__", ("model",), ()):
         return problem
-    unsupported = unsupported_features(factory)
     families = [name for name in FAMILIES if name not in unsupported]
     dtypes = [name for name in DTYPES if name not in unsupported]
     if not families or not dtypes:
         return None
     model = Decoder(families[0], num_layers=1, num_heads=2, head_dim=8, dtype=dtypes[0]).fresh()
-    with isolated_process_state():
+    with isolated_process_state(), warnings.catch_warnings():
+        warnings.simplefilter("ignore")
         try:
             implementation = factory(model)
-        except Exception:
+        except KeyboardInterrupt:
+            raise
+        except BaseException:
             return None
         try:
             return next(filter(None, (_method_problem(implementation, *call) for call in CALLS)), None)
         finally:
-            with suppress(Exception):
+            try:
                 implementation.close()
+            except KeyboardInterrupt:
+                raise
+            except BaseException:  # noqa: S110 (the checks report it)
+                pass
 
 
 def _method_problem(
     implementation: Any, name: str, positional: tuple[str, ...], keywords: tuple[str, ...]
 ) -> str | None:
-    method = getattr(implementation, name, None)
+    try:
+        method = getattr(implementation, name, None)
+    except Exception:  # a property; the checks report what it raises
+        return None
     if not callable(method):
         return f"the adapter has no method {name}"
     return _call_problem(method, name, positional, keywords)

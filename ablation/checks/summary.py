@@ -1,0 +1,146 @@
+"""The summary of a run: one cause that many failures share, how many requirements hold, and the others by name."""
+
+from __future__ import annotations
+
+import warnings
+from collections import Counter
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import replace
+from functools import partial
+from typing import Any
+
+from ablation.checks.cases import Case, CaseSpec
+from ablation.checks.check import Check, CheckFailure, adapter_name, isolated_process_state, unsupported_features
+from ablation.checks.decoders import DTYPES, FAMILIES
+from ablation.checks.protocol import Factory
+from ablation.checks.runner import CHECKS, Record, run_check, tries_nothing
+
+LABELS = {
+    "failed": "broken",
+    "expected failure": "known to be broken",
+    "unexpected pass": "no longer broken, so remove it from the expected failures",
+    "skipped": "not tried",
+}
+IMPUTATIONS = CaseSpec().imputations
+MANY = 8
+"""From this number on, checks that were skipped for one reason are counted, not named."""
+
+
+def verdict(factory: Factory, records: Sequence[Record]) -> list[str]:
+    """Return the lines of the summary. Failing checks run again, quickly, to find a cause that they share."""
+    if not records:
+        return []
+    held = sum(record.outcome in ("passed", "unexpected pass") for record in records)
+    rest = f"; {len(CHECKS) - len(records)} were not run" if len(records) < len(CHECKS) else ""
+    return [
+        *shared_cause(factory, records),
+        f"{held} of {len(records)} requirements hold{rest}",
+        *(line for outcome in LABELS for line in _lines(outcome, records)),
+    ]
+
+
+def _lines(outcome: str, records: Sequence[Record]) -> Iterator[str]:
+    """Yield a line for each check with this outcome; one for all checks that were skipped for the same reason."""
+    found = [record for record in records if record.outcome == outcome]
+    if outcome == "failed":
+        yield from (f"{LABELS[outcome]}: {record.id}" for record in found)
+        return
+    for reason in dict.fromkeys(record.reason for record in found):
+        ids = [record.id for record in found if record.reason == reason]
+        yield f"{LABELS[outcome]}: {', '.join(ids) if len(ids) < MANY else f'{len(ids)} checks'} ({reason})"
+
+
+def shared_cause(factory: Factory, records: Sequence[Record]) -> list[str]:
+    """Say which features an adapter could declare as unsupported, so that several failures go away; or say nothing.
+
+    A feature that at least two failing cases need is a cause if most of them pass when that feature alone is exchanged.
+    A failure goes away if the check then passes, or cannot be tried, when it runs again without the feature.
+    """
+    left = {record.id: record.case for record in records if record.outcome == "failed" and record.case is not None}
+    total, declared = len(left), dict[str, str]()
+    while found := _best_feature(factory, declared, left):
+        feature, left = found
+        declared[feature] = "..."
+    if not declared:
+        return []
+    names = ", ".join(f"{feature!r}: ..." for feature in declared)
+    return [f"if you declare unsupported = {{{names}}}, {total - len(left)} of the {total} failures go away"]
+
+
+def _best_feature(
+    factory: Factory, declared: dict[str, str], left: dict[str, Case]
+) -> tuple[str, dict[str, Case]] | None:
+    """Return the feature without which most failures go away, at least two, and the failures that are then left."""
+    checks = {check: left[check.id] for check in CHECKS if check.id in left}
+    needed = {check: _features(case) for check, case in checks.items()}
+    if any("cache" in check.needs for check in checks):  # `identity` decodes with a cache, too
+        needed = {check: [*features, "cache"] for check, features in needed.items()}
+    best, most = None, 1
+    for feature, count in Counter(feature for features in needed.values() for feature in features).items():
+        restricted = _without(factory, {**declared, feature: "..."})
+        users = {check: case for check, case in checks.items() if feature in needed[check]}
+        if count <= most or tries_nothing(restricted) or not _is_cause(feature, restricted, users):
+            continue
+        gone = {check.id for check in users if run_check(check, restricted, quick=True).outcome != "failed"}
+        if len(gone) > most:
+            best, most = (feature, {id: case for id, case in left.items() if id not in gone}), len(gone)
+    return best
+
+
+def _is_cause(feature: str, restricted: Factory, failing: Mapping[Check, Case]) -> bool:
+    """Return whether most failing cases pass when a feature is exchanged. restricted: the adapter without it."""
+    pass_, fail = 0, 0
+    for check, case in failing.items():
+        if feature == "cache" and "cache" in check.needs:
+            continue  # nothing could replace it
+        try:
+            with warnings.catch_warnings(), isolated_process_state():
+                warnings.simplefilter("ignore")
+                check.run_case(restricted, _exchanged(case, feature, restricted))
+        except CheckFailure:
+            fail += 1
+        else:
+            pass_ += 1
+        if 2 * fail >= len(failing):
+            return False
+    return pass_ > fail
+
+
+def _features(case: Case) -> list[str]:
+    """Return the features that a case needs and that may be exchanged, the narrowest first."""
+    return [
+        case.decoder.family,
+        case.decoder.dtype,
+        *([case.imputation] if case.heads else []),
+        *(["padding"] if len(set(map(len, case.rows))) > 1 else []),
+        *(["multiple_heads"] if len(case.heads) > 1 else []),
+        *(["batch"] if len(case.rows) > 1 else []),
+    ]
+
+
+def _exchanged(case: Case, feature: str, restricted: Factory) -> Case:
+    """Return a case without a feature, in which nothing else differs; the same case if nothing can replace it."""
+    decoder, unsupported = case.decoder, unsupported_features(restricted)
+    if feature in FAMILIES:
+        return replace(case, decoder=decoder._replace(family=next(f for f in FAMILIES if f not in unsupported)))
+    if feature in DTYPES:
+        return replace(case, decoder=decoder._replace(dtype=next(d for d in DTYPES if d not in unsupported)))
+    if feature in IMPUTATIONS:
+        return replace(case, imputation=next(name for name in IMPUTATIONS if name not in unsupported))
+    match feature:
+        case "padding":
+            shortest = min(map(len, case.rows))
+            return replace(case, rows=tuple(row[:shortest] for row in case.rows))
+        case "multiple_heads":
+            return replace(case, heads=case.heads[:1])
+        case "batch":
+            return replace(case, rows=case.rows[:1])
+    return case
+
+
+def _without(factory: Factory, declared: dict[str, str]) -> Any:
+    """Return the same adapter, with more features declared as unsupported."""
+    restricted: Any = partial(factory)
+    restricted.unsupported = {**unsupported_features(factory), **declared}
+    restricted.__qualname__ = adapter_name(factory)
+    return restricted
