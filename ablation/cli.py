@@ -91,6 +91,7 @@ def _parser() -> argparse.ArgumentParser:
         "--control",
         help="a token that should not react (default: the named model's; with --prompt, the most probable other)",
     )
+    add("--chat", action="store_true", help="the prompt is a user's message, rendered by the model's chat template")
     add(
         "--imputation",
         nargs="+",
@@ -178,13 +179,13 @@ def _question(arguments: argparse.Namespace) -> Question:
     """The question asked: without a prompt, the model's default one, whose target and control may be replaced."""
     if arguments.prompt is not None:
         check_prompt(arguments.prompt)
-        return Question(arguments.prompt, arguments.target, arguments.control)
+        return Question(arguments.prompt, arguments.target, arguments.control, arguments.chat)
     default = sources.default_question(arguments.model)
     if default is None:
         raise InvalidPrompt(f"{arguments.model} has no prompt of its own: pass one with --prompt")
     target = default.target if arguments.target is None else arguments.target
     control = default.control if arguments.control is None else arguments.control
-    return Question(default.prompt, target, control)
+    return Question(default.prompt, target, control, arguments.chat)
 
 
 def _sweep_with_progress(loaded: LoadedModel, question: Question, arguments: argparse.Namespace) -> SweepResult:

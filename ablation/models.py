@@ -25,12 +25,17 @@ T = TypeVar("T")
 
 @dataclass(frozen=True, eq=False)
 class LoadedModel:
-    """A model in evaluation mode, and its tokenizer. revision: the commit on the hub, if it came from there."""
+    """A model in evaluation mode, and its tokenizer.
+
+    revision: the commit on the hub, if it came from there. ignored_weights: names of weights in its files that the
+    model does not use, such as a classifier's head.
+    """
 
     name: str
     model: PreTrainedModel
     tokenizer: PreTrainedTokenizerBase
     revision: str | None = None
+    ignored_weights: tuple[str, ...] = ()
 
     def decode(self, token: int) -> str:
         """Return the text of one token."""
@@ -100,7 +105,8 @@ def _load(source: Source, *, local_files_only: bool, device: str, dtype: torch.d
     if not tokenizer.vocab_size:  # transformers makes an empty tokenizer if its files are missing
         raise ModelUnavailable(f"cannot load {source.name}: it has no tokenizer")
     model = model.eval() if spread else model.eval().to(device)
-    return LoadedModel(source.name, model, tokenizer, _revision(source) if source.is_hub else None)
+    revision = _revision(source) if source.is_hub else None
+    return LoadedModel(source.name, model, tokenizer, revision, tuple(sorted(info["unexpected_keys"])))
 
 
 def _build(source: Source, *, local_files_only: bool) -> PreTrainedModel:

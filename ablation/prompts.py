@@ -4,60 +4,113 @@ from __future__ import annotations
 
 import unicodedata
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from ablation.errors import InvalidPrompt
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
+SHOWN_CHARACTERS = 60
+"""Texts in messages are cut to this length."""
+
 
 @dataclass(frozen=True)
 class Question:
     """A prompt, the token that should follow it, and a token of the same kind that should not react.
 
-    A target or control of None stands for the most probable token of the clean run that is not watched yet.
+    A target or control of None stands for the most probable token of the clean run that is not watched yet. chat: the
+    prompt is a user's message, to be rendered by the model's chat template; the tokens are those of the answer.
     """
 
     prompt: str
     target: str | None = None
     control: str | None = None
+    chat: bool = False
 
 
 def check_prompt(prompt: str) -> None:
-    """Raise InvalidPrompt for a prompt without text."""
-    if not prompt.strip():
+    """Raise InvalidPrompt for a prompt that is not text, or that is empty."""
+    _check_text(prompt, "prompt")
+    if not prompt:
         raise InvalidPrompt("the prompt is empty")
 
 
-def prompt_ids(tokenizer: PreTrainedTokenizerBase, prompt: str) -> list[int]:
+def prompt_ids(tokenizer: PreTrainedTokenizerBase, prompt: str, *, chat: bool = False) -> list[int]:
     """Return the token ids that the model's own tokenizer gives the prompt.
 
-    Raises InvalidPrompt if the prompt is empty, has unknown words, or is changed by the tokenizer.
+    Special tokens that the tokenizer adds at the start (BOS, CLS) stay. Those that it adds at the end (EOS, SEP) are
+    left off, since the question is what follows the prompt. chat: render the prompt with the model's chat template.
+
+    Raises InvalidPrompt if the prompt is empty or not text, has unknown parts, or is changed by the tokenizer, and with
+    `chat` if the model has no chat template.
     """
     check_prompt(prompt)
-    ids: list[int] = tokenizer(prompt)["input_ids"]
-    if tokenizer.unk_token_id is not None and tokenizer.unk_token_id in ids:
-        unknown = [word for word in prompt.split() if tokenizer.unk_token_id in _encode(tokenizer, word)]
-        raise InvalidPrompt(
-            f"this model does not know all words of the prompt ({', '.join(map(repr, unknown or [prompt]))})"
-        )
-    if not _round_trips(tokenizer, ids, prompt):
-        raise InvalidPrompt(f"this tokenizer loses the prompt: {prompt!r} becomes {tokenizer.decode(ids)!r}")
+    text = _rendered(tokenizer, prompt) if chat else prompt
+    # A chat template writes all special tokens itself.
+    encoded: Any = tokenizer(text, add_special_tokens=not chat, return_special_tokens_mask=True)
+    ids, added = list(encoded["input_ids"]), list(encoded["special_tokens_mask"])
+    own = [token for token, is_added in zip(ids, added, strict=True) if not is_added]
+    while added and added.pop():
+        ids.pop()
+    if not own:
+        raise InvalidPrompt(f"the prompt {_shown(prompt)} has no tokens in this model")
+    if _has_unknown(tokenizer, own, text):
+        raise InvalidPrompt(f"this model has no token for {_unknown_parts(tokenizer, text)} in the prompt")
+    if not _round_trips(tokenizer, own, text):
+        raise InvalidPrompt(f"this tokenizer loses the prompt: {_shown(text)} becomes {_shown(tokenizer.decode(own))}")
     return ids
 
 
 def single_token(tokenizer: PreTrainedTokenizerBase, text: str) -> int:
     """Return the id of a text that is one token. Raises InvalidPrompt otherwise, with its tokens and an alternative."""
+    _check_text(text, "token")
     ids = _encode(tokenizer, text)
     if _is_token(tokenizer, text):
         return ids[0]
     variants = [v for v in (f" {text.strip()}", text.strip()) if v != text and _is_token(tokenizer, v)]
     hint = f"; {variants[0]!r} is" if variants else ""
     if len(ids) == 1:
-        raise InvalidPrompt(f"{text!r} is not a token of this model{hint}")
-    pieces = ", ".join(repr(tokenizer.decode([i])) for i in ids)
-    raise InvalidPrompt(f"{text!r} is not one token but {len(ids)} ({pieces}){hint}")
+        raise InvalidPrompt(f"{_shown(text)} is not a token of this model{hint}")
+    pieces = ", ".join(repr(tokenizer.decode([i])) for i in ids[:4]) + (", ..." if len(ids) > 4 else "")
+    raise InvalidPrompt(f"{_shown(text)} is not one token but {len(ids)} ({pieces}){hint}")
+
+
+def other_spacing(tokenizer: PreTrainedTokenizerBase, text: str) -> int | None:
+    """Return the token of a word with a leading space for one without it, and the reverse; None if there is none."""
+    other = text[1:] if text.startswith(" ") else f" {text}"
+    if not _is_token(tokenizer, other):
+        return None
+    (token,) = _encode(tokenizer, other)
+    return None if [token] == _encode(tokenizer, text) else token
+
+
+def _check_text(text: object, what: str) -> None:
+    """Raise InvalidPrompt unless this is a str that UTF-8 can hold; lone surrogates stand for undecodable bytes."""
+    if not isinstance(text, str):
+        raise InvalidPrompt(f"a {what} is a str, not {type(text).__name__}: {_shown(text)}")
+    try:
+        text.encode()
+    except UnicodeEncodeError:
+        raise InvalidPrompt(f"the {what} is not valid UTF-8: {_shown(text)}") from None
+
+
+def _shown(text: object) -> str:
+    """The repr of a text, shortened in its middle."""
+    shown = repr(text)
+    half = SHOWN_CHARACTERS // 2
+    return shown if len(shown) <= SHOWN_CHARACTERS else f"{shown[:half]} ... {shown[-half:]}"
+
+
+def _rendered(tokenizer: PreTrainedTokenizerBase, message: str) -> str:
+    """Render a user's message, and the start of the answer, with the model's chat template. Raises InvalidPrompt."""
+    if tokenizer.chat_template is None:
+        raise InvalidPrompt("this model has no chat template: ask without chat")
+    try:
+        messages = [{"role": "user", "content": message}]
+        return str(tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=True))
+    except Exception as error:  # a template is a program of the model's authors, which may raise anything
+        raise InvalidPrompt(f"the model's chat template fails: {type(error).__name__}: {_shown(str(error))}") from error
 
 
 def _encode(tokenizer: PreTrainedTokenizerBase, text: str) -> list[int]:
@@ -65,13 +118,29 @@ def _encode(tokenizer: PreTrainedTokenizerBase, text: str) -> list[int]:
     return list(tokenizer.encode(text, add_special_tokens=False))
 
 
+def _has_unknown(tokenizer: PreTrainedTokenizerBase, ids: list[int], text: str) -> bool:
+    """Whether some of the text became the unknown token; not where the text itself contains that token by name."""
+    unknown = tokenizer.unk_token_id
+    return unknown is not None and ids.count(unknown) > text.count(str(tokenizer.unk_token))
+
+
+def _unknown_parts(tokenizer: PreTrainedTokenizerBase, text: str) -> str:
+    """The parts of the text that became the unknown token; the whole text, if the tokenizer does not tell them."""
+    if not tokenizer.is_fast:
+        return _shown(text)
+    encoded: Any = tokenizer(text, add_special_tokens=False, return_offsets_mapping=True)
+    places = zip(encoded["input_ids"], encoded["offset_mapping"], strict=True)
+    parts = [text[start:end] for token, (start, end) in places if token == tokenizer.unk_token_id]
+    unknown = dict.fromkeys(_shown(part.strip() or part) for part in parts if part != tokenizer.unk_token)
+    return ", ".join(list(unknown)[:4]) or _shown(text)
+
+
 def _is_token(tokenizer: PreTrainedTokenizerBase, text: str) -> bool:
     ids = _encode(tokenizer, text)
-    return len(ids) == 1 and ids[0] != tokenizer.unk_token_id and _round_trips(tokenizer, ids, text)
+    return len(ids) == 1 and not _has_unknown(tokenizer, ids, text) and _round_trips(tokenizer, ids, text)
 
 
 def _round_trips(tokenizer: PreTrainedTokenizerBase, ids: list[int], text: str) -> bool:
     """Whether the tokens still hold the text. A tokenizer may change case, form and spaces, but not lose letters."""
-    back = str(tokenizer.decode(ids, skip_special_tokens=True))
-    one, other = ("".join(unicodedata.normalize("NFKC", t).casefold().split()) for t in (back, text))
+    one, other = ("".join(unicodedata.normalize("NFKC", t).casefold().split()) for t in (tokenizer.decode(ids), text))
     return one == other
