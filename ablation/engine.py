@@ -18,6 +18,7 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from ablation import provenance
+from ablation.causality import verify_causal_lm
 from ablation.errors import AblationNotApplied, NonFiniteLogits, UnsupportedModel
 from ablation.forward import Request, batch_logits, last_logits, rows_per_pass, validated_request
 from ablation.growing import BatchMismatch, RowLayout, first_layer, growing_batch
@@ -59,6 +60,7 @@ def run(
     """
     request = validated_request(model, token_ids, ablations, watch)
     rows = rows_per_pass(request, max_rows)
+    verify_causal_lm(request)
     with torch.no_grad():
         try:
             return _run_guarded(request, rows, progress)
@@ -80,8 +82,10 @@ def run_sequential(
     progress: Progress | None = None,
 ) -> RunResult:
     """Reference implementation of `run`: one forward pass for each ablation."""
+    request = validated_request(model, token_ids, ablations, watch)
+    verify_causal_lm(request)
     with torch.no_grad():
-        return _run_sequential(validated_request(model, token_ids, ablations, watch), progress)
+        return _run_sequential(request, progress)
 
 
 # ---- forward passes

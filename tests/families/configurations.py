@@ -47,7 +47,7 @@ SIZES: dict[str, Any] = {
     **{"mamba_d_state": 8, "mamba_n_heads": 4, "mamba_d_head": 16, "mamba_n_groups": 1, "mamba_chunk_size": 4},
     **{"mamba_num_heads": 4, "mamba_head_dim": 16, "ssm_state_size": 8, "n_groups": 1, "chunk_size": 4},
     **{"state_size": 8, "time_step_rank": 4, "mamba_dt_rank": 4, "lru_width": 32, "audio_vocab_size": 41},
-    **{"is_decoder": True, "is_encoder_decoder": False, "add_cross_attention": False},
+    **{"is_decoder": True, "causal": True, "is_encoder_decoder": False, "add_cross_attention": False},
     **{"bos_token_id": 1, "eos_token_id": 2, "pad_token_id": 0},
 }
 DEPTHS = (
