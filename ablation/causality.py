@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 import torch
@@ -19,12 +19,13 @@ NOISE_FACTOR = 10.0
 """A leak is larger than this many times the difference between equal rows."""
 
 
-def verify_causal_lm(request: Request) -> None:
-    """Verify in one short forward pass that the model predicts each token from the tokens before it.
+def verify_causal_lm(request: Request, max_rows: int = 4) -> None:
+    """Verify in a short forward pass that the model predicts each token from the tokens before it.
 
     The rows of the batch are two variants of the start of the prompt, each twice. The variants differ in the later
     tokens, which must not move the logits of the earlier ones. The noise is measured between equal rows, so tokens that
-    a mixture of experts drops are not taken for a leak. Refused are:
+    a mixture of experts drops are not taken for a leak. If `max_rows` is smaller than 4, the batch is run in halves.
+    Refused are:
 
     - encoders, encoder-decoders, and decoders with bidirectional attention over the prompt. A prefix language model is
       among them: on a prompt alone, it behaves like a masked one;
@@ -44,9 +45,8 @@ def verify_causal_lm(request: Request) -> None:
     vocabulary = {len(embedding), getattr(model.config.get_text_config(), "vocab_size", len(embedding))}
     rows, kept = _variants(request.token_ids, min(vocabulary), set(_special_tokens(model.config.to_dict())))
     ids = torch.tensor(rows, device="cpu" if embedding.is_meta else embedding.device)
-    kind = "an encoder-decoder" if getattr(model.config, "is_encoder_decoder", False) else "bidirectional"
     with request.hook, torch.no_grad():
-        outputs = _outputs(model, ids)
+        outputs = _outputs(model, ids.split(4 if max_rows >= 4 else 2), ids.split(1))
     kind = "an encoder-decoder" if getattr(model.config, "is_encoder_decoder", False) else "bidirectional"
     if outputs is None:
         if kind == "bidirectional":
@@ -104,9 +104,9 @@ def _special_tokens(config: Any) -> Iterator[int]:
             yield from (v for v in (value if isinstance(value, list | tuple) else [value]) if isinstance(v, int))
 
 
-def _outputs(model: PreTrainedModel, ids: Tensor) -> list[Any] | None:
-    """Run the rows as a batch, or else one by one, as some models need. Returns None if the model fails on both."""
-    for batches in ([ids], ids.split(1)):
+def _outputs(model: PreTrainedModel, *ways: Sequence[Tensor]) -> list[Any] | None:
+    """Run the rows in these batches, or else in the next ones: some models take single rows only. None if all fail."""
+    for batches in ways:
         try:
             return [model(batch, use_cache=False) for batch in batches]
         except Exception:  # noqa: S112 (of any kind; the run shows it)

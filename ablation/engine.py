@@ -60,7 +60,7 @@ def run(
     """
     request = validated_request(model, token_ids, ablations, watch)
     rows = rows_per_pass(request, max_rows)
-    verify_causal_lm(request)
+    verify_causal_lm(request, rows)
     with torch.no_grad():
         try:
             return _run_guarded(request, rows, progress)

@@ -315,3 +315,16 @@ def test_package_runs_as_a_module() -> None:
 def test_public_names_are_imported_lazily(code: str) -> None:
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
+
+
+def test_chat_without_a_template_is_one_line(run: Run) -> None:
+    status, out, err = run("--chat")
+    assert (status, out) == (2, "")
+    assert err == "ablation: this model has no chat template: ask without chat\n"
+
+
+@pytest.mark.filterwarnings("default")
+def test_notes_go_to_standard_error(run: Run) -> None:
+    status, out, err = run("--target", "Germany", "--imputation", "zero", "--json")
+    assert status == 0 and json.loads(out)["clean"]["target"]["token"] == "Germany"
+    assert re.fullmatch("ablation: note: the target 'Germany' has probability .*, but ' Germany' has .*\n", err)

@@ -13,6 +13,7 @@ import numpy as np
 import pytest
 import torch
 from huggingface_hub.errors import RepositoryNotFoundError
+from safetensors.torch import load_file, save_file
 from transformers import GPT2Config, GPT2LMHeadModel
 
 from ablation import models, sources
@@ -117,6 +118,16 @@ def test_missing_path_is_refused_without_the_hub(name: str, hub: Hub) -> None:
     with pytest.raises(ModelUnavailable, match="it does not exist"):
         load(name)
     assert not hub.asked
+
+
+def test_weights_that_the_model_ignores_are_named(folder: Path) -> None:
+    """A classifier's head, or a second tower, is dropped by transformers with a warning that the command line hides."""
+    assert load(str(folder)).ignored_weights == ()
+    weights = load_file(folder / "model.safetensors")
+    weights |= {"score.weight": torch.ones(2, 6), "vision.layer.weight": torch.ones(2)}
+    weights["transformer.h.0.attn.bias"] = torch.ones(1, 1, 4, 4)  # a buffer of older files, not a weight
+    save_file(weights, folder / "model.safetensors", metadata={"format": "pt"})
+    assert load(str(folder)).ignored_weights == ("score.weight", "vision.layer.weight")
 
 
 class Hub:
