@@ -7,6 +7,7 @@ import importlib.metadata
 import json
 import shutil
 import tempfile
+import warnings
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 from functools import partial
@@ -94,7 +95,10 @@ def _load(source: Source, *, local_files_only: bool, device: str, dtype: torch.d
             **(_dequantisation(source.gguf) if source.gguf else {}),
         )
         model, info = loaded
-        tokenizer = AutoTokenizer.from_pretrained(source.place, **where)
+        has_tokenizer = source.adapter is not None and Path(source.adapter, "tokenizer_config.json").is_file()
+        tokenizer = AutoTokenizer.from_pretrained(source.adapter if has_tokenizer else source.place, **where)
+        if source.adapter is not None:
+            model = _with_adapter(model, source.adapter)
     except Exception as error:  # for a damaged file, the libraries raise anything
         raise ModelUnavailable(f"cannot load {source.name}: {_first_line(error)}") from error
     # Without this, transformers would fill them with random numbers.
@@ -107,6 +111,15 @@ def _load(source: Source, *, local_files_only: bool, device: str, dtype: torch.d
     model = model.eval() if spread else model.eval().to(device)
     revision = _revision(source) if source.is_hub else None
     return LoadedModel(source.name, model, tokenizer, revision, tuple(sorted(info["unexpected_keys"])))
+
+
+def _with_adapter(model: PreTrainedModel, folder: str) -> Any:
+    """Return the PeftModel of a model and an adapter. Raises whatever peft raises, also if weights are missing."""
+    from peft import PeftModel
+
+    with warnings.catch_warnings():
+        warnings.filterwarnings("error", message="Found missing adapter keys")
+        return PeftModel.from_pretrained(model, folder, local_files_only=True, use_safetensors=True)
 
 
 def _build(source: Source, *, local_files_only: bool) -> PreTrainedModel:
@@ -148,7 +161,7 @@ def _from_hub(source: Source, load_from: Callable[..., T], download: bool) -> T:
         except Exception as error:  # of the network
             reason = f"not on this machine, and the hub cannot be reached ({_first_line(error)})"
     raise ModelUnavailable(
-        f"no model {source.name!r}: it is {reason}. Use {', '.join(NAMED_MODELS)}, a folder, a .gguf file or a hub id."
+        f"no model {(source.place if source.adapter else source.name)!r}: it is {reason}. Use {', '.join(NAMED_MODELS)}, a folder, a .gguf file or a hub id."
     )
 
 

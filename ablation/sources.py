@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import importlib.util
+import json
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 from ablation.errors import ModelUnavailable
@@ -16,13 +17,14 @@ class Source:
     """Where the files of a model are.
 
     name: what results call the model. place: a folder, or a hub id. gguf: the file in the folder, if it is one.
-    is_hub: whether place is a hub id.
+    is_hub: whether place is a hub id. adapter: the folder of an adapter of peft, for which place is the base model.
     """
 
     name: str
     place: str
     gguf: str | None = None
     is_hub: bool = False
+    adapter: str | None = None
 
     def locate(self) -> None:
         """Raise ModelUnavailable unless the model is on this machine; in the hub's cache, if it is from the hub."""
@@ -74,10 +76,27 @@ def default_question(name: str) -> Question | None:
 def _path_source(path: Path, name: str) -> Source:
     if path.suffix == ".gguf" and path.is_file():
         return Source(name, str(path.parent), gguf=path.name)
+    if (path / "adapter_config.json").is_file():
+        return _adapter_source(path, name)
     if (path / "config.json").is_file():
         return Source(name, str(path))
     problem = "has no config.json" if path.is_dir() else "is not a .gguf file" if path.exists() else "does not exist"
     raise ModelUnavailable(f"cannot load a model from {path}: it {problem}")
+
+
+def _adapter_source(path: Path, name: str) -> Source:
+    """The base model that the folder of an adapter names, with the adapter. Raises ModelUnavailable."""
+    if importlib.util.find_spec("peft") is None:
+        raise ModelUnavailable(f"{path} holds an adapter, which needs the package peft: pip install peft")
+    if not (path / "adapter_model.safetensors").is_file():
+        raise ModelUnavailable(f"cannot load an adapter from {path}: it has no adapter_model.safetensors")
+    try:
+        base = json.loads((path / "adapter_config.json").read_text(encoding="utf-8"))["base_model_name_or_path"]
+    except (ValueError, KeyError, TypeError):
+        base = None
+    if not isinstance(base, str) or not base:
+        raise ModelUnavailable(f"cannot load an adapter from {path}: its adapter_config.json names no base model")
+    return replace(resolve(base), name=name, adapter=str(path))
 
 
 def _smollm2() -> Source:

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import copy
+import json
 from collections.abc import Callable
+from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
@@ -14,11 +16,13 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from ablation.checks.decoders import Decoder
-from ablation.errors import AblationError, UnsupportedModel
+from ablation.errors import AblationError, ModelUnavailable, UnsupportedModel
 from ablation.heads import find_heads
 from ablation.hook import HeadAblation
+from ablation.models import architecture, load
 from ablation.sweeps import SweepResult, sweep, sweep_sequential
 from tests.comparing import ATOL, assert_results_equal
+from tests.test_models import folder  # noqa: F401 (fixture)
 
 IDS = [3, 1, 4, 1, 5]
 T = torch.tensor([IDS])
@@ -146,7 +150,7 @@ def test_object_that_is_no_model_is_refused_with_advice(make: Callable[[], Any],
 
 @pytest.fixture
 def peft() -> Any:
-    return pytest.importorskip("peft", reason="peft is not installed: pip install 'head-ablation[adapters]'")
+    return pytest.importorskip("peft", reason="peft is not installed: pip install peft")
 
 
 def trained(peft: Any, model: PreTrainedModel, config: Any, name: str = "default") -> Any:
@@ -231,3 +235,87 @@ def test_adapter_of_peft_that_calls_the_projection_is_refused(peft: Any) -> None
     wrapped = peft.get_peft_model(llama(), config).eval()
     with pytest.raises(AblationError, match="o_proj was called 2 times|2 attention output projections"):
         sweep(wrapped, IDS)
+
+
+@pytest.fixture
+def adapter(peft: Any, folder: Path, tmp_path: Path) -> Path:  # noqa: F811
+    """The folder of an adapter of the model in `folder`, as peft writes it."""
+    config = peft.LoraConfig(r=2, target_modules=["c_proj"], fan_in_fan_out=True, task_type="CAUSAL_LM")
+    trained(peft, load(str(folder)).model, config).save_pretrained(tmp_path / "tuned")
+    return tmp_path / "tuned"
+
+
+@pytest.mark.filterwarnings("ignore")
+def test_folder_of_an_adapter_is_loaded_with_its_base(peft: Any, folder: Path, adapter: Path) -> None:  # noqa: F811
+    loaded, base = load(str(adapter)), load(str(folder))
+    assert loaded.name == "tuned" and not loaded.model.training
+    assert loaded.decode(5) == base.decode(5)
+    merged = copy.deepcopy(loaded.model).merge_and_unload()
+    result = sweep(loaded.model, IDS)
+    assert_results_equal(result, sweep(merged, IDS), ATOL["float32"])
+    assert result.provenance["architecture"] == "PeftModelForCausalLM"
+    assert np.abs(result.margin - sweep(base.model, IDS).margin).max() > 1e-3
+    assert find_heads(architecture(str(adapter))).shape == (2, 3)
+
+
+@pytest.mark.filterwarnings("ignore")
+def test_tokenizer_of_an_adapter_is_preferred(folder: Path, adapter: Path) -> None:  # noqa: F811
+    tokenizer = load(str(folder)).tokenizer
+    tokenizer.add_tokens(["<|new|>"])
+    tokenizer.save_pretrained(adapter)
+    assert load(str(adapter)).tokenizer.convert_tokens_to_ids("<|new|>") == len(tokenizer) - 1
+
+
+def no_weights(adapter: Path) -> None:
+    (adapter / "adapter_model.safetensors").unlink()
+
+
+def bad_json(adapter: Path) -> None:
+    (adapter / "adapter_config.json").write_text("{")
+
+
+def no_base(adapter: Path) -> None:
+    change(adapter, base_model_name_or_path=None)
+
+
+def missing_base(adapter: Path) -> None:
+    change(adapter, base_model_name_or_path="/nowhere/at/all")
+
+
+def other_weights(adapter: Path) -> None:
+    change(adapter, target_modules=["c_attn"])
+
+
+def unknown_method(adapter: Path) -> None:
+    change(adapter, peft_type="NOTHING")
+
+
+def change(adapter: Path, **given: Any) -> None:
+    config = json.loads((adapter / "adapter_config.json").read_text())
+    (adapter / "adapter_config.json").write_text(json.dumps(config | given))
+
+
+@pytest.mark.filterwarnings("ignore")
+@pytest.mark.parametrize(
+    ("damage", "reason"),
+    [
+        (no_weights, "cannot load an adapter from .*: it has no adapter_model.safetensors"),
+        (bad_json, "adapter_config.json names no base model"),
+        (no_base, "adapter_config.json names no base model"),
+        (missing_base, "cannot load a model from /nowhere/at/all: it does not exist"),
+        (other_weights, "cannot load tuned: UserWarning: Found missing adapter keys"),
+        (unknown_method, "cannot load tuned: "),
+    ],
+)
+def test_damaged_adapter_is_refused_in_one_line(adapter: Path, damage: Callable[[Path], None], reason: str) -> None:
+    damage(adapter)
+    with pytest.raises(ModelUnavailable, match=reason) as error:
+        load(str(adapter))
+    assert "\n" not in str(error.value)
+
+
+def test_adapter_without_peft_says_what_to_install(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "adapter_config.json").write_text('{"base_model_name_or_path": "capitals"}')
+    monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
+    with pytest.raises(ModelUnavailable, match="holds an adapter, which needs the package peft: pip install peft$"):
+        load(str(tmp_path))

@@ -132,14 +132,20 @@ def tiny(config_class: type[PretrainedConfig], **special: Any) -> PretrainedConf
     return config_class(**small | special)
 
 
-def config_of(family: str) -> PretrainedConfig:
-    """Return the tiny configuration of a family."""
-    return tiny(CONFIG_MAPPING[family], **SPECIAL.get(family, {}))
+def config_of(family: str, **given: Any) -> PretrainedConfig:
+    """Return the tiny configuration of a family. given: attributes with other values."""
+    return tiny(CONFIG_MAPPING[family], **SPECIAL.get(family, {}) | given)
 
 
-def build(family: str) -> PreTrainedModel:
+def decoder_switches(family: str) -> dict[str, bool]:
+    """Return the attributes that make a decoder of a family, such as is_decoder, and that are off by default."""
+    default = CONFIG_MAPPING[family]().to_dict()
+    return {name: True for name in ("is_decoder", "causal") if default.get(name) is False}
+
+
+def build(family: str, **given: Any) -> PreTrainedModel:
     """Return a tiny model of a family, with random weights. Raises what transformers raises if it cannot be built."""
-    return randomised(config_of(family), seed=1, attention=None)
+    return randomised(config_of(family, **given), seed=1, attention=None)
 
 
 def logits(model: PreTrainedModel) -> Tensor:
