@@ -160,8 +160,9 @@ def _from_hub(source: Source, load_from: Callable[..., T], download: bool) -> T:
             raise
         except Exception as error:  # of the network
             reason = f"not on this machine, and the hub cannot be reached ({_first_line(error)})"
+    name = source.place if source.adapter else source.name  # of an adapter, the base model is missing
     raise ModelUnavailable(
-        f"no model {(source.place if source.adapter else source.name)!r}: it is {reason}. Use {', '.join(NAMED_MODELS)}, a folder, a .gguf file or a hub id."
+        f"no model {name!r}: it is {reason}. Use {', '.join(NAMED_MODELS)}, a folder, a .gguf file or a hub id."
     )
 
 

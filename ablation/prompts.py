@@ -142,5 +142,6 @@ def _is_token(tokenizer: PreTrainedTokenizerBase, text: str) -> bool:
 
 def _round_trips(tokenizer: PreTrainedTokenizerBase, ids: list[int], text: str) -> bool:
     """Whether the tokens still hold the text. A tokenizer may change case, form and spaces, but not lose letters."""
-    one, other = ("".join(unicodedata.normalize("NFKC", t).casefold().split()) for t in (tokenizer.decode(ids), text))
+    back = str(tokenizer.decode(ids))
+    one, other = ("".join(unicodedata.normalize("NFKC", t).casefold().split()) for t in (back, text))
     return one == other

@@ -106,7 +106,7 @@ def assert_ablated_as_merged(model: Any, merged: PreTrainedModel, name: str) -> 
             with HeadAblation(each) as ablation:
                 ablation.ablate([PAIR], imputation)
                 ablated.append(logits(each))
-        assert torch.allclose(*ablated, atol=1e-5)
+        assert torch.allclose(ablated[0], ablated[1], atol=1e-5)
         assert not torch.allclose(ablated[0], logits(model), atol=1e-3)
     swept = sweep(model, IDS)
     assert swept.provenance["method"] == "growing batch"

@@ -24,7 +24,6 @@ from transformers import (
     GPT2ForTokenClassification,
     GPT2Model,
     LlamaConfig,
-    LlamaForCausalLM,
     LlamaForQuestionAnswering,
     LlamaForSequenceClassification,
     LlamaForTokenClassification,
@@ -67,6 +66,11 @@ def llama(**given: Any) -> LlamaConfig:
     return LlamaConfig(**DECODER | given)
 
 
+def on_meta() -> PreTrainedModel:
+    with torch.device("meta"):
+        return from_config(llama())
+
+
 REFUSED: dict[str, tuple[Callable[[], PreTrainedModel], str]] = {
     "BERT as published": (lambda: from_config(BertConfig(**SHAPE)), BIDIRECTIONAL),
     "BERT, masked": (lambda: BertForMaskedLM(BertConfig(**SHAPE)), BIDIRECTIONAL),
@@ -76,7 +80,7 @@ REFUSED: dict[str, tuple[Callable[[], PreTrainedModel], str]] = {
         BIDIRECTIONAL,
     ),
     "RoBERTa": (lambda: RobertaForMaskedLM(RobertaConfig(**SHAPE)), BIDIRECTIONAL),
-    "XLM": (lambda: from_config(XLMConfig(emb_dim=32, n_layers=2, n_heads=4, n_words=41)), BIDIRECTIONAL),
+    "XLM": (lambda: from_config(XLMConfig(emb_dim=32, n_layers=2, n_heads=4, vocab_size=41)), BIDIRECTIONAL),
     "Llama": (lambda: from_config(llama(is_causal=False)), BIDIRECTIONAL),
     "Gemma 3": (
         lambda: from_config(Gemma3TextConfig(**DECODER, head_dim=8, use_bidirectional_attention=True)),
@@ -112,7 +116,7 @@ REFUSED: dict[str, tuple[Callable[[], PreTrainedModel], str]] = {
         "^GPT2Model returns .* without logits: pass the model with its language-model head",
     ),
     "tuple": (lambda: from_config(llama(return_dict=False)), "returns tuples, .* set config.return_dict = True"),
-    "meta": (lambda: LlamaForCausalLM(llama()).to("meta"), "is on the meta device, where it has no weights"),
+    "meta": (on_meta, "is on the meta device, where it has no weights"),
 }
 
 
@@ -121,17 +125,18 @@ REFUSED: dict[str, tuple[Callable[[], PreTrainedModel], str]] = {
 def test_model_that_does_not_continue_a_prompt_is_refused(name: str) -> None:
     make, reason = REFUSED[name]
     torch.manual_seed(0)
-    model = make().eval()
+    model: Any = make()
+    model.eval()
     for act in (sweep, sweep_sequential):
         with pytest.raises(UnsupportedModel, match=reason) as caught:
             act(model, IDS)
         assert "\n" not in str(caught.value)
 
 
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16", "float16"])
 @pytest.mark.parametrize("tokens", [[7], [7, 7, 7], [0, 0], IDS, list(range(30))])
-def test_bidirectional_model_is_refused_for_every_prompt(dtype: torch.dtype, tokens: list[int]) -> None:
-    model = randomised(llama(is_causal=False), 1).to(dtype)
+def test_bidirectional_model_is_refused_for_every_prompt(dtype: str, tokens: list[int]) -> None:
+    model = randomised(llama(is_causal=False), 1, dtype=dtype)
     with pytest.raises(UnsupportedModel, match=BIDIRECTIONAL):
         run(model, tokens, [Ablation([])])
 

@@ -80,7 +80,8 @@ def test_added_tokens_stay_at_the_start_and_not_at_the_end(
 ) -> None:
     """The question is what follows the prompt. A special token that the user has written is part of the prompt."""
     ids = prompt_ids(tokenizer, text)
-    assert ids == [*tokenizer.convert_tokens_to_ids(first), *tokenizer.encode(text, add_special_tokens=False)]
+    before = [tokenizer.convert_tokens_to_ids(token) for token in first]
+    assert ids == [*before, *tokenizer.encode(text, add_special_tokens=False)]
 
 
 @pytest.mark.parametrize("make", [opt, gpt2, appending])
