@@ -32,8 +32,9 @@ def verify_causal_lm(request: Request, max_rows: int = 4) -> None:
     - models that do not return one logit per token of the vocabulary, at each token of the prompt;
     - models on the meta device, which have no weights, and models set to return tuples.
 
-    A model that fails on these rows, or whose logits are not finite, is left to the run. Raises UnsupportedModel,
-    InvalidPrompt for a watched token that the model does not predict, and InvalidAblation if it carries an ablation.
+    Hooks that the model carries count as part of it. A model that fails on these rows, or whose logits are not finite,
+    is left to the run. Raises UnsupportedModel, InvalidPrompt for a watched token that the model does not predict, and
+    InvalidAblation if the model carries an ablation.
     """
     model, name = request.model, type(request.model).__name__
     if all(p.is_meta for p in model.parameters()) and not any(hasattr(m, "_hf_hook") for m in model.modules()):
@@ -42,7 +43,8 @@ def verify_causal_lm(request: Request, max_rows: int = 4) -> None:
         raise UnsupportedModel(f"{name} returns tuples, in which logits have no name: set config.return_dict = True")
     embedding: Tensor = model.get_input_embeddings().weight  # type: ignore[assignment]
     # The two differ in models whose embedding holds more than the tokens that are predicted (Mllama).
-    vocabulary = {len(embedding), getattr(model.config.get_text_config(), "vocab_size", len(embedding))}
+    stated = getattr(model.config.get_text_config(), "vocab_size", None)
+    vocabulary = {len(embedding), stated or len(embedding)}
     rows, kept = _variants(request.token_ids, min(vocabulary), set(_special_tokens(model.config.to_dict())))
     ids = torch.tensor(rows, device="cpu" if embedding.is_meta else embedding.device)
     with request.hook, torch.no_grad():

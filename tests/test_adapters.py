@@ -221,6 +221,15 @@ def test_copied_projection_of_peft_is_the_one_that_is_hooked(peft: Any) -> None:
 
 
 @pytest.mark.filterwarnings("ignore")
+def test_adapter_of_peft_on_the_embedding_is_swept(peft: Any) -> None:
+    for given in (dict(trainable_token_indices=[1, 2]), dict(modules_to_save=["embed_tokens", "lm_head"])):
+        config = peft.LoraConfig(r=2, target_modules=["o_proj"], task_type="CAUSAL_LM", **given)
+        wrapped = trained(peft, llama(), config)
+        merged = copy.deepcopy(wrapped).merge_and_unload()
+        assert_ablated_as_merged(wrapped, merged, "base_model.model.model.layers.1.self_attn.o_proj")
+
+
+@pytest.mark.filterwarnings("ignore")
 @pytest.mark.parametrize("kind", ["PrefixTuningConfig", "PromptTuningConfig", "PromptEncoderConfig"])
 def test_adapter_of_peft_that_adds_tokens_is_refused(peft: Any, kind: str) -> None:
     config = getattr(peft, kind)(num_virtual_tokens=3, task_type="CAUSAL_LM")

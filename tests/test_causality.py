@@ -203,6 +203,22 @@ def test_tokens_that_are_never_predicted_are_accepted() -> None:
         run(mllama, IDS, [Ablation([])], [41])
 
 
+@pytest.mark.parametrize("is_causal", [True, False])
+def test_model_that_takes_single_rows_is_verified_by_them(is_causal: bool) -> None:
+    model = randomised(llama(is_causal=is_causal), 1)
+
+    def single(module: nn.Module, args: Any) -> None:
+        if len(args[0]) > 1:
+            raise ValueError("cannot handle batch sizes > 1")
+
+    model.register_forward_pre_hook(single)
+    if is_causal:
+        assert run_sequential(model, IDS, [Ablation([])]).clean_margin > 0
+    else:
+        with pytest.raises(UnsupportedModel, match=BIDIRECTIONAL):
+            run_sequential(model, IDS, [Ablation([])])
+
+
 def test_non_finite_model_is_left_to_the_run() -> None:
     model = Decoder("gpt2", 2, 4, 8).fresh()
     with torch.no_grad():
