@@ -50,6 +50,8 @@ def prompt_ids(tokenizer: PreTrainedTokenizerBase, prompt: str, *, chat: bool = 
     # A chat template writes all special tokens itself.
     encoded: Any = tokenizer(text, add_special_tokens=not chat, return_special_tokens_mask=True)
     ids, added = list(encoded["input_ids"]), list(encoded["special_tokens_mask"])
+    if len(added) != len(ids):  # ByT5 counts an EOS that it does not add to a text that ends with one
+        added = [0] * len(ids)
     own = [token for token, is_added in zip(ids, added, strict=True) if not is_added]
     while added and added.pop():
         ids.pop()

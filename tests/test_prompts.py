@@ -6,7 +6,7 @@ from typing import Any
 
 import pytest
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors
-from transformers import PreTrainedTokenizerFast
+from transformers import ByT5Tokenizer, CanineTokenizer, PreTrainedTokenizerFast
 
 from ablation.errors import InvalidPrompt
 from ablation.models import LoadedModel
@@ -82,6 +82,15 @@ def test_added_tokens_stay_at_the_start_and_not_at_the_end(
     ids = prompt_ids(tokenizer, text)
     before = [tokenizer.convert_tokens_to_ids(token) for token in first]
     assert ids == [*before, *tokenizer.encode(text, add_special_tokens=False)]
+
+
+@pytest.mark.filterwarnings("ignore:This sequence already has")
+def test_end_of_a_tokenizer_written_in_python_is_left_off() -> None:
+    """They compute the mask of special tokens in another way."""
+    assert prompt_ids(ByT5Tokenizer(), "Hi") == prompt_ids(ByT5Tokenizer(), "Hi</s>")[:-1] == [75, 108]
+    assert prompt_ids(CanineTokenizer(), "Hi") == [57344, 72, 105]
+    with pytest.raises(InvalidPrompt, match="^'Hi' is not one token but 2"):
+        single_token(ByT5Tokenizer(), "Hi")
 
 
 @pytest.mark.parametrize("make", [opt, gpt2, appending])
