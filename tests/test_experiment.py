@@ -18,12 +18,16 @@ from ablation.prompts import Question
 BERLIN = "Berlin is the capital of"
 
 
+class SweepHasBegun(Exception):
+    pass
+
+
 @pytest.fixture
 def no_sweep(monkeypatch: pytest.MonkeyPatch) -> None:
-    """A sweep is not reached."""
+    """Everything before the sweep."""
 
     def sweep(*_: Any, **__: Any) -> None:
-        raise AssertionError("the sweep has begun")
+        raise SweepHasBegun
 
     monkeypatch.setattr(experiment, "sweep", sweep)
 
@@ -50,13 +54,7 @@ def test_unusable_question_is_refused_before_the_sweep(capitals: LoadedModel, qu
     assert "\n" not in str(caught.value) and len(str(caught.value)) < 160
 
 
-def notes(loaded: LoadedModel, question: Question) -> list[str]:
-    with warnings.catch_warnings(record=True) as caught:
-        warnings.simplefilter("always")
-        sweep_question(loaded, question, ["zero"])
-    return [str(note.message) for note in caught]
-
-
+@pytest.mark.usefixtures("no_sweep")
 @pytest.mark.parametrize(
     ("target", "control", "said"),
     [
@@ -72,7 +70,10 @@ def notes(loaded: LoadedModel, question: Question) -> list[str]:
 def test_far_likelier_spacing_is_noted(
     capitals: LoadedModel, target: str | None, control: str | None, said: list[str]
 ) -> None:
-    found = notes(capitals, Question(BERLIN, target, control))
+    with warnings.catch_warnings(record=True) as notes, pytest.raises(SweepHasBegun):
+        warnings.simplefilter("always")
+        sweep_question(capitals, Question(BERLIN, target, control))
+    found = [str(note.message) for note in notes]
     assert len(found) == len(said)
     for note, start in zip(found, said, strict=True):
         assert note.startswith(start)
