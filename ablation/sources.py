@@ -96,6 +96,8 @@ def _adapter_source(path: Path, name: str) -> Source:
         base = None
     if not isinstance(base, str) or not base:
         raise ModelUnavailable(f"cannot load an adapter from {path}: its adapter_config.json names no base model")
+    if (Path(base).expanduser() / "adapter_config.json").is_file():  # another one, or itself
+        raise ModelUnavailable(f"cannot load an adapter from {path}: its base, {base}, is an adapter, too")
     return replace(resolve(base), name=name, adapter=str(path))
 
 

@@ -287,6 +287,10 @@ def no_base(adapter: Path) -> None:
     change(adapter, base_model_name_or_path=None)
 
 
+def itself(adapter: Path) -> None:
+    change(adapter, base_model_name_or_path=str(adapter))
+
+
 def missing_base(adapter: Path) -> None:
     change(adapter, base_model_name_or_path="/nowhere/at/all")
 
@@ -311,6 +315,7 @@ def change(adapter: Path, **given: Any) -> None:
         (no_weights, "cannot load an adapter from .*: it has no adapter_model.safetensors"),
         (bad_json, "adapter_config.json names no base model"),
         (no_base, "adapter_config.json names no base model"),
+        (itself, "its base, .*, is an adapter, too"),
         (missing_base, "cannot load a model from /nowhere/at/all: it does not exist"),
         (other_weights, "cannot load tuned: UserWarning: Found missing adapter keys"),
         (unknown_method, "cannot load tuned: "),
