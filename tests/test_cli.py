@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from transformers import MambaConfig, PretrainedConfig
+from transformers import BertConfig, BertForMaskedLM, MambaConfig, PretrainedConfig
 
 from ablation import experiment, figures, report
 from ablation.cli import main
@@ -328,3 +328,11 @@ def test_notes_go_to_standard_error(run: Run) -> None:
     status, out, err = run("--target", "Germany", "--imputation", "zero", "--json")
     assert status == 0 and json.loads(out)["clean"]["target"]["token"] == "Germany"
     assert re.fullmatch("ablation: note: the target 'Germany' has probability .*, but ' Germany' has .*\n", err)
+
+
+def test_encoder_is_refused_in_one_line(run: Run, folder: Path) -> None:  # noqa: F811
+    shape: dict[str, Any] = dict(hidden_size=24, num_hidden_layers=2, num_attention_heads=3, intermediate_size=48)
+    BertForMaskedLM(BertConfig(vocab_size=300, **shape)).save_pretrained(folder)
+    status, out, err = run("--model", str(folder), "--prompt", "Berlin is the capital of")
+    assert (status, out) == (2, "")
+    assert re.fullmatch("ablation: BertLMHeadModel is bidirectional, not a causal language model: .*\n", err)
