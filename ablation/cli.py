@@ -94,6 +94,7 @@ def _parser() -> argparse.ArgumentParser:
         help="a token that should not react (default: the control of the named model; with --prompt, the most probable "
         "other token)",
     )
+    add("--chat", action="store_true", help="the prompt is a user's message, rendered by the model's chat template")
     add(
         "--imputation",
         nargs="+",
@@ -182,13 +183,13 @@ def _question(arguments: argparse.Namespace) -> Question:
     """Return the question of the arguments; without --prompt, the model's own, with --target and --control if given."""
     if arguments.prompt is not None:
         check_prompt(arguments.prompt)
-        return Question(arguments.prompt, arguments.target, arguments.control)
+        return Question(arguments.prompt, arguments.target, arguments.control, arguments.chat)
     default = sources.default_question(arguments.model)
     if default is None:
         raise InvalidPrompt(f"{arguments.model} has no prompt of its own: pass one with --prompt")
     target = default.target if arguments.target is None else arguments.target
     control = default.control if arguments.control is None else arguments.control
-    return Question(default.prompt, target, control)
+    return Question(default.prompt, target, control, arguments.chat)
 
 
 def _sweep_with_progress(loaded: LoadedModel, question: Question, arguments: argparse.Namespace) -> SweepResult:

@@ -18,6 +18,7 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from ablation import provenance
+from ablation.causality import verify_causal_lm
 from ablation.edits import Ablation, Receipt, verify_called_once
 from ablation.errors import NonFiniteLogits, UnsupportedModel
 from ablation.forward import Request, batch_logits, last_logits, rows_per_pass, validated_request
@@ -66,6 +67,7 @@ def run(
     """
     request = validated_request(model, token_ids, ablations, watch)
     rows, progress = rows_per_pass(request, max_rows), _never_back(progress)
+    verify_causal_lm(request, rows)
     with torch.no_grad():
         reason = coupled_rows(model)
         if reason is None:
@@ -89,8 +91,10 @@ def run_sequential(
     progress: Progress | None = None,
 ) -> RunResult:
     """Reference implementation of `run`: one forward pass for each ablation."""
+    request = validated_request(model, token_ids, ablations, watch)
+    verify_causal_lm(request)
     with torch.no_grad():
-        return _run_sequential(validated_request(model, token_ids, ablations, watch), progress)
+        return _run_sequential(request, progress)
 
 
 def _never_back(progress: Progress | None) -> Progress | None:

@@ -50,8 +50,6 @@ def validated_request(
     hook = HeadAblation(model)
     if any(module.training for module in model.modules()):
         raise InvalidAblation("the model is in training mode, where dropout hides effects: call model.eval()")
-    if not getattr(model.config, "return_dict", True):
-        raise InvalidAblation("the model returns tuples: set model.config.return_dict = True")
     ids = [_token_id(token) for token in _listed(token_ids, "a prompt")]
     watched = [None if token is None else _token_id(token) for token in _listed(watch, "`watch`")]
     wanted = _listed(ablations, "`ablations`")
@@ -61,11 +59,12 @@ def validated_request(
         raise InvalidAblation("the list of ablations is empty")
     if strangers := [ablation for ablation in wanted if not isinstance(ablation, Ablation)]:
         raise InvalidAblation(f"{strangers[0]!r} is not an Ablation: pass Ablation(heads, imputation)")
-    for tokens, vocabulary in ((ids, len(_embedding(model))), (watched, _predicted_tokens(model))):
+    predicted = _predicted_tokens(model)
+    for tokens, vocabulary, verb in ((ids, len(_embedding(model)), "has"), (watched, predicted, "predicts")):
         if unknown := [token for token in tokens if token is not None and not 0 <= token < vocabulary]:
-            raise InvalidPrompt(f"no token {unknown[0]}: the model has {vocabulary} tokens")
-    if len(watched) > vocabulary:
-        raise InvalidPrompt(f"{len(watched)} tokens cannot be watched: the model has {vocabulary}")
+            raise InvalidPrompt(f"no token {unknown[0]}: the model {verb} {vocabulary} tokens")
+    if len(watched) > predicted:
+        raise InvalidPrompt(f"{len(watched)} tokens cannot be watched: the model has {predicted}")
     longest = getattr(model.config.get_text_config(), "max_position_embeddings", None)
     if longest is not None and len(ids) > longest:
         raise InvalidPrompt(f"the prompt has {len(ids)} tokens, the model takes at most {longest}")

@@ -114,20 +114,19 @@ def _checked_index(value: Any, what: str, count: int, owner: str) -> int:
 
 
 def find_heads(model: PreTrainedModel) -> HeadMap:
-    """Find the heads of a causal language model of transformers.
+    """Find the heads of a model of transformers, also inside a PeftModel.
 
     In a multi-part model (vision, speech), the heads of the text decoder are found. A layer that has linear attention,
-    a convolution or a state-space model instead of attention has no heads. Cross-attention is ignored.
+    a convolution or a state-space model instead of attention has no heads. Cross-attention is ignored. If an adapter
+    (LoRA) wraps a projection, the wrapper is the projection, since it reads z. Encoders have heads, too: `run` refuses
+    them, because they do not continue a prompt.
 
     Raises UnsupportedModel, with the reason, if the modules do not determine where z is, or if replacing a slice of the
     projection's input would not ablate exactly one head.
     """
-    if not isinstance(model, PreTrainedModel):
-        raise UnsupportedModel(
-            f"{_class_name(model)} is not a transformers model; if it is compiled, pass the original model"
-        )
-    config = model.config.get_text_config(decoder=True)
-    decoder, blocks = _decoder_layers(model, config)
+    base = _base_model(model)
+    config = base.config.get_text_config(decoder=True)
+    decoder, blocks = _decoder_layers(base, config)
     names = {module: name for name, module in model.named_modules()}
     layer_types = getattr(config, "layer_types", None) or []
     if len(layer_types) != len(blocks):
@@ -144,8 +143,30 @@ def find_heads(model: PreTrainedModel) -> HeadMap:
         kv_heads = _key_value_heads(attention, num_heads)
         layers.append(AttentionLayer(index, block, names[projection], projection, num_heads, kv_heads, head_dim))
     heads = HeadMap(decoder, len(blocks), tuple(layers))
-    _check_supported(model, heads)
+    _check_supported(base, heads)
     return heads
+
+
+def _base_model(model: Any) -> PreTrainedModel:
+    """Return the model of transformers that an adapter is applied to, or the model itself. Raises UnsupportedModel."""
+    if isinstance(model, PreTrainedModel):
+        return model
+    name = _class_name(model)
+    if hasattr(model, "peft_config") and hasattr(model, "get_base_model"):
+        active = model.active_peft_config
+        if active.is_prompt_learning:
+            raise UnsupportedModel(f"{name} adds virtual tokens to the prompt ({active.peft_type.value})")
+        if active.peft_type.value == "XLORA":
+            raise UnsupportedModel(f"{name} runs its decoder twice in a forward pass (XLORA)")
+        return _base_model(model.get_base_model())
+    if isinstance(model, str):
+        raise UnsupportedModel(f"{model!r} is a name, not a model: pass ablation.load({model!r}).model")
+    for attribute in ("_orig_mod", "module", "model"):  # torch.compile, DataParallel, LoadedModel
+        if isinstance(getattr(model, attribute, None), PreTrainedModel):
+            raise UnsupportedModel(
+                f"{name} is not a transformers model, but holds one: pass the original model, its .{attribute}"
+            )
+    raise UnsupportedModel(f"{name} is not a transformers model")
 
 
 def _decoder_layers(model: PreTrainedModel, config: PretrainedConfig) -> tuple[PreTrainedModel, nn.ModuleList]:
@@ -189,19 +210,20 @@ def _attentions(block: nn.Module) -> dict[str, nn.Module]:
     }
 
 
-def _projection(attentions: dict[str, nn.Module], block: nn.Module, index: int) -> tuple[nn.Linear | Conv1D, nn.Module]:
+def _projection(attentions: dict[str, nn.Module], block: nn.Module, index: int) -> tuple[nn.Module, nn.Module]:
     """Return the attention output projection of a decoder layer, and the module that states its number of heads.
 
     The projection is a Linear or Conv1D, either itself a child of the attention, or the `dense` or `linear` of such a
-    child (BERT's `output.dense`). Raises UnsupportedModel unless there is exactly one.
+    child (BERT's `output.dense`); or it is the wrapper that an adapter puts around one of these. Raises
+    UnsupportedModel unless there is exactly one.
     """
-    found: dict[nn.Linear | Conv1D, str] = {}
+    found: dict[nn.Module, str] = {}
     for place, attention in attentions.items():
         for name, child in attention.named_children():
             if PROJECTION.fullmatch(name):
-                for linear in (child, getattr(child, "dense", None), getattr(child, "linear", None)):
-                    if isinstance(linear, nn.Linear | Conv1D):
-                        found.setdefault(linear, place)
+                for reader in (child, getattr(child, "dense", None), getattr(child, "linear", None)):
+                    if isinstance(reader, nn.Module) and isinstance(_unwrapped(reader), nn.Linear | Conv1D):
+                        found.setdefault(reader, place)
     if len(found) != 1:
         raise UnsupportedModel(
             f"layer {index} ({_class_name(block)}) has {len(found)} attention output projections that are Linear or "
@@ -215,12 +237,22 @@ def _projection(attentions: dict[str, nn.Module], block: nn.Module, index: int) 
     return projection, next(knowing, attentions[place])
 
 
+def _unwrapped(module: nn.Module) -> nn.Module:
+    """Return the layer inside the wrappers of adapters: the `base_layer` of a LoRA, the `original_module` of a copy."""
+    for attribute in ("base_layer", "original_module"):
+        inner = module._modules.get(attribute)
+        if inner is not None:
+            return _unwrapped(inner)
+    return module
+
+
 def _head_count_and_dim(
-    attention: nn.Module, projection: nn.Linear | Conv1D, config: PretrainedConfig, index: int
+    attention: nn.Module, projection: nn.Module, config: PretrainedConfig, index: int
 ) -> tuple[int, int]:
     """Return the number of query heads of a layer, and head_dim. Their product is the projection's input size."""
     # Conv1D stores its weight as [in, out]. A Linear states in_features, even if its weight is quantised and packed.
-    channels = projection.weight.shape[0] if isinstance(projection, Conv1D) else projection.in_features
+    linear: Any = _unwrapped(projection)
+    channels = linear.weight.shape[0] if isinstance(linear, Conv1D) else linear.in_features
     layer = f"layer {index} ({_class_name(attention)})"
     if hasattr(attention, "lambda_init"):  # differential attention: two heads make one output of twice the size
         raise UnsupportedModel(f"{layer} subtracts heads from each other before W_O")

@@ -10,6 +10,7 @@ import importlib.metadata
 import json
 import shutil
 import tempfile
+import warnings
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 from functools import partial
@@ -30,13 +31,15 @@ T = TypeVar("T")
 class LoadedModel:
     """A model in evaluation mode, and its tokenizer.
 
-    name: as in results. revision: the commit of a model from the hub; None for other models.
+    name: as in results. revision: the commit of a model from the hub; None for other models. ignored_weights: names of
+    weights in its files that the model does not use, such as those of a classifier's head.
     """
 
     name: str
     model: PreTrainedModel
     tokenizer: PreTrainedTokenizerBase
     revision: str | None = None
+    ignored_weights: tuple[str, ...] = ()
 
     def decode(self, token: int) -> str:
         """Return the text of one token."""
@@ -99,7 +102,10 @@ def _load(source: Source, *, local_files_only: bool, device: str, dtype: torch.d
             **(_dequantisation(source.gguf) if source.gguf else {}),
         )
         model, info = loaded
-        tokenizer = AutoTokenizer.from_pretrained(source.place, **where)
+        has_tokenizer = source.adapter is not None and Path(source.adapter, "tokenizer_config.json").is_file()
+        tokenizer = AutoTokenizer.from_pretrained(source.adapter if has_tokenizer else source.place, **where)
+        if source.adapter is not None:
+            model = _with_adapter(model, source.adapter)
     except Exception as error:  # for a damaged file, the libraries raise anything
         raise ModelUnavailable(f"cannot load {source.name}: {_first_line(error)}") from error
     # Without this check, transformers would fill missing weights with random numbers.
@@ -110,7 +116,17 @@ def _load(source: Source, *, local_files_only: bool, device: str, dtype: torch.d
     if not tokenizer.vocab_size:  # transformers makes an empty tokenizer if its files are missing
         raise ModelUnavailable(f"cannot load {source.name}: it has no tokenizer")
     model = model.eval() if spread else model.eval().to(device)
-    return LoadedModel(source.name, model, tokenizer, _revision(source) if source.is_hub else None)
+    revision = _revision(source) if source.is_hub else None
+    return LoadedModel(source.name, model, tokenizer, revision, tuple(sorted(info["unexpected_keys"])))
+
+
+def _with_adapter(model: PreTrainedModel, folder: str) -> Any:
+    """Return the PeftModel of a model and an adapter. Raises whatever peft raises, also if weights are missing."""
+    from peft import PeftModel
+
+    with warnings.catch_warnings():
+        warnings.filterwarnings("error", message="Found missing adapter keys")
+        return PeftModel.from_pretrained(model, folder, local_files_only=True, use_safetensors=True)
 
 
 def _build(source: Source, *, local_files_only: bool) -> PreTrainedModel:
@@ -154,8 +170,9 @@ def _from_hub(source: Source, load_from: Callable[..., T], download: bool) -> T:
             raise
         except Exception as error:  # any error of the network
             reason = f"not on this machine, and the hub cannot be reached ({_first_line(error)})"
+    name = source.place if source.adapter else source.name  # of an adapter, the base model is missing
     raise ModelUnavailable(
-        f"no model {source.name!r}: it is {reason}. Use {', '.join(NAMED_MODELS)}, a folder, a .gguf file or a hub id."
+        f"no model {name!r}: it is {reason}. Use {', '.join(NAMED_MODELS)}, a folder, a .gguf file or a hub id."
     )
 
 

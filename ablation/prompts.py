@@ -4,46 +4,63 @@ from __future__ import annotations
 
 import unicodedata
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from ablation.errors import InvalidPrompt
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
+SHOWN_CHARACTERS = 60
+"""Texts in messages are cut to this length."""
+
 
 @dataclass(frozen=True)
 class Question:
     """A prompt, the target (the token that should follow it), and the control (a similar token that should not react).
 
-    None as target or control stands for the most probable token of the clean run that is not watched yet.
+    None as target or control stands for the most probable token of the clean run that is not watched yet. chat: the
+    prompt is a message of the user, to be rendered by the model's chat template; the tokens are those of the answer.
     """
 
     prompt: str
     target: str | None = None
     control: str | None = None
+    chat: bool = False
 
 
 def check_prompt(prompt: str) -> None:
-    """Raise InvalidPrompt for a prompt that is empty or consists of spaces."""
-    if not prompt.strip():
+    """Raise InvalidPrompt for a prompt that is not text, or that is empty."""
+    _check_text(prompt, "prompt")
+    if not prompt:
         raise InvalidPrompt("the prompt is empty")
 
 
-def prompt_ids(tokenizer: PreTrainedTokenizerBase, prompt: str) -> list[int]:
-    """Return the token ids of the prompt, with the special tokens that the tokenizer adds.
+def prompt_ids(tokenizer: PreTrainedTokenizerBase, prompt: str, *, chat: bool = False) -> list[int]:
+    """Return the token ids of the prompt.
 
-    Raises InvalidPrompt if the prompt is empty, contains unknown words, or loses letters in the tokenizer.
+    Special tokens that the tokenizer adds at the start (BOS, CLS) stay. Those that it adds at the end (EOS, SEP) are
+    left off, since the question is what follows the prompt. chat: render the prompt with the model's chat template.
+
+    Raises InvalidPrompt if the prompt is empty or not text, contains unknown words, or loses letters in the tokenizer,
+    and with `chat` if the model has no chat template.
     """
     check_prompt(prompt)
-    ids: list[int] = tokenizer(prompt)["input_ids"]
-    if tokenizer.unk_token_id is not None and tokenizer.unk_token_id in ids:
-        unknown = [word for word in prompt.split() if tokenizer.unk_token_id in _encode(tokenizer, word)]
-        raise InvalidPrompt(
-            f"this model does not know all words of the prompt ({', '.join(map(repr, unknown or [prompt]))})"
-        )
-    if not _round_trips(tokenizer, ids, prompt):
-        raise InvalidPrompt(f"this tokenizer loses the prompt: {prompt!r} becomes {tokenizer.decode(ids)!r}")
+    text = _rendered(tokenizer, prompt) if chat else prompt
+    # A chat template writes all special tokens itself.
+    encoded: Any = tokenizer(text, add_special_tokens=not chat, return_special_tokens_mask=True)
+    ids, added = list(encoded["input_ids"]), list(encoded["special_tokens_mask"])
+    if len(added) != len(ids):  # ByT5 counts an EOS that it does not add to a text that ends with one
+        added = [0] * len(ids)
+    own = [token for token, is_added in zip(ids, added, strict=True) if not is_added]
+    while added and added.pop():
+        ids.pop()
+    if not own:
+        raise InvalidPrompt(f"the prompt {_shown(prompt)} has no tokens in this model")
+    if _has_unknown(tokenizer, own, text):
+        raise InvalidPrompt(f"this model has no token for {_unknown_parts(tokenizer, text)} in the prompt")
+    if not _round_trips(tokenizer, own, text):
+        raise InvalidPrompt(f"this tokenizer loses the prompt: {_shown(text)} becomes {_shown(tokenizer.decode(own))}")
     return ids
 
 
@@ -52,15 +69,53 @@ def single_token(tokenizer: PreTrainedTokenizerBase, text: str) -> int:
 
     Raises InvalidPrompt for any other text. The message names the tokens of the text and, if possible, an alternative.
     """
+    _check_text(text, "token")
     ids = _encode(tokenizer, text)
     if _is_token(tokenizer, text):
         return ids[0]
     variants = [v for v in (f" {text.strip()}", text.strip()) if v != text and _is_token(tokenizer, v)]
     hint = f"; {variants[0]!r} is" if variants else ""
     if len(ids) == 1:
-        raise InvalidPrompt(f"{text!r} is not a token of this model{hint}")
-    pieces = ", ".join(repr(tokenizer.decode([i])) for i in ids)
-    raise InvalidPrompt(f"{text!r} is not one token but {len(ids)} ({pieces}){hint}")
+        raise InvalidPrompt(f"{_shown(text)} is not a token of this model{hint}")
+    pieces = ", ".join(repr(tokenizer.decode([i])) for i in ids[:4]) + (", ..." if len(ids) > 4 else "")
+    raise InvalidPrompt(f"{_shown(text)} is not one token but {len(ids)} ({pieces}){hint}")
+
+
+def other_spacing(tokenizer: PreTrainedTokenizerBase, text: str) -> int | None:
+    """Return the token of a word with a leading space for one without it, and the reverse; None if there is none."""
+    other = text[1:] if text.startswith(" ") else f" {text}"
+    if not _is_token(tokenizer, other):
+        return None
+    (token,) = _encode(tokenizer, other)
+    return None if [token] == _encode(tokenizer, text) else token
+
+
+def _check_text(text: object, what: str) -> None:
+    """Raise InvalidPrompt unless this is a str that UTF-8 can hold; lone surrogates stand for undecodable bytes."""
+    if not isinstance(text, str):
+        raise InvalidPrompt(f"a {what} is a str, not {type(text).__name__}: {_shown(text)}")
+    try:
+        text.encode()
+    except UnicodeEncodeError:
+        raise InvalidPrompt(f"the {what} is not valid UTF-8: {_shown(text)}") from None
+
+
+def _shown(text: object) -> str:
+    """The repr of a text, shortened in its middle."""
+    shown = repr(text)
+    half = SHOWN_CHARACTERS // 2
+    return shown if len(shown) <= SHOWN_CHARACTERS else f"{shown[:half]} ... {shown[-half:]}"
+
+
+def _rendered(tokenizer: PreTrainedTokenizerBase, message: str) -> str:
+    """Render a user's message, and the start of the answer, with the model's chat template. Raises InvalidPrompt."""
+    if tokenizer.chat_template is None:
+        raise InvalidPrompt("this model has no chat template: ask without chat")
+    try:
+        messages = [{"role": "user", "content": message}]
+        return str(tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=True))
+    except Exception as error:  # a template is a program of the model's authors, which may raise anything
+        raise InvalidPrompt(f"the model's chat template fails: {type(error).__name__}: {_shown(str(error))}") from error
 
 
 def _encode(tokenizer: PreTrainedTokenizerBase, text: str) -> list[int]:
@@ -68,13 +123,30 @@ def _encode(tokenizer: PreTrainedTokenizerBase, text: str) -> list[int]:
     return list(tokenizer.encode(text, add_special_tokens=False))
 
 
+def _has_unknown(tokenizer: PreTrainedTokenizerBase, ids: list[int], text: str) -> bool:
+    """Whether some of the text became the unknown token; not where the text itself contains that token by name."""
+    unknown = tokenizer.unk_token_id
+    return unknown is not None and ids.count(unknown) > text.count(str(tokenizer.unk_token))
+
+
+def _unknown_parts(tokenizer: PreTrainedTokenizerBase, text: str) -> str:
+    """The parts of the text that became the unknown token; the whole text, if the tokenizer does not tell them."""
+    if not tokenizer.is_fast:
+        return _shown(text)
+    encoded: Any = tokenizer(text, add_special_tokens=False, return_offsets_mapping=True)
+    places = zip(encoded["input_ids"], encoded["offset_mapping"], strict=True)
+    parts = [text[start:end] for token, (start, end) in places if token == tokenizer.unk_token_id]
+    unknown = dict.fromkeys(_shown(part.strip() or part) for part in parts if part != tokenizer.unk_token)
+    return ", ".join(list(unknown)[:4]) or _shown(text)
+
+
 def _is_token(tokenizer: PreTrainedTokenizerBase, text: str) -> bool:
     ids = _encode(tokenizer, text)
-    return len(ids) == 1 and ids[0] != tokenizer.unk_token_id and _round_trips(tokenizer, ids, text)
+    return len(ids) == 1 and not _has_unknown(tokenizer, ids, text) and _round_trips(tokenizer, ids, text)
 
 
 def _round_trips(tokenizer: PreTrainedTokenizerBase, ids: list[int], text: str) -> bool:
     """Whether decoding gives the text again. Case, spaces and Unicode form may differ, since tokenizers change them."""
-    back = str(tokenizer.decode(ids, skip_special_tokens=True))
+    back = str(tokenizer.decode(ids))
     one, other = ("".join(unicodedata.normalize("NFKC", t).casefold().split()) for t in (back, text))
     return one == other

@@ -6,8 +6,9 @@ This module imports neither torch nor transformers.
 from __future__ import annotations
 
 import importlib.util
+import json
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 from ablation.errors import ModelUnavailable
@@ -19,13 +20,15 @@ class Source:
     """Where the files of a model are.
 
     name: the name of the model in results. place: a folder or a hub id. gguf: the name of a .gguf file in the folder;
-    None for safetensors. is_hub: whether `place` is a hub id.
+    None for safetensors. is_hub: whether `place` is a hub id. adapter: the folder of an adapter of peft, of which
+    `place` is the base model.
     """
 
     name: str
     place: str
     gguf: str | None = None
     is_hub: bool = False
+    adapter: str | None = None
 
     def locate(self) -> None:
         """Raise ModelUnavailable if `place` is a hub id and the model is not in the hub's cache on this machine."""
@@ -81,10 +84,29 @@ def default_question(name: str) -> Question | None:
 def _path_source(path: Path, name: str) -> Source:
     if path.suffix == ".gguf" and path.is_file():
         return Source(name, str(path.parent), gguf=path.name)
+    if (path / "adapter_config.json").is_file():
+        return _adapter_source(path, name)
     if (path / "config.json").is_file():
         return Source(name, str(path))
     problem = "has no config.json" if path.is_dir() else "is not a .gguf file" if path.exists() else "does not exist"
     raise ModelUnavailable(f"cannot load a model from {path}: it {problem}")
+
+
+def _adapter_source(path: Path, name: str) -> Source:
+    """The base model that the folder of an adapter names, with the adapter. Raises ModelUnavailable."""
+    if importlib.util.find_spec("peft") is None:
+        raise ModelUnavailable(f"{path} holds an adapter, which needs the package peft: pip install peft")
+    if not (path / "adapter_model.safetensors").is_file():
+        raise ModelUnavailable(f"cannot load an adapter from {path}: it has no adapter_model.safetensors")
+    try:
+        base = json.loads((path / "adapter_config.json").read_text(encoding="utf-8"))["base_model_name_or_path"]
+    except (ValueError, KeyError, TypeError):
+        base = None
+    if not isinstance(base, str) or not base:
+        raise ModelUnavailable(f"cannot load an adapter from {path}: its adapter_config.json names no base model")
+    if (Path(base).expanduser() / "adapter_config.json").is_file():  # another one, or itself
+        raise ModelUnavailable(f"cannot load an adapter from {path}: its base, {base}, is an adapter, too")
+    return replace(resolve(base), name=name, adapter=str(path))
 
 
 def _smollm2() -> Source:

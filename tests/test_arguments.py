@@ -12,7 +12,7 @@ from torch import Tensor
 from ablation.checks.decoders import Decoder
 from ablation.edits import Ablation
 from ablation.engine import run, run_sequential
-from ablation.errors import InvalidAblation, InvalidPrompt, UnknownImputation
+from ablation.errors import InvalidAblation, InvalidPrompt, UnknownImputation, UnsupportedModel
 from ablation.imputation import IMPUTATIONS
 from ablation.sweeps import sweep, sweep_prompts, sweep_sequential
 from tests.comparing import IDS
@@ -69,7 +69,7 @@ def test_model_that_returns_tuples_is_refused() -> None:
     model = GPT2.fresh()
     model.config.return_dict = False
     for way in (run, run_sequential):
-        with pytest.raises(InvalidAblation, match="set model.config.return_dict = True$"):
+        with pytest.raises(UnsupportedModel, match="set config.return_dict = True$"):
             way(model, IDS, PAIR)
 
 
@@ -82,7 +82,7 @@ def test_unembedding_may_have_another_vocabulary(tokens: int) -> None:
     model.lm_head = wide.eval()
     result = run(model, [40], PAIR, [tokens - 1])
     assert result.watched.tolist() == [tokens - 1]
-    with pytest.raises(InvalidPrompt, match=f"^no token {tokens}: the model has {tokens} tokens$"):
+    with pytest.raises(InvalidPrompt, match=f"^no token {tokens}: the model predicts {tokens} tokens$"):
         run(model, [40], PAIR, [tokens])
 
 

@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from transformers import MambaConfig, PretrainedConfig
+from transformers import BertConfig, BertForMaskedLM, MambaConfig, PretrainedConfig
 
 from ablation import experiment, figures, report
 from ablation.cli import main
@@ -122,7 +122,7 @@ def test_gpt2_by_name_uses_the_published_question(run: Run, folder: Path) -> Non
         (["--target", "Germany France"], r"'Germany France' is not one token but 2 ('Germany', ' France')"),
         (["--target", " Gondor"], "' Gondor' is not a token of this model"),
         (["--prompt", ""], "the prompt is empty"),
-        (["--prompt", "Gondor is the capital of"], "does not know all words of the prompt ('Gondor')"),
+        (["--prompt", "Gondor is the capital of"], "this model has no token for 'Gondor' in the prompt"),
         (["--prompt", "Berlin" + " is" * 40], "the prompt has 41 tokens, the model takes at most 32"),
         (["--device", "nonsense"], "no device 'nonsense' here"),
         (["--model", "nowhere/"], "no model 'nowhere/'"),
@@ -282,7 +282,7 @@ def test_help_imports_no_torch(command: str) -> None:
         (["sweep", "--model", "gpt2=nowhere"], "cannot load a model from nowhere"),
         (["sweep", "--model", "."], "cannot load a model from .: it has no config.json"),
         (["sweep", "--model", "some/model"], "some/model has no prompt of its own"),
-        (["sweep", "--prompt", " "], "the prompt is empty"),
+        (["sweep", "--prompt", ""], "the prompt is empty"),
         (["sweep", "--max-rows", "1"], "--max-rows is 1"),
         (["sweep", "--max-rows", "few"], "invalid int value: 'few'"),
         (["sweep", "--imputation", "median"], "invalid choice: 'median'"),
@@ -315,3 +315,24 @@ def test_package_runs_as_a_module() -> None:
 def test_public_names_are_imported_lazily(code: str) -> None:
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
+
+
+def test_chat_without_a_template_is_one_line(run: Run) -> None:
+    status, out, err = run("--chat")
+    assert (status, out) == (2, "")
+    assert err == "ablation: this model has no chat template: ask without chat\n"
+
+
+@pytest.mark.filterwarnings("default")
+def test_notes_go_to_standard_error(run: Run) -> None:
+    status, out, err = run("--target", "Germany", "--imputation", "zero", "--json")
+    assert status == 0 and json.loads(out)["clean"]["target"]["token"] == "Germany"
+    assert re.fullmatch("ablation: note: the target 'Germany' has probability .*, but ' Germany' has .*\n", err)
+
+
+def test_encoder_is_refused_in_one_line(run: Run, folder: Path) -> None:  # noqa: F811
+    shape: dict[str, Any] = dict(hidden_size=24, num_hidden_layers=2, num_attention_heads=3, intermediate_size=48)
+    BertForMaskedLM(BertConfig(vocab_size=300, **shape)).save_pretrained(folder)
+    status, out, err = run("--model", str(folder), "--prompt", "Berlin is the capital of")
+    assert (status, out) == (2, "")
+    assert re.fullmatch("ablation: BertLMHeadModel is bidirectional, not a causal language model: .*\n", err)

@@ -188,7 +188,7 @@ def test_error_in_reading_the_output_propagates() -> None:
     model = GPT2.shared()
     handle = model.register_forward_hook(lambda *_: "no logits")
     try:
-        with pytest.raises(AttributeError, match="logits"):
+        with pytest.raises(UnsupportedModel, match="^GPT2LMHeadModel returns str without logits"):
             run(model, IDS, PAIR)
     finally:
         handle.remove()
@@ -286,10 +286,11 @@ def test_no_row_or_token_is_computed_in_vain(family: str, monkeypatch: pytest.Mo
 
         monkeypatch.setattr(part, "forward", forward)
     assert sweep(model, IDS, max_rows=4).provenance["method"] == "growing batch"
-    assert shapes == [  # the clean run with two probes; four passes of the clean row and three ablations
-        [(3, 5), (4, 5), (4, 5), (1, 5), (1, 5)],
-        [(3, 5), (4, 1), (4, 1), (4, 1), (4, 1)],
-        [(3, 1), (4, 1), (4, 1), (4, 1), (4, 1)],
+    # Four rows that verify the model; the clean run with two probes; four passes of the clean row and three ablations.
+    assert shapes == [
+        [(4, 5), (3, 5), (4, 5), (4, 5), (1, 5), (1, 5)],
+        [(4, 5), (3, 5), (4, 1), (4, 1), (4, 1), (4, 1)],
+        [(4, 5), (3, 1), (4, 1), (4, 1), (4, 1), (4, 1)],
     ]
 
 
@@ -324,7 +325,8 @@ def test_parts_after_the_last_attention_get_one_token() -> None:
     finally:
         for handle in handles:
             handle.remove()
-    before, after = [5, 5], [5, 1]  # in the plain batch, and in the growing one
+    # In the batch that verifies the model, in the plain one, and in the growing one.
+    before, after = [5, 5, 5], [5, 5, 1]
     assert tokens == {"ln_1": before, "attn.c_attn": before} | dict.fromkeys(
         ("attn.c_proj", "ln_2", "mlp", "mlp.c_fc"), after
     )

@@ -5,23 +5,26 @@ from __future__ import annotations
 import json
 from functools import cache
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
 import torch
 from matplotlib.figure import Figure
 from torch import Tensor
-from transformers import PreTrainedModel
+from transformers import AutoModelForImageTextToText, Lfm2Config, PreTrainedModel
+from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 
 from ablation import figures, report
 from ablation.checks.assertions import assert_close
-from ablation.checks.decoders import Decoder
-from ablation.errors import InvalidHead
+from ablation.checks.decoders import Decoder, randomised
+from ablation.errors import InvalidHead, UnsupportedModel
 from ablation.heads import find_heads
 from ablation.hook import HeadAblation
 from ablation.sweeps import SweepResult, sweep, sweep_sequential
 from tests.comparing import ATOL, IDS, assert_falls_back, assert_results_equal
-from tests.families.configurations import build, logits
+from tests.families.configurations import build, logits, tiny
+from tests.families.evidence import check_heads, check_zero_oracle
 from tests.test_figures import assert_composed, drawn, texts_of  # noqa: F401 (fixture)
 
 # Layer 1 alone has heads: gated attention among linear ones. Layers of 6, 4 and 6 heads.
@@ -49,6 +52,50 @@ def test_layers_keep_their_index_and_number_of_heads() -> None:
         (2, 6, 2, 8),
     ]
     assert hybrid.layer(1).projection_name == "model.layers.1.self_attn.o_proj"
+
+
+def test_layers_are_in_the_order_of_the_model_not_of_names() -> None:
+    """Sorted by name, layer 10 comes before layer 2; and the first projection does not belong to layer 0."""
+    layer_types = ["conv"] * 12
+    layer_types[2] = layer_types[10] = layer_types[11] = "full_attention"
+    shape: dict[str, Any] = dict(num_hidden_layers=12, num_attention_heads=4, num_key_value_heads=2)
+    config = Lfm2Config(vocab_size=41, hidden_size=32, intermediate_size=48, layer_types=layer_types, **shape)
+    model = randomised(config, 1)
+    heads = find_heads(model)
+    assert [(layer.index, layer.projection_name) for layer in heads.layers] == [
+        (index, f"model.layers.{index}.self_attn.out_proj") for index in (2, 10, 11)
+    ]
+    check_zero_oracle(model, heads)
+    assert check_heads(model, heads)
+
+
+@pytest.mark.filterwarnings("ignore")  # in transformers' own code
+@pytest.mark.parametrize(
+    ("family", "decoder"), [("llava", "language_model"), ("idefics3", "text_model"), ("mllama", "language_model")]
+)
+def test_heads_of_a_vision_model_are_those_of_its_text(family: str, decoder: str) -> None:
+    """The vision tower has projections of the same names, before those of the text; Mllama also cross-attention."""
+    config = tiny(CONFIG_MAPPING[family])
+    torch.manual_seed(0)
+    model = AutoModelForImageTextToText.from_config(config).eval()
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.normal_(0, 1 / min(parameter.shape, default=1) ** 0.5)
+    heads = find_heads(model)
+    assert [layer.projection_name for layer in heads.layers] == [
+        f"model.{decoder}.layers.{index}.self_attn.o_proj" for index in range(3)
+    ]
+    check_zero_oracle(model, heads)
+    assert check_heads(model, heads)
+
+
+@pytest.mark.filterwarnings("ignore")
+def test_prefix_language_model_is_refused() -> None:
+    """PaliGemma sees its whole prompt at once, as a masked language model does."""
+    config = tiny(CONFIG_MAPPING["paligemma"])
+    model = AutoModelForImageTextToText.from_config(config).eval()
+    with pytest.raises(UnsupportedModel, match="^PaliGemmaForConditionalGeneration is bidirectional, not a causal"):
+        sweep(model, IDS)
 
 
 @pytest.mark.parametrize(

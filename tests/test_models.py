@@ -1,4 +1,4 @@
-"""Loading models from every source, and the tokens of a question."""
+"""Loading models from every source."""
 
 from __future__ import annotations
 
@@ -13,13 +13,14 @@ import numpy as np
 import pytest
 import torch
 from huggingface_hub.errors import RepositoryNotFoundError
+from safetensors.torch import load_file, save_file
 from transformers import GPT2Config, GPT2LMHeadModel
 
 from ablation import models, sources
-from ablation.errors import InvalidPrompt, ModelUnavailable
+from ablation.errors import ModelUnavailable
 from ablation.heads import find_heads
 from ablation.models import LoadedModel, load
-from ablation.prompts import prompt_ids, single_token
+from ablation.prompts import prompt_ids
 from ablation.provenance import weights_sha256
 from ablation.sweeps import sweep
 
@@ -119,6 +120,16 @@ def test_missing_path_is_refused_without_the_hub(name: str, hub: Hub) -> None:
     assert not hub.asked
 
 
+def test_weights_that_the_model_ignores_are_named(folder: Path) -> None:
+    """A classifier's head, or a second tower, is dropped by transformers with a warning that the command line hides."""
+    assert load(str(folder)).ignored_weights == ()
+    weights = load_file(folder / "model.safetensors")
+    weights |= {"score.weight": torch.ones(2, 6), "vision.layer.weight": torch.ones(2)}
+    weights["transformer.h.0.attn.bias"] = torch.ones(1, 1, 4, 4)  # a buffer of older files, not a weight
+    save_file(weights, folder / "model.safetensors", metadata={"format": "pt"})
+    assert load(str(folder)).ignored_weights == ("score.weight", "vision.layer.weight")
+
+
 class Hub:
     """Stands in for the index of the hub, and records the requests."""
 
@@ -171,47 +182,6 @@ def test_gpt2_loads_from_the_hub_cache(hub: Hub, folder: Path, tmp_path: Path) -
     loaded = load("gpt2", download=False)
     assert (loaded.name, loaded.revision) == ("gpt2", "0" * 40)
     assert weights_sha256(loaded.model) == weights_sha256(load(str(folder)).model)
-
-
-@pytest.mark.parametrize(
-    ("text", "reason"),
-    [
-        (" Germany France", r"' Germany France' is not one token but 2 \(' Germany', ' France'\)"),
-        (" Gondor", "' Gondor' is not a token of this model"),
-        ("pitcher", "'pitcher' is not a token of this model"),
-        ("Iran ", r"'Iran ' is not one token but 2 \(.*\); ' Iran' is"),
-        ("", "'' is not one token but 0"),
-    ],
-)
-def test_target_of_several_tokens_is_refused_with_a_hint(capitals: LoadedModel, text: str, reason: str) -> None:
-    with pytest.raises(InvalidPrompt, match=reason):
-        single_token(capitals.tokenizer, text)
-
-
-def test_tokenizer_that_loses_text_is_refused(capitals: LoadedModel, monkeypatch: pytest.MonkeyPatch) -> None:
-    """As if transformers read a word-level tokenizer as one of byte pairs, and dropped unknown words."""
-    first = capitals.tokenizer(" a")["input_ids"]
-    monkeypatch.setattr(type(capitals.tokenizer), "__call__", lambda self, text: {"input_ids": first * 3})
-    monkeypatch.setattr(type(capitals.tokenizer), "encode", lambda self, text, **_: first)
-    with pytest.raises(InvalidPrompt, match="loses the prompt: 'Paris is the capital of' becomes ' a a a'"):
-        prompt_ids(capitals.tokenizer, "Paris is the capital of")
-    with pytest.raises(InvalidPrompt, match="' France' is not a token of this model"):
-        single_token(capitals.tokenizer, " France")
-
-
-def test_single_token_is_found(capitals: LoadedModel) -> None:
-    assert capitals.decode(single_token(capitals.tokenizer, " Germany")) == " Germany"
-
-
-def test_prompt_keeps_the_tokens_of_its_tokenizer(capitals: LoadedModel) -> None:
-    ids = prompt_ids(capitals.tokenizer, "Berlin is the capital of")
-    assert [capitals.decode(i) for i in ids] == ["Berlin", " is", " the", " capital", " of"]
-
-
-@pytest.mark.parametrize(("prompt", "reason"), [("", "empty"), (" \n", "empty"), ("Minas is the capital", "Minas")])
-def test_unusable_prompt_is_refused(capitals: LoadedModel, prompt: str, reason: str) -> None:
-    with pytest.raises(InvalidPrompt, match=reason):
-        prompt_ids(capitals.tokenizer, prompt)
 
 
 @pytest.fixture

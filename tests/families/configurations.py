@@ -47,7 +47,7 @@ SIZES: dict[str, Any] = {
     **{"mamba_d_state": 8, "mamba_n_heads": 4, "mamba_d_head": 16, "mamba_n_groups": 1, "mamba_chunk_size": 4},
     **{"mamba_num_heads": 4, "mamba_head_dim": 16, "ssm_state_size": 8, "n_groups": 1, "chunk_size": 4},
     **{"state_size": 8, "time_step_rank": 4, "mamba_dt_rank": 4, "lru_width": 32, "audio_vocab_size": 41},
-    **{"is_decoder": True, "is_encoder_decoder": False, "add_cross_attention": False},
+    **{"is_decoder": True, "causal": True, "is_encoder_decoder": False, "add_cross_attention": False},
     **{"bos_token_id": 1, "eos_token_id": 2, "pad_token_id": 0},
 }
 DEPTHS = (
@@ -132,14 +132,20 @@ def tiny(config_class: type[PretrainedConfig], **special: Any) -> PretrainedConf
     return config_class(**small | special)
 
 
-def config_of(family: str) -> PretrainedConfig:
-    """Return the tiny configuration of a family."""
-    return tiny(CONFIG_MAPPING[family], **SPECIAL.get(family, {}))
+def config_of(family: str, **given: Any) -> PretrainedConfig:
+    """Return the tiny configuration of a family. given: attributes with other values."""
+    return tiny(CONFIG_MAPPING[family], **SPECIAL.get(family, {}) | given)
 
 
-def build(family: str) -> PreTrainedModel:
+def decoder_switches(family: str) -> dict[str, bool]:
+    """Return the attributes that make a decoder of a family, such as is_decoder, and that are off by default."""
+    default = CONFIG_MAPPING[family]().to_dict()
+    return {name: True for name in ("is_decoder", "causal") if default.get(name) is False}
+
+
+def build(family: str, **given: Any) -> PreTrainedModel:
     """Return a tiny model of a family, with random weights. Raises what transformers raises if it cannot be built."""
-    return randomised(config_of(family), seed=1, attention=None)
+    return randomised(config_of(family, **given), seed=1, attention=None)
 
 
 def logits(model: PreTrainedModel) -> Tensor:

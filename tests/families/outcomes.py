@@ -10,9 +10,11 @@ import torch
 import transformers
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
 
+from ablation.engine import run
 from ablation.errors import AblationNotApplied, UnsupportedModel
 from ablation.heads import AttentionLayer, HeadMap, find_heads
-from tests.families.configurations import build, logits
+from ablation.hook import Ablation
+from tests.families.configurations import IDS, build, decoder_switches, logits
 from tests.families.evidence import check_heads, check_sweeps, check_zero_oracle
 
 PAGE = Path(__file__).parents[2] / "docs" / "families.md"
@@ -23,7 +25,7 @@ STATE_SPACE = "no attention heads: no layer has an attention module"
 NO_LINEAR = "has 0 attention output projections that are Linear or Conv1D"
 REFUSED = {
     "blt": "BltForCausalLM has attention only outside a text decoder: local_encoder.layers,",
-    "cpmant": "attention_out received (4, 38, 64), not [4 rows, 6 tokens",  # 32 tokens of its own before the prompt
+    "cpmant": "CpmAntForCausalLM is bidirectional, not a causal language model",  # over the prompt: a prefix model
     "deepseek_v4": NO_LINEAR,  # W_O is a product of two, the first in groups of heads
     "diffllama": "subtracts heads from each other before W_O",
     "dory": "model.layers.1.self_attn.o_proj was called 2 times in one forward",  # it runs layers in a loop
@@ -82,7 +84,23 @@ def outcome(family: str) -> Outcome:
     except (UnsupportedModel, AblationNotApplied) as error:
         return Outcome(family, name, "refused", one_line(error))
     own = check_heads(model, heads)
-    return Outcome(family, name, "supported", described(heads), one_line(how), "its own" if own else "mixed")
+    note = described(heads) + condition(family)
+    return Outcome(family, name, "supported", note, one_line(how), "its own" if own else "mixed")
+
+
+def condition(family: str) -> str:
+    """Return what makes an encoder family a decoder, if its models are refused without that: those published are."""
+    if not (switches := decoder_switches(family)):
+        return ""
+    try:
+        run(build(family, **dict.fromkeys(switches, False)), IDS, [Ablation([])])
+    except AssertionError as error:  # transformers itself refuses to build a Reformer without it
+        assert "is_decoder" in str(error), error
+    except UnsupportedModel as error:
+        assert "is bidirectional, not a causal language model" in str(error), error
+    else:
+        return ""
+    return f"; only with {', '.join(f'{name}={value}' for name, value in switches.items())}"
 
 
 def described(heads: HeadMap) -> str:
@@ -106,34 +124,37 @@ def one_line(message: object) -> str:
     return text if len(text) <= 150 else f"{text[:150]}..."
 
 
+INTRODUCTION = """\
+# Decoder families
+
+{summary}; the others are refused, with the reason.
+
+"Supported" means that the following holds in a tiny random model: zero imputation of a head gives the
+logits of a model in which the weights of W_O that read the head are 0; the heads that `find_heads`
+finds are those that are observed to attend; and the sweep equals the sequential sweep.
+
+Made by `python -m tests.families --write` with {made}; `pytest -m families` verifies it.
+
+- heads, or reason: for a supported family, the number of decoder layers with heads, and in each layer
+  query heads/key-value heads x head_dim, in a tiny model with every layer type of the family; for a
+  refused family, the reason. Encoder families are supported only with the setting that is named, such as
+  `is_decoder=True`. Their published models lack it and are refused: later tokens change the logits of earlier ones.
+- sweep: "grows" if a sweep runs in a growing batch; otherwise, why each ablation runs in its own
+  forward pass.
+- z: "its own" if each channel of the projection's input belongs to one head, possibly multiplied by a
+  gate; "mixed" if the channels depend on several heads, for instance through a norm over all heads. In
+  both cases, an ablation replaces channels of the projection's input.
+
+| family | model | outcome | heads, or reason | sweep | z |
+|---|---|---|---|---|---|
+"""
+
+
 def page(outcomes: Sequence[Outcome]) -> str:
     """Return the page with the table of all families."""
     made = ", ".join(f"{name} {version}" for name, version in VERSIONS.items())
-    lines = [
-        "# Decoder families",
-        "",
-        f"{summary(outcomes)}; the others are refused, with the reason.",
-        "",
-        '"Supported" means that the following holds in a tiny random model: zero imputation of a head gives the',
-        "logits of a model in which the weights of W_O that read the head are 0; the heads that `find_heads`",
-        "finds are those that are observed to attend; and the sweep equals the sequential sweep.",
-        "",
-        f"Made by `python -m tests.families --write` with {made}; `pytest -m families` verifies it.",
-        "",
-        "- heads, or reason: for a supported family, the number of decoder layers with heads, and in each layer",
-        "  query heads/key-value heads x head_dim, in a tiny model with every layer type of the family; for a",
-        "  refused family, the reason.",
-        '- sweep: "grows" if a sweep runs in a growing batch; otherwise, why each ablation runs in its own',
-        "  forward pass.",
-        '- z: "its own" if each channel of the projection\'s input belongs to one head, possibly multiplied by a',
-        '  gate; "mixed" if the channels depend on several heads, for instance through a norm over all heads. In',
-        "  both cases, an ablation replaces channels of the projection's input.",
-        "",
-        "| family | model | outcome | heads, or reason | sweep | z |",
-        "|---|---|---|---|---|---|",
-    ]
-    lines += [f"| {o.family} | {o.model} | {o.what} | {o.note} | {o.sweep} | {o.z} |" for o in outcomes]
-    return "\n".join(lines) + "\n"
+    rows = [f"| {o.family} | {o.model} | {o.what} | {o.note} | {o.sweep} | {o.z} |\n" for o in outcomes]
+    return INTRODUCTION.format(summary=summary(outcomes), made=made) + "".join(rows)
 
 
 def summary(outcomes: Sequence[Outcome]) -> str:
