@@ -6,9 +6,9 @@ import dataclasses
 import warnings
 from collections.abc import Sequence
 
+from ablation.edits import Ablation
 from ablation.engine import Progress, run_sequential
 from ablation.errors import InvalidPrompt
-from ablation.hook import Ablation
 from ablation.imputation import IMPUTATIONS
 from ablation.models import LoadedModel
 from ablation.prompts import Question, other_spacing, prompt_ids, single_token
