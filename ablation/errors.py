@@ -35,3 +35,22 @@ class ModelUnavailable(AblationError, OSError):
 
 class InvalidPrompt(AblationError, ValueError):
     """A prompt or a token that cannot be used as given."""
+
+
+class InvalidOutput(AblationError, OSError):
+    """A folder that cannot take a result: it cannot be written, or holds something that would be lost."""
+
+
+class InvalidResult(AblationError, OSError, ValueError):
+    """A folder without a saved result, or a saved result that is damaged."""
+
+
+LONGEST_LINE = 500
+"""Letters of a message that is shown in one line."""
+
+
+def one_line(text: object) -> str:
+    """Return a text, or an error with its type, as one line; the middle of a long one is left out."""
+    line = " ".join((f"{type(text).__name__}: {text}" if isinstance(text, BaseException) else str(text)).split())
+    half = LONGEST_LINE // 2
+    return line if len(line) <= LONGEST_LINE else f"{line[:half]} ... {line[-half:]}"

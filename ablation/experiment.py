@@ -10,7 +10,7 @@ from ablation.errors import InvalidPrompt
 from ablation.imputation import IMPUTATIONS
 from ablation.models import LoadedModel
 from ablation.prompts import Question, prompt_ids, single_token
-from ablation.provenance import weights_sha256
+from ablation.provenance import weights_digest
 from ablation.results import SweepResult
 from ablation.sweeps import sweep
 
@@ -39,7 +39,8 @@ def sweep_question(
     provenance = {
         "model": loaded.name,
         "revision": loaded.revision,
-        "weights_sha256": weights_sha256(loaded.model),
+        "source": loaded.source,
+        **weights_digest(loaded.model),
         "prompt": question.prompt,
         "watched": [loaded.decode(token) for token in result.watched],
     }

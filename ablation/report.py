@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -53,9 +53,10 @@ def findings(sweep: SweepResult, decode: Decode, strongest: int = 3) -> dict[str
     found: dict[str, Any] = {
         "clean": {
             "prediction": decode(sweep.clean_argmax),
+            "prediction_id": sweep.clean_argmax,
             "margin": sweep.clean_margin,
-            "target": {"token": decode(target), "probability": float(sweep.clean_probability[0])},
-            "control": {"token": decode(control), "probability": float(sweep.clean_probability[-1])},
+            "target": {"token": decode(target), "id": target, "probability": float(sweep.clean_probability[0])},
+            "control": {"token": decode(control), "id": control, "probability": float(sweep.clean_probability[-1])},
         },
         "heads": int(has_head.sum()),
         "layers": len(has_head),
@@ -79,6 +80,7 @@ def findings(sweep: SweepResult, decode: Decode, strongest: int = 3) -> dict[str
                     "layer": layer,
                     "head": head,
                     "token": decode(token),
+                    "id": token,
                     "margin": float(sweep.margin[index, layer, head]),
                 }
                 for layer, head, token in flips(sweep, name)
@@ -116,17 +118,38 @@ def _change_at(change: NDArray[np.float64], index: int) -> dict[str, Any]:
     return {"layer": int(layer), "head": int(head), "change": float(change.flat[index])}
 
 
+def distinct_texts(texts: Mapping[int, str]) -> dict[int, str]:
+    """Return texts of token ids that tell the tokens apart: with its id where a text is empty, cut or ambiguous.
+
+    A token that holds some bytes of a character, and not all, reads as U+FFFD.
+    """
+    return {token: _label(token, text, texts, quote=str) for token, text in texts.items()}
+
+
+def _label(token: int, text: str, texts: Mapping[int, str], quote: Callable[[str], str] = repr) -> str:
+    is_clear = text and "\N{REPLACEMENT CHARACTER}" not in text and list(texts.values()).count(text) == 1
+    return quote(text) if is_clear else f"{quote(text)} (token {token})"
+
+
 def render(found: dict[str, Any]) -> str:
     """Return the findings as text, with changes in percentage points."""
     clean, means = found["clean"], found["head_means"]
+    tokens = [
+        clean["target"],
+        clean["control"],
+        *(flip for of in found["imputations"].values() for flip in of["flips"]),
+    ]
+    texts = {clean["prediction_id"]: clean["prediction"], **{token["id"]: token["token"] for token in tokens}}
+    labels = {token: _label(token, text, texts) for token, text in texts.items()}
+    prediction = labels[clean["prediction_id"]]
     lines = [
-        f"clean      {clean['prediction']!r}, margin {clean['margin']:.2f} logits; "
-        + ", ".join(f"P({clean[k]['token']!r}) = {_percent(clean[k]['probability'])}" for k in ("target", "control"))
+        f"clean      {prediction}, margin {clean['margin']:.2f} logits; "
+        + ", ".join(f"P({labels[clean[k]['id']]}) = {_percent(clean[k]['probability'])}" for k in ("target", "control"))
     ]
     for name, of in found["imputations"].items():
-        lines += ["", f"{name:10} {of['kept']} of {found['heads']} ablations keep {clean['prediction']!r}"]
+        lines += ["", f"{name:10} {of['kept']} of {found['heads']} ablations keep {prediction}"]
         for flip in of["flips"]:
-            lines.append(f"           {_head_label(flip)} turns it to {flip['token']!r} ({_margin(flip)})")
+            lines.append(f"           {_head_label(flip)} turns it to {labels[flip['id']]} ({_margin(flip)})")
         for label, key in (("target up", "target_raised"), ("target down", "target_lowered")):
             lines.append(f"  {label:12} " + (", ".join(map(_signed_change, of[key])) or "by no head"))
         lines.append(f"  {'control':12} at most {_signed_change(of['control_largest'])}")
