@@ -168,8 +168,10 @@ def _sweep(arguments: argparse.Namespace) -> int:
     except OSError as error:  # the output is closed, as by `| head`: the result is saved all the same
         unprinted = error
     out = _save(result, loaded, out, arguments)
-    if unprinted is not None:
+    if isinstance(unprinted, BrokenPipeError):
         raise unprinted
+    if unprinted is not None:
+        raise InvalidOutput(f"the result is in {out}, but it could not be printed: {unprinted}") from unprinted
     if not arguments.json:
         print(f"\nArrays, provenance and figures are in {out}")
     return 0
@@ -253,7 +255,7 @@ def _heads(arguments: argparse.Namespace) -> int:
     with warnings_as_notes():
         model = models.architecture(arguments.model)
         heads = find_heads(model)
-        models.check_projection_calls(model, heads)
+        models.check_projections(model, heads)
     found = {"model": arguments.model, "architecture": type(model).__name__, **report.head_map(heads)}
     status_line("")
     if arguments.json:

@@ -7,6 +7,7 @@ import re
 import shutil
 import subprocess
 import sys
+import time
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
@@ -297,8 +298,15 @@ def test_failure_at_any_step_restores_the_old_result(
         assert step >= 5 and contents(tmp_path / "out").keys() == {"sweep.npz", "sweep.json", "margins.png"}
 
 
-def test_writers_at_the_same_moment_do_not_mix_results(tmp_path: Path) -> None:
+def test_writers_at_the_same_moment_do_not_mix_results(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Threads stand for processes: the lock is held by the opened folder, not by the process."""
+    rename = Path.rename
+
+    def slowly(self: Path, target: Path) -> Path:
+        time.sleep(0.001)  # the other thread has its turn
+        return rename(self, target)
+
+    monkeypatch.setattr(Path, "rename", slowly)
     results = [sweep(GPT2.shared(), prompt) for prompt in (IDS, [1, 2])]
 
     def save_often(result: SweepResult) -> None:
