@@ -218,11 +218,14 @@ def _publish(result: SweepResult, draft: Path, out: Path, overwrite: bool) -> Pa
 
 
 def _draw(result: SweepResult, loaded: LoadedModel, folder: Path) -> None:
-    from ablation import figures, report  # now, since matplotlib takes a while to import
+    from ablation import figures  # now, since matplotlib takes a while to import
 
-    shown = (*result.watched, result.clean_argmax)
-    texts = report.distinct_texts({int(token): loaded.decode(token) for token in shown})
-    figures.draw(result, folder, title=f"{loaded.name}: {result.provenance['prompt']}", token_texts=texts)
+    figures.draw(
+        result,
+        folder,
+        title=f"{loaded.name}: {result.provenance['prompt']}",
+        token_texts={int(token): loaded.decode(token) for token in (*result.watched, result.clean_argmax)},
+    )
 
 
 def _default_folder(source: sources.Source, asked: dict[str, Any]) -> str:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any, NamedTuple
 
@@ -118,17 +119,14 @@ def _change_at(change: NDArray[np.float64], index: int) -> dict[str, Any]:
     return {"layer": int(layer), "head": int(head), "change": float(change.flat[index])}
 
 
-def distinct_texts(texts: Mapping[int, str]) -> dict[int, str]:
-    """Return texts of token ids that tell the tokens apart: with its id where a text is empty, cut or ambiguous.
+def token_labels(texts: Mapping[int, str], quote: Callable[[str], str] = repr) -> dict[int, str]:
+    """Return the quoted text of each token id, with the id where the text is empty, incomplete or not unique.
 
-    A token that holds some bytes of a character, and not all, reads as U+FFFD.
+    A token that holds only a part of the bytes of a character reads as U+FFFD.
     """
-    return {token: _label(token, text, texts, quote=str) for token, text in texts.items()}
-
-
-def _label(token: int, text: str, texts: Mapping[int, str], quote: Callable[[str], str] = repr) -> str:
-    is_clear = text and "\N{REPLACEMENT CHARACTER}" not in text and list(texts.values()).count(text) == 1
-    return quote(text) if is_clear else f"{quote(text)} (token {token})"
+    counts = Counter(texts.values())
+    unclear = {token for token, text in texts.items() if not text or "\ufffd" in text or counts[text] > 1}
+    return {token: quote(text) + (f" (token {token})" if token in unclear else "") for token, text in texts.items()}
 
 
 def render(found: dict[str, Any]) -> str:
@@ -140,7 +138,7 @@ def render(found: dict[str, Any]) -> str:
         *(flip for of in found["imputations"].values() for flip in of["flips"]),
     ]
     texts = {clean["prediction_id"]: clean["prediction"], **{token["id"]: token["token"] for token in tokens}}
-    labels = {token: _label(token, text, texts) for token, text in texts.items()}
+    labels = token_labels(texts)
     prediction = labels[clean["prediction_id"]]
     lines = [
         f"clean      {prediction}, margin {clean['margin']:.2f} logits; "

@@ -264,6 +264,32 @@ def test_heads_of_a_refused_model_is_one_line(
     assert out == "" and err.startswith("ablation: ") and reason in err and err.count("\n") == 1
 
 
+@pytest.mark.parametrize(
+    ("texts", "labels"),
+    [
+        ({5: " a", 6: "a"}, ["' a'", "'a'"]),
+        ({5: "\ufffd", 6: "a"}, ["'\ufffd' (token 5)", "'a'"]),
+        ({5: "x\ufffd", 6: "x\ufffd"}, ["'x\ufffd' (token 5)", "'x\ufffd' (token 6)"]),
+        ({5: "", 6: "\n"}, ["'' (token 5)", r"'\n'"]),
+        ({5: "a", 6: "a", 7: "b"}, ["'a' (token 5)", "'a' (token 6)", "'b'"]),
+    ],
+)
+def test_token_labels_tell_tokens_apart(texts: dict[int, str], labels: list[str]) -> None:
+    assert list(report.token_labels(texts).values()) == labels
+
+
+def test_token_ids_are_in_json_and_in_unclear_text(run: Run, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Tokens that are fragments of bytes all read as U+FFFD."""
+    monkeypatch.setattr("ablation.models.LoadedModel.decode", lambda self, token: "\ufffd")
+    _, out, _ = run("--json", "--imputation", "zero", "--out", "out")
+    clean = json.loads(out)["clean"]
+    target, control = clean["target"]["id"], clean["control"]["id"]
+    assert [target, control] == SweepResult.load("out").watched.tolist() and clean["prediction_id"] == target
+    _, out, _ = run("--imputation", "zero", "--out", "out")
+    assert f"P('\ufffd' (token {target})) = 69.2%, P('\ufffd' (token {control})) = " in out
+    assert f"keep '\ufffd' (token {target})" in out
+
+
 def test_ranges_join_consecutive_numbers() -> None:
     assert report._ranges([0, 1, 2, 4, 6, 7]) == "0-2, 4, 6-7"
 
