@@ -148,14 +148,14 @@ def head_means(sweep: SweepResult, texts: Mapping[int, str]) -> Figure:
     right.axvline(0, color="black", linewidth=0.5, linestyle=":")
     right.plot(means, depth, ".", color="0.6", markersize=3)
     there = np.isfinite(means)
+    some = there.any(axis=1)  # layers that have heads
     # NaN where a layer has no heads, so that no line is drawn through it.
     averages = [layer[head].mean() if head.any() else np.nan for layer, head in zip(means, there, strict=True)]
     right.plot(averages, depth, "o-", color="black", markersize=3, linewidth=0.8)
+    runs = np.split(depth[some], np.flatnonzero(np.diff(depth[some]) > 1) + 1)
+    along = np.concatenate([[run[0] - 0.5, run[-1] + 0.5, np.nan] for run in runs])
     centre = np.nonzero(there)[0].mean()
-    along = np.where(there.any(axis=1), depth + np.array([[-0.5], [0.5], [np.nan]]), np.nan).T  # a piece per layer
-    connected = there.any(axis=1)[:-1] & there.any(axis=1)[1:]
-    along[:-1, 2][connected] = along[:-1, 1][connected]
-    right.plot((means[there].mean() + slope * (along - centre)).ravel(), along.ravel(), "--", color=ACCENT)
+    right.plot(means[there].mean() + slope * (along - centre), along, "--", color=ACCENT)
     right.set(xlim=(-bound, bound), xlabel="mean of z")
     right.xaxis.set_major_locator(MaxNLocator(5))
     right.tick_params(labelleft=False)

@@ -93,7 +93,7 @@ def check_projections(model: PreTrainedModel, heads: HeadMap) -> None:
         try:
             # bfloat16 is the only dtype of grouped experts. In this mode transformers asks for no values of a mask.
             with torch.no_grad(), FakeTensorMode(allow_non_fake_inputs=True):
-                model.to(torch.bfloat16)(torch.zeros(1, 2, dtype=torch.long, device="meta"), use_cache=False)
+                model.bfloat16()(torch.zeros(1, 2, dtype=torch.long, device="meta"), use_cache=False)
         except Exception:
             return
     for layer in heads.layers:

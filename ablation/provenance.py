@@ -36,7 +36,7 @@ def of_model(model: PreTrainedModel) -> dict[str, Any]:
     """
     spread: dict[str, Any] = getattr(model, "hf_device_map", {})
     device = model.device.type
-    quantisation = getattr(model.config, "quantization_config", None)
+    quantisation: Any = getattr(model.config, "quantization_config", None)
     if hasattr(quantisation, "to_dict"):
         quantisation = quantisation.to_dict()
     cast = torch.amp.is_autocast_available(device) and torch.is_autocast_enabled(device)

@@ -114,8 +114,8 @@ class SweepResult:
     def save(self, folder: Path | str, *, overwrite: bool = False) -> None:
         """Write sweep.npz (the arrays) and sweep.json (the rest) into a folder, both or neither.
 
-        An earlier result in the folder is replaced with `overwrite`, or if it answers the same question of the same
-        model. Raises InvalidOutput if another file would be lost, and OSError.
+        An earlier result in the folder is replaced with `overwrite`, or if it answers the same question to the same
+        recorded model. Raises InvalidOutput if another file would be lost, and OSError.
         """
         with output.staging(Path(folder)) as draft:
             self.write_arrays(draft)
