@@ -51,6 +51,7 @@ LONGEST_LINE = 500
 
 def one_line(text: object) -> str:
     """Return a text, or an error with its type, as one line; the middle of a long one is left out."""
-    line = " ".join((f"{type(text).__name__}: {text}" if isinstance(text, BaseException) else str(text)).split())
+    lines = (f"{type(text).__name__}: {text}" if isinstance(text, BaseException) else str(text)).splitlines()
+    line = " ".join(filter(None, map(str.strip, lines)))
     half = LONGEST_LINE // 2
     return line if len(line) <= LONGEST_LINE else f"{line[:half]} ... {line[-half:]}"

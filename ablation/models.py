@@ -48,8 +48,11 @@ class LoadedModel:
     source: str | None = None
 
     def decode(self, token: int) -> str:
-        """Return the text of one token."""
-        return str(self.tokenizer.decode([token]))
+        """Return the text of one token; an empty text for an id that the tokenizer does not have."""
+        try:
+            return str(self.tokenizer.decode([token]))
+        except (LookupError, TypeError, ValueError, OverflowError):  # the embedding may have more ids
+            return ""
 
 
 def load(
@@ -212,14 +215,14 @@ def _not_the_named_model(source: Source, reason: str) -> ModelUnavailable:
 
 
 def _only_pickles(source: Source) -> str | None:
-    """Say that a folder has its weights in another format than safetensors, and how to convert them, if this is so."""
+    """Say that a folder has pickled weights and no safetensors, and how to convert them, if this is so."""
     folder = Path(source.place)
-    others = [path.name for kind in ("*.bin", "*.pt", "*.pth", "*.h5", "*.msgpack") for path in folder.glob(kind)]
-    if source.is_hub or source.gguf or not others or any(folder.glob("*.safetensors")):
+    pickles = sorted(path.name for path in folder.glob("pytorch_model*.bin"))
+    if source.is_hub or source.gguf or not pickles or any(folder.glob("*.safetensors")):
         return None
     return (
-        f"its weights are in {sorted(others)[0]}, and only safetensors are loaded, since a pickle can run code. If you "
-        'trust it, convert it: python -c "from transformers import AutoModelForCausalLM as M; '
+        f"its weights are in {pickles[0]}, and only safetensors are loaded, since a pickle can run code. If you trust "
+        'it, convert it: python -c "from transformers import AutoModelForCausalLM as M; '
         f'M.from_pretrained({source.place!r}).save_pretrained({source.place!r})"'
     )
 

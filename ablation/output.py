@@ -184,12 +184,14 @@ def _exists(path: Path) -> bool:
 @contextmanager
 def _locked(folder: Path) -> Iterator[None]:
     """Hold a lock that other processes of this program respect; the system drops it if the process is killed."""
-    descriptor = os.open(folder, os.O_RDONLY)
-    try:
-        with suppress(ImportError, OSError):  # not on Windows, nor on every network drive
-            import fcntl
+    descriptor = None
+    with suppress(ImportError, OSError):  # neither Windows nor every network drive has such locks
+        import fcntl
 
-            fcntl.flock(descriptor, fcntl.LOCK_EX)
+        descriptor = os.open(folder, os.O_RDONLY)
+        fcntl.flock(descriptor, fcntl.LOCK_EX)
+    try:
         yield
     finally:
-        os.close(descriptor)
+        if descriptor is not None:
+            os.close(descriptor)

@@ -149,6 +149,7 @@ def test_gpt2_by_name_uses_the_published_question(
         (["--prompt", "Gondor " * 15_000], "Gondor"),
         (["--target", " Gondor" * 15_000], " Gondor"),
         (["--target", ""], "'' is not one token but 0"),
+        (["--target", "  Gondor"], "'  Gondor'"),
         (["--target", " France"], "target and control are the same token, ' France'"),
         (["--max-rows", "1"], "--max-rows is 1"),
         (["--out", "/dev/null/out"], "/dev/null"),

@@ -138,6 +138,22 @@ def test_damaged_folder_is_refused_in_one_line(folder: Path, damage: Callable[[P
     assert "\n" not in str(error.value)
 
 
+def test_conversion_of_a_pickle_works_as_described(folder: Path) -> None:
+    digest = weights_sha256(load(str(folder)).model)
+    only_a_pickle(folder)
+    with pytest.raises(ModelUnavailable) as error:
+        load(str(folder))
+    (code,) = re.findall('python -c "(.*)"', str(error.value))
+    exec(code, {})  # noqa: S102 (our own message)
+    assert weights_sha256(load(str(folder)).model) == digest
+
+
+@pytest.mark.parametrize("token", [-1, 10**6, 10**30])
+def test_unknown_token_has_an_empty_text(capitals: LoadedModel, token: int) -> None:
+    """The embedding of many models has more ids than their tokenizer."""
+    assert capitals.decode(token) == ""
+
+
 @pytest.mark.parametrize("name", ["./nowhere", "/nowhere/at/all", "nowhere.gguf", "~/nowhere"])
 def test_missing_path_is_refused_without_the_hub(name: str, hub: Hub) -> None:
     with pytest.raises(ModelUnavailable, match="it does not exist"):
