@@ -138,6 +138,7 @@ def _load(source: Source, *, local_files_only: bool, device: str, dtype: torch.d
             use_safetensors=True,
             output_loading_info=True,
             ignore_mismatched_sizes=True,  # refused below, with the name of the weight
+            adapter_kwargs={"local_files_only": local_files_only},  # with peft, it asks the hub for an adapter
             **spread,
             **where,
             **(_dequantisation(source.gguf) if source.gguf else {}),

@@ -203,15 +203,19 @@ def test_nothing_is_downloaded_unless_requested(hub: Hub) -> None:
     assert not hub.asked
 
 
-def test_gpt2_loads_from_the_hub_cache(hub: Hub, folder: Path, tmp_path: Path, small_gpt2: None) -> None:
+def test_gpt2_loads_from_the_hub_cache(
+    hub: Hub, folder: Path, tmp_path: Path, small_gpt2: None, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """The cache is filled by hand: this is the code path of a user who has downloaded GPT-2 small."""
+    looked_up: list[Any] = []
+    monkeypatch.setattr("socket.getaddrinfo", lambda *address, **_: looked_up.append(address))
     repository = tmp_path / "empty" / "models--openai-community--gpt2"
     (repository / "refs").mkdir(parents=True)
     (repository / "refs" / "main").write_text("0" * 40)
     shutil.copytree(folder, repository / "snapshots" / ("0" * 40))
     sources.NAMED_MODELS["gpt2"].locate()
     loaded = load("gpt2", download=False)
-    assert (loaded.name, loaded.revision) == ("gpt2", "0" * 40)
+    assert (loaded.name, loaded.revision) == ("gpt2", "0" * 40) and not looked_up and not hub.asked
     assert weights_sha256(loaded.model) == weights_sha256(load(str(folder)).model)
 
 
