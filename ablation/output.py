@@ -11,7 +11,7 @@ import json
 import os
 import shutil
 import tempfile
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
@@ -47,7 +47,7 @@ def check_output(name: str, asked: Mapping[str, Any], source: str, *, overwrite:
         with staging(out):
             pass
         if out.exists():
-            _check_vacant(out, overwrite, is_same)
+            _check_vacant(out, FILES, overwrite, is_same)
     except InvalidOutput:
         raise
     except (OSError, RuntimeError) as error:  # RuntimeError: ~nobody, or a loop of links
@@ -93,10 +93,10 @@ def publish(draft: Path, out: Path, content: Mapping[str, Any], *, overwrite: bo
         except OSError:
             if not out.is_dir():  # otherwise another process has just made it
                 raise
+    identity = _identity(content)
     with _locked(out):
-        _check_vacant(
-            out, overwrite, lambda old: _identity(content) is not None and _identity(old) == _identity(content)
-        )
+        new_files = [MANIFEST, *files]
+        _check_vacant(out, new_files, overwrite, lambda old: identity is not None and _identity(old) == identity)
         _replace(draft, out)
 
 
@@ -129,18 +129,21 @@ def _own_files(folder: Path) -> list[str]:
     """Return the names of the files of the result in a folder, sweep.json first."""
     if (manifest := read_manifest(folder)) is None:
         return []
-    files = {name: folder / name for name in FILES if name in manifest["files"]}
+    files = {name: folder / name for name in manifest["files"] if Path(name).name == name}
     unchanged = [name for name, path in files.items() if path.is_file() and sha256(path) == manifest["files"][name]]
     return [MANIFEST, *unchanged]
 
 
-def _check_vacant(out: Path, overwrite: bool, is_same: Callable[[Mapping[str, Any]], bool]) -> None:
+def _check_vacant(
+    out: Path, names: Iterable[str], overwrite: bool, is_same: Callable[[Mapping[str, Any]], bool]
+) -> None:
     """Raise InvalidOutput if a new result would replace a result that differs, or a file that is not ours.
 
-    is_same: whether the result with this sweep.json may be replaced without `overwrite`.
+    names: the files of the new result. is_same: whether the result with this sweep.json may be replaced without
+    `overwrite`.
     """
     own = _own_files(out)
-    if foreign := [name for name in FILES if name not in own and _exists(out / name)]:
+    if foreign := [name for name in names if name not in own and _exists(out / name)]:
         raise InvalidOutput(
             f"cannot write to {out}: its {foreign[0]} is not, or no longer, the file that this program wrote there; "
             "move it away, or choose another folder"

@@ -142,6 +142,14 @@ def test_lines_of_head_means_skip_layers_without_heads() -> None:
     assert whole[:2, 1].tolist() == [-0.5, 5.5]
 
 
+def test_tokens_of_one_text_are_told_apart(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    saved: list[Figure] = []
+    monkeypatch.setattr(Figure, "savefig", lambda self, *_, **__: saved.append(self))
+    figures.draw(random_sweep(2, 3), tmp_path, title="x", token_texts={0: "\ufffd", 2: "\ufffd"})
+    words = " ".join(text.get_text().replace("\n", " ") for text in texts_of(saved[0]))
+    assert "(token 0)" in words and "(token 2)" in words
+
+
 def test_dashes_of_head_means_are_explained() -> None:
     (legend,) = figures.head_means(random_sweep(3, 4), {}).findobj(Legend)
     assert any(text.get_text().startswith("below \N{MINUS SIGN}0.0") for text in legend.get_texts())

@@ -346,9 +346,18 @@ def test_killed_process_leaves_no_part_of_a_result(tmp_path: Path) -> None:
     assert done.returncode == -9 and "144 of 144" in done.stdout and not (tmp_path / "out").exists()
 
 
-def test_output_files_are_those_of_the_figures() -> None:
-    drawn = {"sensitivity", "difference", "histograms", "head_means", "margins"}
-    assert set(output.FILES) == FILES == {"sweep.json", "sweep.npz", *(f"{name}.png" for name in drawn)}
+def test_checked_files_are_those_of_a_sweep() -> None:
+    assert set(output.FILES) == FILES  # which tests/test_cli.py compares with those that a sweep writes
+
+
+def test_published_file_of_any_name_replaces_no_foreign_one(tmp_path: Path) -> None:
+    result = sweep(GPT2.shared(), IDS)
+    (tmp_path / "curve.png").write_text("mine")
+    with output.staging(tmp_path) as draft:
+        (draft / "curve.png").touch()
+        with pytest.raises(InvalidOutput, match="its curve.png is not"):
+            result.publish(draft, tmp_path, overwrite=True)
+    assert contents(tmp_path) == {"curve.png": b"mine"}
 
 
 def test_publish_of_an_unknown_model_never_replaces(tmp_path: Path) -> None:
