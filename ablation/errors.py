@@ -39,3 +39,23 @@ class InvalidPrompt(AblationError, ValueError):
 
 class InvalidDeclaration(AblationError, ValueError):
     """An adapter's `unsupported`, or a list of expected failures, that names something that does not exist."""
+
+
+class InvalidOutput(AblationError, OSError):
+    """A folder that cannot take a result: it cannot be written, or holds something that would be lost."""
+
+
+class InvalidResult(AblationError, OSError, ValueError):
+    """A folder without a saved result, or a saved result that is damaged."""
+
+
+LONGEST_LINE = 500
+"""Letters of a message that is shown in one line."""
+
+
+def one_line(text: object) -> str:
+    """Return a text, or an error with its type, as one line; the middle of a long one is left out."""
+    lines = (f"{type(text).__name__}: {text}" if isinstance(text, BaseException) else str(text)).splitlines()
+    line = " ".join(filter(None, map(str.strip, lines)))
+    half = LONGEST_LINE // 2
+    return line if len(line) <= LONGEST_LINE else f"{line[:half]} ... {line[-half:]}"

@@ -12,7 +12,7 @@ from ablation.errors import InvalidPrompt
 from ablation.imputation import IMPUTATIONS
 from ablation.models import LoadedModel
 from ablation.prompts import Question, other_spacing, prompt_ids, single_token
-from ablation.provenance import weights_sha256
+from ablation.provenance import weights_digest
 from ablation.results import SweepResult
 from ablation.sweeps import sweep
 
@@ -48,7 +48,8 @@ def sweep_question(
     provenance = {
         "model": loaded.name,
         "revision": loaded.revision,
-        "weights_sha256": weights_sha256(loaded.model),
+        "source": loaded.source,
+        **weights_digest(loaded.model),
         "ignored_weights": list(loaded.ignored_weights),
         "prompt": question.prompt,
         "chat": question.chat,

@@ -22,7 +22,7 @@ from matplotlib.patheffects import withStroke
 from matplotlib.ticker import MaxNLocator
 from numpy.typing import NDArray
 
-from ablation.report import trend
+from ablation.report import token_labels, trend
 from ablation.results import SweepResult
 
 Floats = NDArray[np.float64]
@@ -72,7 +72,7 @@ def draw(sweep: SweepResult, folder: Path, *, title: str, token_texts: Mapping[i
     title: the title of every figure, such as the model and the prompt. token_texts: {token id: text}, for the watched
     tokens and the clean argmax.
     """
-    texts = {token: quoted(text) for token, text in token_texts.items()}
+    texts = token_labels(token_texts, quoted)
     drawings: list[Callable[[SweepResult, Mapping[int, str]], Figure]]
     drawings = [sensitivity, *([difference] if len(sweep.imputations) > 1 else []), histograms, head_means, margins]
     paths = []
@@ -162,11 +162,15 @@ def head_means(sweep: SweepResult, texts: Mapping[int, str]) -> Figure:
     right.plot(means, depth, ".", color="0.6", markersize=3)
     there = np.isfinite(means)
     some = there.any(axis=1)  # layers that have heads
-    averages = np.array([layer[head].mean() for layer, head in zip(means[some], there[some], strict=True)])
-    right.plot(averages, depth[some], "o-", color="black", markersize=3, linewidth=0.8)
+    # NaN where a layer has no heads, so that no line is drawn through it.
+    averages = [layer[head].mean() if head.any() else np.nan for layer, head in zip(means, there, strict=True)]
+    right.plot(averages, depth, "o-", color="black", markersize=3, linewidth=0.8)
+    runs = np.split(depth[some], np.flatnonzero(np.diff(depth[some]) > 1) + 1)
+    along = np.concatenate([[run[0] - 0.5, run[-1] + 0.5, np.nan] for run in runs])
     centre = np.nonzero(there)[0].mean()
-    right.plot(means[there].mean() + slope * (depth - centre), depth, "--", color=ACCENT)
+    right.plot(means[there].mean() + slope * (along - centre), along, "--", color=ACCENT)
     right.set(xlim=(-bound, bound), xlabel="mean of z")
+    right.xaxis.set_major_locator(MaxNLocator(5))
     right.tick_params(labelleft=False)
     figure.colorbar(image, ax=right, label="mean of z", aspect=30, fraction=0.05, pad=0.03)
     label = f"trend {slope:+.2g} per layer (r² {r_squared:.2f})".replace("-", MINUS)
@@ -175,10 +179,9 @@ def head_means(sweep: SweepResult, texts: Mapping[int, str]) -> Figure:
         Line2D([], [], marker="o", color="black", markersize=3, linewidth=0.8, label="layer average"),
         Line2D([], [], linestyle="--", color=ACCENT, label=label),
         *missing_heads_legend(means),
+        *negative_legend(means, -bound),
     ]
-    figure.legend(
-        handles=handles, loc="outside lower center", ncols=2 if missing_heads_legend(means) else 3, columnspacing=1
-    )
+    add_legend(figure, handles)
     return figure
 
 
@@ -213,11 +216,21 @@ def maps(panels: Sequence[Sequence[Panel]], label: str, argmax: str | None = Non
     handles: list[Line2D | Patch] = missing_heads_legend(values[0])
     if argmax is not None and any(panel.flipped is not None and panel.flipped.any() for panel in flat):
         handles.append(Line2D([], [], markersize=6, label=f"the argmax is not {argmax}", **RING))
-    if (values < low / 5).any():
-        handles.append(Line2D([], [], markersize=4, label=f"below {MINUS}{-low / 5:.2g}", color="black", **DASH))
-    if handles:
-        figure.legend(handles=handles, loc="outside lower center", ncols=2)
+    add_legend(figure, [*handles, *negative_legend(values, low)])
     return figure
+
+
+def add_legend(figure: Figure, handles: Sequence[Line2D | Patch]) -> None:
+    """Add a legend below the panels, with as many columns as fit; a figure that is too narrow becomes wider."""
+    for columns in range(len(handles), 0, -1):
+        legend = figure.legend(handles=handles, loc="outside lower center", ncols=columns, columnspacing=1)
+        inches = legend.get_window_extent().width / figure.dpi
+        if inches <= figure.get_figwidth():
+            return
+        if columns > 1:
+            legend.remove()
+        else:
+            figure.set_figwidth(inches)
 
 
 def heat_map(axes: Axes, panel: Panel, scale: tuple[float, float], cell: float) -> Any:
@@ -242,6 +255,13 @@ def heat_map(axes: Axes, panel: Panel, scale: tuple[float, float], cell: float) 
         y, x = np.nonzero(panel.flipped)
         axes.plot(x, y, markersize=0.65 * side, path_effects=RIM, **RING)
     return image
+
+
+def negative_legend(values: Floats, low: float) -> list[Line2D | Patch]:
+    """Return the legend of the dashes in clearly negative cells, if there are any. low: the end of the scale."""
+    if not (values < low / 5).any():
+        return []
+    return [Line2D([], [], markersize=4, label=f"below {MINUS}{-low / 5:.2g}", color="black", **DASH)]
 
 
 def missing_heads_legend(values: Floats) -> list[Line2D | Patch]:

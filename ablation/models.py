@@ -5,13 +5,14 @@ Code that comes with a model, from a folder or from the hub, is never run.
 
 from __future__ import annotations
 
-import hashlib
 import importlib.metadata
 import json
+import logging
 import shutil
 import tempfile
 import warnings
 from collections.abc import Callable
+from contextlib import ExitStack
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
@@ -19,9 +20,19 @@ from typing import Any, TypeVar
 
 import torch
 from platformdirs import user_cache_path
-from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
+from torch._subclasses.fake_tensor import FakeTensorMode
+from transformers import (
+    AutoConfig,
+    AutoModelForCausalLM,
+    AutoTokenizer,
+    PretrainedConfig,
+    PreTrainedModel,
+    PreTrainedTokenizerBase,
+)
 
-from ablation.errors import ModelUnavailable
+from ablation.errors import ModelUnavailable, UnsupportedModel, one_line
+from ablation.heads import HeadMap
+from ablation.output import sha256
 from ablation.sources import NAMED_MODELS, Source, resolve
 
 T = TypeVar("T")
@@ -31,19 +42,24 @@ T = TypeVar("T")
 class LoadedModel:
     """A model in evaluation mode, and its tokenizer.
 
-    name: as in results. revision: the commit of a model from the hub; None for other models. ignored_weights: names of
-    weights in its files that the model does not use, such as those of a classifier's head.
+    name: as in results. revision: the commit of a model from the hub; None for other models. source: the whole source,
+    see `Source.full`. ignored_weights: names of weights in its files that the model does not use, such as those of a
+    classifier's head.
     """
 
     name: str
     model: PreTrainedModel
     tokenizer: PreTrainedTokenizerBase
     revision: str | None = None
+    source: str | None = None
     ignored_weights: tuple[str, ...] = ()
 
     def decode(self, token: int) -> str:
-        """Return the text of one token."""
-        return str(self.tokenizer.decode([token]))
+        """Return the text of one token; an empty text for an id that the tokenizer does not have."""
+        try:
+            return str(self.tokenizer.decode([token]))
+        except (LookupError, TypeError, ValueError, OverflowError):  # the embedding may have more ids
+            return ""
 
 
 def load(
@@ -55,8 +71,8 @@ def load(
     hub id. download: whether a model that is missing in the hub's cache is downloaded; a cached model is never updated.
     device: "cpu", "cuda", "cuda:1", "mps", ..., or "auto", which spreads the model over all devices and needs the
     package accelerate; by default a GPU if there is one, or else the CPU. dtype: of the weights. Raises
-    ModelUnavailable if the model is unknown, missing or damaged, if weights do not fit the configuration, or if there
-    is no such device.
+    ModelUnavailable if the model is unknown, missing or damaged, if weights do not fit the configuration, if a
+    NAME=FOLDER is not the named model, or if there is no such device.
     """
     load_from = partial(_load, device=_device(device), dtype=dtype)
     source = resolve(name)
@@ -74,6 +90,40 @@ def architecture(name: str) -> PreTrainedModel:
     return _from_hub(source, _build, download=True) if source.is_hub else _build(source, local_files_only=True)
 
 
+def check_projections(model: PreTrainedModel, heads: HeadMap) -> None:
+    """Raise UnsupportedModel if a forward pass does not give each projection the z of its heads, once.
+
+    model: of `architecture`. Families whose code needs values, which tensors on the meta device lack, are not checked.
+    """
+    received: dict[str, list[tuple[int, ...]]] = {layer.projection_name: [] for layer in heads.layers}
+    with ExitStack() as hooks:
+        for layer in heads.layers:
+            shapes = received[layer.projection_name]
+            handle = layer.projection.register_forward_pre_hook(lambda _, z, shapes=shapes: shapes.append(z[0].shape))
+            hooks.callback(handle.remove)
+        logger = logging.getLogger("torch._subclasses.fake_tensor")
+        hooks.callback(logger.setLevel, logger.level)
+        logger.setLevel(logging.CRITICAL)
+        try:
+            # bfloat16 is the only dtype of grouped experts. In this mode transformers asks for no values of a mask.
+            with torch.no_grad(), FakeTensorMode(allow_non_fake_inputs=True):
+                model.bfloat16()(torch.zeros(1, 2, dtype=torch.long, device="meta"), use_cache=False)
+        except Exception:
+            return
+    for layer in heads.layers:
+        shapes = received[layer.projection_name]
+        if len(shapes) != 1:
+            raise UnsupportedModel(
+                f"{layer.projection_name} was called {len(shapes)} times in one forward, not once: no head of it "
+                "can be ablated"
+            )
+        expected = (1, 2, layer.num_heads * layer.head_dim)
+        if shapes[0] != expected:
+            raise UnsupportedModel(
+                f"{layer.projection_name} received {tuple(shapes[0])}, not [rows, tokens, channels] = {expected}"
+            )
+
+
 def _device(name: str | None) -> str:
     """Return the device of that name, by default a GPU if there is one. Raises ModelUnavailable."""
     if name is None:
@@ -81,9 +131,9 @@ def _device(name: str | None) -> str:
         return gpu.type if gpu else "cpu"
     if name != "auto":
         try:
-            torch.empty(0, device=name)
+            torch.empty(0, device=name).cpu()  # from the meta device nothing can be copied
         except Exception as error:  # each kind of device raises its own type of error
-            raise ModelUnavailable(f"no device {name!r} here: {_first_line(error)}") from error
+            raise ModelUnavailable(f"no device {one_line(name)!r} here: {one_line(error)}") from error
     return name
 
 
@@ -92,11 +142,14 @@ def _load(source: Source, *, local_files_only: bool, device: str, dtype: torch.d
     spread = {"device_map": "auto"} if device == "auto" else {}
     where = _place_arguments(source, local_files_only)
     try:
+        _check_config(source, AutoConfig.from_pretrained(source.place, **where))
         loaded: Any = AutoModelForCausalLM.from_pretrained(
             source.place,
             dtype=dtype,
             use_safetensors=True,
             output_loading_info=True,
+            ignore_mismatched_sizes=True,  # refused below, with the name of the weight
+            adapter_kwargs={"local_files_only": local_files_only},  # with peft, it asks the hub for an adapter
             **spread,
             **where,
             **(_dequantisation(source.gguf) if source.gguf else {}),
@@ -106,18 +159,30 @@ def _load(source: Source, *, local_files_only: bool, device: str, dtype: torch.d
         tokenizer = AutoTokenizer.from_pretrained(source.adapter if has_tokenizer else source.place, **where)
         if source.adapter is not None:
             model = _with_adapter(model, source.adapter)
+    except ModelUnavailable:
+        raise
     except Exception as error:  # for a damaged file, the libraries raise anything
-        raise ModelUnavailable(f"cannot load {source.name}: {_first_line(error)}") from error
+        reason = _only_pickles(source) or one_line(error)
+        raise ModelUnavailable(f"cannot load {source.name}: {reason}") from error
     # Without this check, transformers would fill missing weights with random numbers.
-    if wrong := [*info["missing_keys"], *info["mismatched_keys"]]:
+    missing, misshapen = sorted(info["missing_keys"]), sorted(key for key, *_ in info["mismatched_keys"])
+    if wrong := missing + misshapen:
         raise ModelUnavailable(
             f"cannot load {source.name}: {len(wrong)} weights are missing or misshapen, such as {wrong[0]}"
         )
-    if not tokenizer.vocab_size:  # transformers makes an empty tokenizer if its files are missing
-        raise ModelUnavailable(f"cannot load {source.name}: it has no tokenizer")
-    model = model.eval() if spread else model.eval().to(device)
-    revision = _revision(source) if source.is_hub else None
-    return LoadedModel(source.name, model, tokenizer, revision, tuple(sorted(info["unexpected_keys"])))
+    _check_tokenizer(source, tokenizer)
+    try:
+        model = model.eval() if spread else model.eval().to(device)
+    except Exception as error:  # of the device: it lacks the memory, or the dtype
+        raise ModelUnavailable(f"cannot move {source.name} to {device}: {one_line(error)}") from error
+    return LoadedModel(
+        source.name,
+        model,
+        tokenizer,
+        revision=_revision(source) if source.is_hub else None,
+        source=source.full,
+        ignored_weights=tuple(sorted(info["unexpected_keys"])),
+    )
 
 
 def _with_adapter(model: PreTrainedModel, folder: str) -> Any:
@@ -133,11 +198,64 @@ def _build(source: Source, *, local_files_only: bool) -> PreTrainedModel:
     """Build a model from the configuration in one place. Raises ModelUnavailable."""
     try:
         config = AutoConfig.from_pretrained(source.place, **_place_arguments(source, local_files_only))
+        _check_config(source, config)
         with torch.device("meta"):
-            model: PreTrainedModel = AutoModelForCausalLM.from_config(config).eval()
+            # Without the argument, transformers asks on standard input whether to run code of the folder.
+            model: PreTrainedModel = AutoModelForCausalLM.from_config(config, trust_remote_code=False).eval()
+    except ModelUnavailable:
+        raise
     except Exception as error:  # for a damaged file, the libraries raise anything
-        raise ModelUnavailable(f"cannot build {source.name}: {_first_line(error)}") from error
+        raise ModelUnavailable(f"cannot build {source.name}: {one_line(error)}") from error
     return model
+
+
+def _check_config(source: Source, config: PretrainedConfig) -> None:
+    """Raise ModelUnavailable unless a configuration is possible, runs no foreign code, and is that of a named model."""
+    text = config.get_text_config(decoder=True)
+    attention = getattr(config, "_attn_implementation", None)
+    if "/" in str(attention):
+        raise ModelUnavailable(
+            f"cannot load {source.name}: its configuration asks for the attention {attention!r}, which is code "
+            "from the hub, and is not run: remove attn_implementation from its config.json"
+        )
+    for key in ("num_hidden_layers", "num_attention_heads", "hidden_size", "vocab_size"):
+        value = getattr(text, key, None)
+        if isinstance(value, int) and value < 1:
+            raise ModelUnavailable(f"cannot load {source.name}: its configuration says that {key} is {value}")
+    if source.name in NAMED_MODELS:
+        for key, expected in NAMED_MODELS[source.name].config.items():
+            if (value := getattr(config, key, None)) != expected:
+                raise _not_the_named_model(source, f"{key} is {one_line(value)}, not {expected}")
+
+
+def _check_tokenizer(source: Source, tokenizer: PreTrainedTokenizerBase) -> None:
+    """Raise ModelUnavailable unless a tokenizer has words, and those of a named model."""
+    # If its files are missing, transformers makes a tokenizer of special tokens.
+    words = set(tokenizer.get_vocab()) - set(tokenizer.all_special_tokens)
+    if not any(letter.isalnum() for word in words for letter in str(word)):
+        raise ModelUnavailable(f"cannot load {source.name}: it has no tokenizer; copy its tokenizer files to the model")
+    named = NAMED_MODELS.get(source.name)
+    if named and named.prompt_ids:
+        ids = tokenizer(named.question.prompt)["input_ids"]
+        if ids != list(named.prompt_ids):
+            raise _not_the_named_model(source, f"its tokens of {named.question.prompt!r} are {ids}")
+
+
+def _not_the_named_model(source: Source, reason: str) -> ModelUnavailable:
+    return ModelUnavailable(f"{source.place} is not {source.name}: {one_line(reason)}; load it without that name")
+
+
+def _only_pickles(source: Source) -> str | None:
+    """Say that a folder has pickled weights and no safetensors, and how to convert them, if this is so."""
+    folder = Path(source.place)
+    pickles = sorted(path.name for path in folder.glob("pytorch_model*.bin"))
+    if source.is_hub or source.gguf or not pickles or any(folder.glob("*.safetensors")):
+        return None
+    return (
+        f"its weights are in {pickles[0]}, and only safetensors are loaded, since a pickle can run code. If you trust "
+        'it, convert it: python -c "from transformers import AutoModelForCausalLM as M; '
+        f'M.from_pretrained({source.place!r}).save_pretrained({source.place!r})"'
+    )
 
 
 def _place_arguments(source: Source, local_files_only: bool) -> dict[str, Any]:
@@ -151,29 +269,17 @@ def _from_hub(source: Source, load_from: Callable[..., T], download: bool) -> T:
 
     load_from: `_load` or `_build`. Raises ModelUnavailable.
     """
-    from huggingface_hub import HfApi
-    from huggingface_hub.errors import HFValidationError, RepositoryNotFoundError
+    from huggingface_hub.errors import HFValidationError
 
     try:
         return load_from(source, local_files_only=True)
     except ModelUnavailable as error:
         if not isinstance(error.__cause__, OSError | HFValidationError):
             raise
-    reason = "not on this machine"
-    if download:
-        try:
-            HfApi().model_info(source.place, timeout=10)  # fails at once, while from_pretrained retries for long
-            return load_from(source, local_files_only=False)
-        except (RepositoryNotFoundError, HFValidationError):
-            reason = "not on the hub under this name"
-        except ModelUnavailable:
-            raise
-        except Exception as error:  # any error of the network
-            reason = f"not on this machine, and the hub cannot be reached ({_first_line(error)})"
-    name = source.place if source.adapter else source.name  # of an adapter, the base model is missing
-    raise ModelUnavailable(
-        f"no model {name!r}: it is {reason}. Use {', '.join(NAMED_MODELS)}, a folder, a .gguf file or a hub id."
-    )
+    if not download:
+        raise source.unknown("not on this machine")
+    source.ask_hub()
+    return load_from(source, local_files_only=False)
 
 
 def _revision(source: Source) -> str | None:
@@ -182,10 +288,6 @@ def _revision(source: Source) -> str | None:
 
     config = try_to_load_from_cache(source.place, "config.json")
     return Path(config).parent.name if isinstance(config, str) else None  # .../snapshots/COMMIT/config.json
-
-
-def _first_line(error: Exception) -> str:
-    return f"{type(error).__name__}: {error}".strip().splitlines()[0]
 
 
 # ---- GGUF
@@ -211,7 +313,7 @@ def _converted(source: Source) -> Source:
     assert source.gguf is not None
     versions = "-".join(f"{name}-{importlib.metadata.version(name)}" for name in ("transformers", "gguf"))
     cache = user_cache_path("head-ablation")
-    folder = cache / f"smollm2-{_sha256(Path(source.place, source.gguf))[:16]}-{versions}"
+    folder = cache / f"smollm2-{sha256(Path(source.place, source.gguf))[:16]}-{versions}"
     if not _is_intact(folder):
         loaded = _load(source, local_files_only=True, device="cpu", dtype=torch.float32)
         if hasattr(loaded.model.config, "quantization_config"):
@@ -223,7 +325,7 @@ def _converted(source: Source) -> Source:
             draft = Path(temporary) / "model"
             loaded.model.save_pretrained(draft)
             loaded.tokenizer.save_pretrained(draft)
-            sums = {file.name: _sha256(file) for file in sorted(draft.iterdir())}
+            sums = {file.name: sha256(file) for file in sorted(draft.iterdir())}
             (draft / CHECKSUMS).write_text(json.dumps(sums, indent=2))
             draft.rename(folder)
     return replace(source, place=str(folder), gguf=None)
@@ -233,11 +335,6 @@ def _is_intact(folder: Path) -> bool:
     """Whether the files of a cache folder have the checksums that were stored when they were written."""
     try:
         sums = json.loads((folder / CHECKSUMS).read_text())
-        return all(_sha256(folder / name) == digest for name, digest in sums.items())
+        return all(sha256(folder / name) == digest for name, digest in sums.items())
     except (OSError, ValueError):
         return False
-
-
-def _sha256(path: Path) -> str:
-    with path.open("rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()

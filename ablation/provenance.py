@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import json
 import platform
 from typing import Any
 
@@ -10,6 +11,8 @@ import numpy
 import torch
 import transformers
 from transformers import PreTrainedModel
+
+from ablation.errors import one_line
 
 
 def environment() -> dict[str, Any]:
@@ -29,18 +32,31 @@ def environment() -> dict[str, Any]:
 def of_model(model: PreTrainedModel) -> dict[str, Any]:
     """Return the class, dtype, attention implementation and device of a model, and the dtype of torch.autocast or None.
 
-    A model that is spread over several devices has all of them under `device`.
+    A model that is spread over several devices has all of them under `device`. quantisation: its quantisation
+    configuration, or None. autocast: the dtype that torch.autocast imposes, or None.
     """
     spread: dict[str, Any] = getattr(model, "hf_device_map", {})
     device = model.device.type
+    quantisation: Any = getattr(model.config, "quantization_config", None)
+    if hasattr(quantisation, "to_dict"):
+        quantisation = quantisation.to_dict()
     cast = torch.amp.is_autocast_available(device) and torch.is_autocast_enabled(device)
     return {
         "architecture": type(model).__name__,
         "dtype": str(model.dtype).removeprefix("torch."),
+        "quantisation": json.loads(json.dumps(quantisation, default=str)),
         "autocast": str(torch.get_autocast_dtype(device)).removeprefix("torch.") if cast else None,
         "attention": model.config._attn_implementation,
         "device": ", ".join(sorted({str(device) for device in spread.values()})) or str(model.device),
     }
+
+
+def weights_digest(model: torch.nn.Module) -> dict[str, str | None]:
+    """Return `weights_sha256` for a provenance; None with the reason for weights that have no plain bytes."""
+    try:
+        return {"weights_sha256": weights_sha256(model)}
+    except Exception as error:  # each kind of sharded or quantised tensor raises another one
+        return {"weights_sha256": None, "weights_sha256_missing": one_line(error)}
 
 
 def weights_sha256(model: torch.nn.Module) -> str:

@@ -5,7 +5,8 @@ The first watched token is the target. The last is the control; a single watched
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections import Counter
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -64,9 +65,10 @@ def findings(sweep: SweepResult, decode: Decode, strongest: int = 3) -> dict[str
     found: dict[str, Any] = {
         "clean": {
             "prediction": decode(sweep.clean_argmax),
+            "prediction_id": sweep.clean_argmax,
             "margin": sweep.clean_margin,
-            "target": {"token": decode(target), "probability": float(sweep.clean_probability[0])},
-            "control": {"token": decode(control), "probability": float(sweep.clean_probability[-1])},
+            "target": {"token": decode(target), "id": target, "probability": float(sweep.clean_probability[0])},
+            "control": {"token": decode(control), "id": control, "probability": float(sweep.clean_probability[-1])},
         },
         "heads": int(has_head.sum()),
         "layers": len(has_head),
@@ -90,6 +92,7 @@ def findings(sweep: SweepResult, decode: Decode, strongest: int = 3) -> dict[str
                     "layer": layer,
                     "head": head,
                     "token": decode(token),
+                    "id": token,
                     "margin": float(sweep.margin[index, layer, head]),
                 }
                 for layer, head, token in flips(sweep, name)
@@ -131,17 +134,35 @@ def _change_at(change: NDArray[np.float64], index: int) -> dict[str, Any]:
     return {"layer": int(layer), "head": int(head), "change": float(change.flat[index])}
 
 
+def token_labels(texts: Mapping[int, str], quote: Callable[[str], str] = repr) -> dict[int, str]:
+    """Return the quoted text of each token id, with the id where the text is empty, incomplete or not unique.
+
+    A token that holds only a part of the bytes of a character reads as U+FFFD.
+    """
+    counts = Counter(texts.values())
+    unclear = {token for token, text in texts.items() if not text or "\ufffd" in text or counts[text] > 1}
+    return {token: quote(text) + (f" (token {token})" if token in unclear else "") for token, text in texts.items()}
+
+
 def render(found: dict[str, Any]) -> str:
     """Return findings as text, with changes in percentage points. found: the result of `findings`."""
     clean, means = found["clean"], found["head_means"]
+    tokens = [
+        clean["target"],
+        clean["control"],
+        *(flip for of in found["imputations"].values() for flip in of["flips"]),
+    ]
+    texts = {clean["prediction_id"]: clean["prediction"], **{token["id"]: token["token"] for token in tokens}}
+    labels = token_labels(texts)
+    prediction = labels[clean["prediction_id"]]
     lines = [
-        f"clean      {clean['prediction']!r}, margin {clean['margin']:.2f} logits; "
-        + ", ".join(f"P({clean[k]['token']!r}) = {_percent(clean[k]['probability'])}" for k in ("target", "control"))
+        f"clean      {prediction}, margin {clean['margin']:.2f} logits; "
+        + ", ".join(f"P({labels[clean[k]['id']]}) = {_percent(clean[k]['probability'])}" for k in ("target", "control"))
     ]
     for name, of in found["imputations"].items():
-        lines += ["", f"{name:10} {of['kept']} of {found['heads']} ablations keep {clean['prediction']!r}"]
+        lines += ["", f"{name:10} {of['kept']} of {found['heads']} ablations keep {prediction}"]
         for flip in of["flips"]:
-            lines.append(f"           {_head_label(flip)} turns it to {flip['token']!r} ({_margin(flip)})")
+            lines.append(f"           {_head_label(flip)} turns it to {labels[flip['id']]} ({_margin(flip)})")
         for label, key in (("target up", "target_raised"), ("target down", "target_lowered")):
             lines.append(f"  {label:12} " + (", ".join(map(_signed_change, of[key])) or "by no head"))
         lines.append(f"  {'control':12} at most {_signed_change(of['control_largest'])}")

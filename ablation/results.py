@@ -22,7 +22,12 @@ from typing import Any, Self
 import numpy as np
 from numpy.typing import NDArray
 
+from ablation import output
 from ablation.edits import Ablation
+from ablation.errors import InvalidResult, one_line
+
+ARRAYS = "sweep.npz"
+NOT_ARRAYS = ("imputations", "provenance")
 
 
 @dataclass(frozen=True, eq=False)
@@ -109,20 +114,61 @@ class SweepResult:
         flipped: NDArray[np.bool_] = self.has_head & ~self.kept
         return flipped
 
-    def save(self, folder: Path | str) -> None:
-        """Write sweep.npz (arrays) and sweep.json (imputations, provenance) into an existing folder. Raises OSError."""
-        folder = Path(folder)
-        names = [f.name for f in fields(self) if f.name not in ("imputations", "provenance")]
+    def save(self, folder: Path | str, *, overwrite: bool = False) -> None:
+        """Write sweep.npz (the arrays) and sweep.json (the rest) into a folder, both or neither.
+
+        An earlier result in the folder is replaced with `overwrite`, or if it answers the same question to the same
+        recorded model. Raises InvalidOutput if another file would be lost, and OSError.
+        """
+        with output.staging(Path(folder)) as draft:
+            self.write_arrays(draft)
+            self.publish(draft, Path(folder), overwrite=overwrite)
+
+    def write_arrays(self, folder: Path) -> None:
+        """Write sweep.npz into an existing folder. Raises OSError."""
+        names = [f.name for f in fields(self) if f.name not in NOT_ARRAYS]
         arrays: dict[str, Any] = {name: np.asarray(getattr(self, name)) for name in names}
-        np.savez(folder / "sweep.npz", **arrays)
-        rest = {"imputations": self.imputations, "provenance": self.provenance}
-        (folder / "sweep.json").write_text(json.dumps(rest, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
+        np.savez(folder / ARRAYS, **arrays)
+
+    def publish(self, draft: Path, folder: Path, *, overwrite: bool) -> None:
+        """Move the files of `draft` into a folder, with sweep.json; see `ablation.output.publish`."""
+        content = {"imputations": self.imputations, "provenance": self.provenance}
+        output.publish(draft, folder, content, overwrite=overwrite)
 
     @classmethod
     def load(cls, folder: Path | str) -> Self:
-        """Read a result that `save` wrote, without any loss. Raises OSError, ValueError or KeyError."""
+        """Read a result that `save` wrote, without any loss. Raises InvalidResult if it is missing or damaged."""
         folder = Path(folder)
-        rest = json.loads((folder / "sweep.json").read_text(encoding="utf-8"))
-        with np.load(folder / "sweep.npz", allow_pickle=False) as arrays:
-            values = {name: array if array.ndim else array.item() for name, array in arrays.items()}
-        return cls(imputations=tuple(rest["imputations"]), provenance=rest["provenance"], **values)
+        try:
+            rest = json.loads((folder / output.MANIFEST).read_text(encoding="utf-8"))
+            digest = rest.get("files", {}).get(ARRAYS)
+            if digest is not None and output.sha256(folder / ARRAYS) != digest:
+                raise ValueError(f"{ARRAYS} is not the file that was saved")
+            with (folder / ARRAYS).open("rb") as file, np.load(file, allow_pickle=False) as arrays:
+                values = {name: array if array.ndim else array.item() for name, array in arrays.items()}
+            result = cls(imputations=tuple(rest["imputations"]), provenance=rest["provenance"], **values)
+            result._check_shapes()
+        except Exception as error:  # a damaged file makes json, zipfile, zlib and numpy raise many kinds of errors
+            raise InvalidResult(f"no result can be read from {folder}: {one_line(error)}") from error
+        return result
+
+    def _check_shapes(self) -> None:
+        """Raise ValueError or TypeError unless all fields have the types and dimensions documented above."""
+        if not all(isinstance(name, str) for name in self.imputations) or not isinstance(self.provenance, dict):
+            raise TypeError("the imputations or the provenance have the wrong type")
+        if type(self.clean_argmax) is not int or type(self.clean_margin) is not float:
+            raise TypeError("the clean argmax or its margin have the wrong type")
+        watched, grid = self.watched.shape, (len(self.imputations), *self.head_mean.shape)
+        floats, ints = np.dtype(np.float64), np.dtype(np.int64)
+        expected: dict[str, tuple[tuple[int, ...], np.dtype[Any]]] = {
+            "watched": ((self.watched.size,), ints),
+            "head_mean": (self.head_mean.shape[:2], floats),
+            **dict.fromkeys(("clean_probability", "clean_log_probability"), (watched, floats)),
+            **dict.fromkeys(("probability_change", "log_probability_change"), ((*watched, *grid), floats)),
+            **dict.fromkeys(("argmax", "calls", "replaced", "changed"), (grid, ints)),
+            "margin": (grid, floats),
+        }
+        for name, (shape, dtype) in expected.items():
+            array = getattr(self, name)
+            if array.shape != shape or array.dtype != dtype:
+                raise ValueError(f"{name} has the dimensions {array.shape} and the dtype {array.dtype}")

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import itertools
 from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -19,6 +20,7 @@ from ablation.results import SweepResult
 from tests.test_claims import as_published
 
 GRIDS = [(12, 12), (30, 9), (2, 4), (1, 1), (48, 32), (6, 64)]
+SMALL = [(3, 4), (2, 2), (1, 1), (12, 12)]
 TEXTS = {0: " Germany", 1: " the", 2: " France"}
 
 
@@ -103,6 +105,54 @@ def test_figures_of_every_grid_have_no_overlaps(layers: int, heads: int, tmp_pat
     assert all(path.read_bytes().startswith(b"\x89PNG") for path in paths)
     for figure in drawn:
         assert_composed(figure)
+
+
+def with_holes(sweep: SweepResult) -> SweepResult:
+    """The sweep of a model whose layers 1, 2 and 4 have no heads."""
+    hole = np.zeros(sweep.head_mean.shape, dtype=bool)
+    hole[[1, 2, 4]] = True
+    names = ("probability_change", "log_probability_change", "margin", "head_mean")
+    floats: dict[str, Any] = {name: np.where(hole, np.nan, getattr(sweep, name)) for name in names}
+    return replace(sweep, **floats, argmax=np.where(hole, -1, sweep.argmax))
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("sweep", [*(random_sweep(*grid, 1) for grid in SMALL), with_holes(random_sweep(6, 4, 1))])
+def test_legends_of_small_figures_are_inside(sweep: SweepResult) -> None:
+    with figures.style.context(["default", figures.STYLE]):
+        for drawing in (figures.sensitivity, figures.head_means, figures.margins):
+            figure = drawing(sweep, {0: "“␣Germany”", 1: "“␣the”", 2: "“␣France”"})
+            figure.draw_without_rendering()
+            width, height = figure.canvas.get_width_height()
+            for legend in figure.findobj(Legend):
+                box = legend.get_window_extent()
+                assert box.x0 >= 0 and box.y0 >= 0 and box.x1 <= width + 1 and box.y1 <= height
+            assert_composed(figure)
+
+
+def test_lines_of_head_means_skip_layers_without_heads() -> None:
+    sweep = with_holes(random_sweep(6, 4))
+    figure = figures.head_means(sweep, {})
+    lines = {line.get_linestyle(): line.get_xydata() for line in figure.axes[1].lines if line.get_linestyle() != ":"}
+    averages, trend = np.asarray(lines["-"]), np.asarray(lines["--"])
+    assert np.isnan(averages[[1, 2, 4], 0]).all() and np.isfinite(averages[[0, 3, 5]]).all()
+    assert trend[:, 1][np.isfinite(trend[:, 1])].tolist() == [-0.5, 0.5, 2.5, 3.5, 4.5, 5.5]
+    assert np.isnan(trend[[2, 5, 8], 1]).all()
+    whole = np.asarray(figures.head_means(random_sweep(6, 4), {}).axes[1].lines[-1].get_xydata())
+    assert whole[:2, 1].tolist() == [-0.5, 5.5]
+
+
+def test_tokens_of_one_text_are_told_apart(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    saved: list[Figure] = []
+    monkeypatch.setattr(Figure, "savefig", lambda self, *_, **__: saved.append(self))
+    figures.draw(random_sweep(2, 3), tmp_path, title="x", token_texts={0: "\ufffd", 2: "\ufffd"})
+    words = " ".join(text.get_text().replace("\n", " ") for text in texts_of(saved[0]))
+    assert "(token 0)" in words and "(token 2)" in words
+
+
+def test_dashes_of_head_means_are_explained() -> None:
+    (legend,) = figures.head_means(random_sweep(3, 4), {}).findobj(Legend)
+    assert any(text.get_text().startswith("below \N{MINUS SIGN}0.0") for text in legend.get_texts())
 
 
 @pytest.mark.slow

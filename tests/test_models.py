@@ -6,6 +6,7 @@ import json
 import re
 import shutil
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -45,7 +46,14 @@ def test_local_folder_loads_in_float32_for_evaluation(folder: Path) -> None:
     assert find_heads(loaded.model).shape == (2, 3)
 
 
-def test_named_model_takes_its_weights_from_a_folder(folder: Path) -> None:
+@pytest.fixture
+def small_gpt2(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Lets the small model of `folder` pass for GPT-2, whose own weights are not here."""
+    small = replace(sources.NAMED_MODELS["gpt2"], config={"num_hidden_layers": 2}, prompt_ids=None)
+    monkeypatch.setitem(sources.NAMED_MODELS, "gpt2", small)
+
+
+def test_named_model_takes_its_weights_from_a_folder(folder: Path, small_gpt2: None) -> None:
     loaded = load(f"gpt2={folder}")
     assert loaded.name == "gpt2" and sources.default_question(f"gpt2={folder}") == sources.NAMED_MODELS["gpt2"].question
     assert weights_sha256(loaded.model) == weights_sha256(load(str(folder)).model)
@@ -92,18 +100,36 @@ def wider_than_its_weights(folder: Path) -> None:
     (folder / "config.json").write_text(json.dumps(config | {"vocab_size": 301}))
 
 
+def four_heads_of_six_channels(folder: Path) -> None:
+    config = json.loads((folder / "config.json").read_text())
+    (folder / "config.json").write_text(json.dumps(config | {"n_head": 4}))
+
+
+def text_for_a_number(folder: Path) -> None:
+    config = json.loads((folder / "config.json").read_text())
+    (folder / "config.json").write_text(json.dumps(config | {"n_layer": "two"}))
+
+
+def only_special_tokens(folder: Path) -> None:
+    no_tokenizer(folder)
+    (folder / "tokenizer_config.json").write_text(json.dumps({"tokenizer_class": "BertTokenizer"}))
+
+
 @pytest.mark.parametrize(
     ("damage", "reason"),
     [
         (no_config, "has no config.json"),
         (no_weights, "model.safetensors"),
-        (only_a_pickle, "model.safetensors"),
+        (only_a_pickle, "its weights are in pytorch_model.bin, and only safetensors are loaded, .* convert it: python"),
         (cut_short, "cannot load model: SafetensorError"),
         (no_header, "cannot load model: SafetensorError"),
         (bad_json, "cannot load model: OSError: .*config"),
         (no_tokenizer, "cannot load model: it has no tokenizer"),
         (one_layer_too_few, "12 weights are missing or misshapen, such as transformer.h.2"),
-        (wider_than_its_weights, "cannot load model"),
+        (wider_than_its_weights, "1 weights are missing or misshapen, such as .*transformer.wte.weight"),
+        (four_heads_of_six_channels, "must be divisible by num_heads"),
+        (text_for_a_number, "n_layer.*'two'"),  # the cause is in the second line of the library's message
+        (only_special_tokens, "cannot load model: it has no tokenizer"),
     ],
 )
 def test_damaged_folder_is_refused_in_one_line(folder: Path, damage: Callable[[Path], None], reason: str) -> None:
@@ -111,6 +137,22 @@ def test_damaged_folder_is_refused_in_one_line(folder: Path, damage: Callable[[P
     with pytest.raises(ModelUnavailable, match=reason) as error:
         load(str(folder))
     assert "\n" not in str(error.value)
+
+
+def test_conversion_of_a_pickle_works_as_described(folder: Path) -> None:
+    digest = weights_sha256(load(str(folder)).model)
+    only_a_pickle(folder)
+    with pytest.raises(ModelUnavailable) as error:
+        load(str(folder))
+    (code,) = re.findall('python -c "(.*)"', str(error.value))
+    exec(code, {})  # noqa: S102 (our own message)
+    assert weights_sha256(load(str(folder)).model) == digest
+
+
+@pytest.mark.parametrize("token", [-1, 10**6, 10**30])
+def test_unknown_token_has_an_empty_text(capitals: LoadedModel, token: int) -> None:
+    """The embedding of many models has more ids than their tokenizer."""
+    assert capitals.decode(token) == ""
 
 
 @pytest.mark.parametrize("name", ["./nowhere", "/nowhere/at/all", "nowhere.gguf", "~/nowhere"])
@@ -172,15 +214,19 @@ def test_nothing_is_downloaded_unless_requested(hub: Hub) -> None:
     assert not hub.asked
 
 
-def test_gpt2_loads_from_the_hub_cache(hub: Hub, folder: Path, tmp_path: Path) -> None:
+def test_gpt2_loads_from_the_hub_cache(
+    hub: Hub, folder: Path, tmp_path: Path, small_gpt2: None, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """The cache is filled by hand: this is the code path of a user who has downloaded GPT-2 small."""
+    looked_up: list[Any] = []
+    monkeypatch.setattr("socket.getaddrinfo", lambda *address, **_: looked_up.append(address))
     repository = tmp_path / "empty" / "models--openai-community--gpt2"
     (repository / "refs").mkdir(parents=True)
     (repository / "refs" / "main").write_text("0" * 40)
     shutil.copytree(folder, repository / "snapshots" / ("0" * 40))
     sources.NAMED_MODELS["gpt2"].locate()
     loaded = load("gpt2", download=False)
-    assert (loaded.name, loaded.revision) == ("gpt2", "0" * 40)
+    assert (loaded.name, loaded.revision) == ("gpt2", "0" * 40) and not looked_up and not hub.asked
     assert weights_sha256(loaded.model) == weights_sha256(load(str(folder)).model)
 
 
@@ -258,7 +304,7 @@ def test_smollm2_is_converted_once_and_after_cache_damage(
 
     monkeypatch.setattr(models, "_load", counting)
     packaged = sources.Source("smollm2", str(gguf_file.parent), gguf=gguf_file.name)
-    named = sources.NamedModel(sources.NAMED_MODELS["smollm2"].question, lambda: packaged)
+    named = replace(sources.NAMED_MODELS["smollm2"], source=lambda: packaged, config={})
     monkeypatch.setitem(sources.NAMED_MODELS, "smollm2", named)
     monkeypatch.setattr(models, "user_cache_path", lambda name: tmp_path / "cache" / name)
     assert weights_sha256(load("smollm2").model) == digest

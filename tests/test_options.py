@@ -102,9 +102,15 @@ def test_plain_run_writes_nothing_and_misses_deleted_arrays(tmp_path: Path) -> N
 
 
 @pytest.mark.slow
-def test_claims_run_on_their_own_model_and_can_fail(folder: Path) -> None:  # noqa: F811
+def test_claims_run_on_their_own_model_and_can_fail(folder: Path, tmp_path: Path) -> None:  # noqa: F811
     """On weights that are not GPT-2's, each failure begins with the words of the claim."""
-    status, output = run_pytest("tests/test_claims.py", "--models", f"gpt2={folder}", "-k", "published_claim")
+    (tmp_path / "small_gpt2.py").write_text(  # lets the small model pass for GPT-2
+        "from dataclasses import replace\n"
+        "from ablation.sources import NAMED_MODELS\n"
+        "NAMED_MODELS['gpt2'] = replace(NAMED_MODELS['gpt2'], config={}, prompt_ids=None)\n"
+    )
+    arguments = ["tests/test_claims.py", "--models", f"gpt2={folder}", "-k", "published_claim", "-p", "small_gpt2"]
+    status, output = run_pytest(*arguments, PYTHONPATH=os.pathsep.join([str(ROOT), str(tmp_path)]))
     assert status == pytest.ExitCode.TESTS_FAILED
     assert "published: The clean argmax is ` Germany`. Found: the clean argmax is" in output
     assert "6 heads were ablated" in output
