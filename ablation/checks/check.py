@@ -13,7 +13,8 @@ from hypothesis import HealthCheck, Phase, given, settings
 from hypothesis.errors import FlakyFailure
 
 from ablation.checks.cases import Case, CaseSpec
-from ablation.checks.decoders import DTYPES, FAMILIES
+from ablation.checks.decoders import DTYPES, FAMILIES, LAYOUTS
+from ablation.checks.driving import returns_gradients
 from ablation.checks.protocol import FEATURES, Factory
 
 Function = Callable[[Factory, Case], None]
@@ -43,6 +44,10 @@ class Check:
         if not needed and not (left.imputations and left.families and left.dtypes):
             drawn = (*self.cases.imputations, *self.cases.families, *self.cases.dtypes)
             needed = [name for name in drawn if name in unsupported]
+        if not needed and "gradients" in self.needs:
+            with isolated_process_state():
+                if not returns_gradients(factory, left.families[0]):
+                    return "does not support 'gradients': the logits that run returns do not require gradients"
         return "; ".join(f"does not support {name!r}: {unsupported[name]}" for name in needed) or None
 
     def __call__(self, factory: Factory) -> None:
@@ -132,7 +137,7 @@ def isolated_process_state() -> Iterator[None]:
 def unsupported_features(factory: Factory) -> Mapping[str, str]:
     """Return what an adapter declares as unsupported. Raises ValueError for a name that no check asks for."""
     unsupported: Mapping[str, str] = getattr(factory, "unsupported", {})
-    known = (*FEATURES, *FAMILIES, *DTYPES)
+    known = (*FEATURES, *FAMILIES, *LAYOUTS, *DTYPES)
     if unknown := [name for name in unsupported if name not in known]:
         raise ValueError(f"`unsupported` names {unknown[0]!r}, which is none of {', '.join(known)}")
     return unsupported

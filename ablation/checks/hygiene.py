@@ -1,4 +1,4 @@
-"""Chapter 6, hygiene: what an implementation leaves behind, whatever happened."""
+"""Chapter 9, hygiene: what an implementation leaves behind, whatever happened."""
 
 from __future__ import annotations
 

@@ -9,18 +9,19 @@ from typing import Any
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
+from ablation.checks.decoders import Decoder
 from ablation.heads import find_heads
 
 
 @contextmanager
-def recorded_inputs(model: PreTrainedModel) -> Iterator[list[list[Tensor]]]:
-    """Record, for each layer, copies of the inputs of its projection, [rows, tokens, num_heads * head_dim] each.
+def recorded_inputs(model: PreTrainedModel) -> Iterator[dict[int, list[Tensor]]]:
+    """Record, for each layer with heads, copies of the inputs of its projection, [rows, tokens, num_heads * head_dim] each.
 
     It wraps the projection's own `forward`, which runs after all hooks. If it is entered before an implementation is
     made, it also runs after a `forward` that the implementation puts in its place.
     """
     layers = find_heads(model).layers
-    calls: list[list[Tensor]] = [[] for _ in layers]
+    calls: dict[int, list[Tensor]] = {layer.index: [] for layer in layers}
     for layer in layers:
         recording = _recording(layer.projection.forward, calls[layer.index])
         layer.projection.forward = recording
@@ -39,6 +40,23 @@ def _recording(forward: Any, calls: list[Tensor]) -> Any:
         return output
 
     return recording
+
+
+WITH_VALUE_PROJECTION = ("llama", "qwen3", "opt", "mixtral")
+"""Families whose values have a projection of their own, so that the z of some heads can be spoiled by a bias."""
+
+
+def spoil_values(
+    model: PreTrainedModel, decoder: Decoder, layer: int, group: int, value: float
+) -> tuple[tuple[int, int], ...]:
+    """Make the values of one key/value head NaN or infinite, and so the z of its query heads. Returns these heads."""
+    size, dim = decoder.num_key_value_groups, decoder.head_dim
+    projection: Any = find_heads(model).layer(layer).block.get_submodule("self_attn.v_proj")
+    without = projection.weight.new_zeros(projection.out_features)
+    bias = without if projection.bias is None else projection.bias.detach().clone()
+    bias[group * dim : (group + 1) * dim] = value
+    projection.bias = nn.Parameter(bias)
+    return tuple((layer, head) for head in range(group * size, (group + 1) * size))
 
 
 def hooks(model: nn.Module) -> dict[str, Any]:

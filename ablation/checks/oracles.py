@@ -1,4 +1,4 @@
-"""Chapter 5, oracles: the logits of an ablated model from the weights, and from a GPT-2 written in numpy."""
+"""Chapter 6, oracles: the logits of an ablated model from the weights, and from a GPT-2 written in numpy."""
 
 from __future__ import annotations
 
@@ -17,9 +17,10 @@ from transformers.pytorch_utils import Conv1D
 
 from ablation.checks.assertions import assert_close, assert_identical
 from ablation.checks.cases import Case, CaseSpec
-from ablation.checks.check import check
+from ablation.checks.check import check, unsupported_features
+from ablation.checks.decoders import VOCABULARY
 from ablation.checks.driving import ablated_logits, made, run
-from ablation.checks.observe import recorded_inputs
+from ablation.checks.observe import WITH_VALUE_PROJECTION, recorded_inputs, spoil_values
 from ablation.checks.protocol import Factory
 from ablation.heads import AttentionLayer, find_heads
 
@@ -60,6 +61,33 @@ def zero_deep(factory: Factory, case: Case) -> None:
 
 
 @check(
+    "oracle.zero_long",
+    "The zero oracle also holds for a prompt of more than 64 tokens.",
+    cases=CaseSpec(imputations=("zero",), dtypes=("float32",)),
+    needs=("zero",),
+)
+def zero_long(factory: Factory, case: Case) -> None:
+    row = tuple((token + number) % VOCABULARY for number in range(70) for token in case.rows[0])[:70]
+    _assert_equals_surgery(factory, replace(case, rows=(row,)))
+
+
+@check(
+    "oracle.non_finite",
+    "Zero imputation of a head whose z is NaN or infinite gives the logits of a model in which that z is finite.",
+    cases=CaseSpec(imputations=("zero",), families=WITH_VALUE_PROJECTION),
+    needs=("zero", "non_finite"),
+)
+def non_finite(factory: Factory, case: Case) -> None:
+    model, layer = case.model(), case.heads[0][0]
+    group = case.heads[0][1] // case.decoder.num_key_value_groups
+    heads = spoil_values(model, case.decoder, layer, group, float("nan") if case.rows[0][0] % 2 else float("inf"))
+    if len(heads) > 1 and "multiple_heads" in unsupported_features(factory):
+        return  # heads that share their values are NaN together
+    case = replace(case, heads=heads)
+    assert_close(ablated_logits(factory, case, model), expected_logits(case), "the logits, with that z not finite,")
+
+
+@check(
     "oracle.mean",
     "Mean imputation gives the logits of a model whose bias gains the head's mean times the sum, over the head's "
     "channels, of the block of W_O that reads the head, and in which that block becomes zero.",
@@ -96,22 +124,22 @@ def expected_logits(case: Case) -> Tensor:
     if case.imputation == "zero":
         apply_surgery(model, case.heads)
     else:
-        layers = find_heads(model).layers
+        found = find_heads(model)
         for index, group in groupby(sorted(case.heads), key=itemgetter(0)):
             with recorded_inputs(model) as calls:
                 run(model, case.inputs())
             z = calls[index][0].double()
-            means = {(index, head): z[..., layers[index].channels(head)].mean().item() for _, head in group}
+            means = {(index, head): z[..., found.layer(index).channels(head)].mean().item() for _, head in group}
             apply_surgery(model, means, means)
     return run(model, case.inputs())
 
 
 def apply_surgery(model: PreTrainedModel, heads: Iterable[Pair], means: Mapping[Pair, float] | None = None) -> None:
     """Write an ablation into the weights: the head's block of W_O becomes 0, and its mean joins the bias."""
-    layers = find_heads(model).layers
+    found = find_heads(model)
     with torch.no_grad():
         for index, head in heads:
-            projection, block = layers[index].projection, w_o_block(layers[index], head)
+            projection, block = found.layer(index).projection, w_o_block(found.layer(index), head)
             if means is not None:
                 constant = means[index, head] * block.sum(dim=0)
                 bias = projection.bias
@@ -121,8 +149,13 @@ def apply_surgery(model: PreTrainedModel, heads: Iterable[Pair], means: Mapping[
 
 def w_o_block(layer: AttentionLayer, head: int) -> Tensor:
     """Return the block of W_O that reads one head, [head_dim, hidden]: a view of the weight."""
-    weight: Tensor = layer.projection.weight  # type: ignore[assignment]  # Conv1D [in, out], Linear [out, in]
-    by_input = weight if isinstance(layer.projection, Conv1D) else weight.T
+    weight: Tensor = layer.projection.weight  # type: ignore[assignment]
+    return head_block(layer, head, weight)
+
+
+def head_block(layer: AttentionLayer, head: int, weight: Tensor) -> Tensor:
+    """Return the block that belongs to one head, [head_dim, hidden], of a tensor of the shape of W_O: a view."""
+    by_input = weight if isinstance(layer.projection, Conv1D) else weight.T  # Conv1D [in, out], Linear [out, in]
     return by_input[layer.channels(head)]
 
 

@@ -42,6 +42,12 @@ FEATURES = {
     "inputs can be recorded; a `forward` that is replaced on the class is too late for that",
     "restores": "leaving the model as it was found, once closed",
     "single_forward": "running the model once for each ablated run",
+    "gradients": "logits that can be differentiated with respect to the weights of the given model; not tried if the "
+    "logits that `run` returns do not require gradients",
+    "checkpointing": "gradients under gradient checkpointing",
+    "non_finite": "replacing z where it is NaN or infinite, too; arithmetic such as `z * 0` does not",
+    "later_patches": "keeping a `forward` that the user puts in the place of a projection's while it is open",
+    "copies": "a model whose copy, made while heads are ablated, has no ablation",
     "validation": "refusing heads and imputations that do not exist",
 }
 

@@ -9,13 +9,24 @@ from typing import Literal
 
 import pytest
 
-from ablation.checks import hygiene, identity, independence, locality, oracles, refusal, smoke
+from ablation.checks import (
+    gradients,
+    hygiene,
+    identity,
+    independence,
+    layouts,
+    locality,
+    masks,
+    oracles,
+    refusal,
+    smoke,
+)
 from ablation.checks.cases import Case
 from ablation.checks.check import Check, isolated_process_state, unsupported_features
 from ablation.checks.protocol import Factory
 from ablation.checks.signature import signature_problem
 
-CHAPTERS = (smoke, identity, locality, independence, oracles, hygiene, refusal)
+CHAPTERS = (smoke, identity, locality, independence, masks, oracles, layouts, gradients, hygiene, refusal)
 
 CHECKS: tuple[Check, ...] = tuple(
     found for chapter in CHAPTERS for found in vars(chapter).values() if isinstance(found, Check)

@@ -1,0 +1,126 @@
+"""Chapter 5, masks: an attention mask means the same in every form, and hidden tokens have no influence."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import replace
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from ablation.checks.assertions import assert_close
+from ablation.checks.cases import Case, CaseSpec
+from ablation.checks.check import check
+from ablation.checks.decoders import VOCABULARY
+from ablation.checks.driving import made, run
+from ablation.checks.observe import WITH_VALUE_PROJECTION
+from ablation.checks.protocol import Factory
+from ablation.heads import find_heads
+
+MASK_DTYPES = (torch.bool, torch.int32, torch.int8, torch.float32)
+PLACES = {"before": (2, 0, 0), "between": (0, 2, 0), "after": (0, 0, 2), "before, between and after": (1, 1, 1)}
+"""Where hidden tokens go: how many before the row, after its first token, and after the row."""
+
+
+@check(
+    "masks.dtype",
+    "A boolean, int32, int8 or float32 attention mask gives the logits of the same mask in int64.",
+    cases=CaseSpec(max_rows=3, ragged=True, max_heads=2, dtypes=("float32",)),
+    needs=("batch", "padding"),
+)
+def dtype(factory: Factory, case: Case) -> None:
+    inputs = case.inputs()
+    real = inputs["attention_mask"].bool()
+    with made(factory, case.model()) as implementation:
+        implementation.ablate(list(case.heads), case.imputation)
+        want = implementation.run(**inputs).clone()
+        for kind in MASK_DTYPES:
+            got = implementation.run(**inputs | {"attention_mask": inputs["attention_mask"].to(kind)})
+            assert_close(got[real], want[real], f"the logits with an attention mask of {kind}, against int64")
+
+
+@check(
+    "masks.single_row",
+    "A row gives the same logits without a mask, with a mask of ones, and with hidden tokens before, between or after "
+    "its own.",
+    cases=CaseSpec(max_heads=2, min_tokens=2),
+    needs=("padding",),
+)
+def single_row(factory: Factory, case: Case) -> None:
+    with made(factory, case.model()) as implementation:
+        implementation.ablate(list(case.heads), case.imputation)
+        alone = implementation.run(torch.tensor(case.rows)).clone()
+        for what, inputs in _forms(case):
+            real = inputs["attention_mask"].bool()
+            got = implementation.run(**inputs)
+            assert_close(got[real], alone[0], f"the logits of one row {what}, against a run without a mask")
+
+
+def _forms(case: Case) -> Iterator[tuple[str, dict[str, Any]]]:
+    """Yield the row of a case in other forms: what is added, and the inputs, with positions that count real tokens."""
+    (row,) = case.rows
+    yield "with a mask of ones", case.inputs()
+    for name, (before, between, after) in PLACES.items():
+        hidden = [(token + 5) % VOCABULARY for token in row]
+        ids = [*hidden[:before], row[0], *hidden[:between], *row[1:], *hidden[:after]]
+        mask = torch.tensor([[*[0] * before, 1, *[0] * between, *[1] * (len(row) - 1), *[0] * after]])
+        yield (
+            f"with hidden tokens {name}",
+            {
+                "input_ids": torch.tensor([ids]),
+                "attention_mask": mask,
+                "position_ids": (mask.cumsum(dim=1) - 1).clamp(min=0),
+                "use_cache": False,
+            },
+        )
+
+
+@check(
+    "masks.empty_row",
+    "A row of padding only does not change the logits of the other rows.",
+    cases=CaseSpec(max_rows=3, ragged=True, max_heads=2, dtypes=("float32",)),
+    needs=("batch", "padding"),
+)
+def empty_row(factory: Factory, case: Case) -> None:
+    inputs = case.inputs()
+    real = inputs["attention_mask"].bool()
+    place = case.rows[0][0] % (len(case.rows) + 1)
+    others = [row for row in range(len(case.rows) + 1) if row != place]
+
+    def inserted(rows: Tensor) -> Tensor:
+        return torch.cat([rows[:place], torch.zeros_like(rows[:1]), rows[place:]])
+
+    longer = {name: inserted(given) if isinstance(given, Tensor) else given for name, given in inputs.items()}
+    with made(factory, case.model()) as implementation:
+        implementation.ablate(list(case.heads), case.imputation)
+        want = implementation.run(**inputs).clone()
+        got = implementation.run(**longer)[others]
+    assert_close(got[real], want[real], f"the logits of the other rows, with row {place} of padding only")
+
+
+@check(
+    "masks.non_finite",
+    "NaN in the z of padding does not reach the logits of real tokens.",
+    cases=CaseSpec(families=WITH_VALUE_PROJECTION, max_rows=3, ragged=True, dtypes=("float32",)),
+    needs=("batch", "padding", "non_finite"),
+)
+def non_finite(factory: Factory, case: Case) -> None:
+    """Queries of padding become NaN in the last layer, above which tokens do not see each other."""
+    inputs, model = case.inputs(), case.model()
+    real = inputs["attention_mask"].bool()
+    last = find_heads(model).layers[-1]
+    case = replace(case, heads=((last.index, case.heads[0][1]),))
+    with made(factory, model) as implementation:
+        implementation.ablate(list(case.heads), case.imputation)
+        want = implementation.run(**inputs).clone()
+
+    def spoil(module: Any, args: Any, out: Tensor) -> Tensor:
+        return out.masked_fill(~real[..., None], float("nan"))
+
+    last.block.get_submodule("self_attn.q_proj").register_forward_hook(spoil)
+    assert_close(run(model, inputs)[real], run(case.model(), inputs)[real], "the logits of the model itself")
+    with made(factory, model) as implementation:
+        implementation.ablate(list(case.heads), case.imputation)
+        got = implementation.run(**inputs)
+    assert_close(got[real], want[real], "the logits of real tokens, with NaN in the z of padding")
