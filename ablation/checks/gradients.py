@@ -57,9 +57,7 @@ def checkpointing(factory: Factory, case: Case) -> None:
         _assert_same_gradients(got, want, f"that without checkpointing (use_reentrant={reentrant})")
 
 
-def _of_implementation(
-    factory: Factory, case: Case, model: PreTrainedModel, *, in_training: bool = False
-) -> Gradients:
+def _of_implementation(factory: Factory, case: Case, model: PreTrainedModel, *, in_training: bool = False) -> Gradients:
     """Return the gradients of an ablated run. in_training: layers are in training mode, which checkpointing needs."""
     weights = dict(model.named_parameters())  # now, before an implementation may rename them
     blocks = [layer.block for layer in find_heads(model).layers]

@@ -15,7 +15,7 @@ from ablation.heads import find_heads
 
 @contextmanager
 def recorded_inputs(model: PreTrainedModel) -> Iterator[dict[int, list[Tensor]]]:
-    """Record, for each layer with heads, copies of the inputs of its projection, [rows, tokens, num_heads * head_dim] each.
+    """Record copies of the inputs of each projection, [rows, tokens, num_heads * head_dim], by layer index.
 
     It wraps the projection's own `forward`, which runs after all hooks. If it is entered before an implementation is
     made, it also runs after a `forward` that the implementation puts in its place.

@@ -31,7 +31,7 @@ class Surgery:
         model = copy.deepcopy(self.original)
         found = find_heads(model)
         for layer, head in map(found.validate, heads):
-            projection, channels = found.layers[layer].projection, found.layers[layer].channels(head)
+            projection, channels = found.layer(layer).projection, found.layer(layer).channels(head)
             with torch.no_grad():
                 if isinstance(projection, Conv1D):
                     projection.weight[channels] = 0
