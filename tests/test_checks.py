@@ -11,11 +11,13 @@ from typing import Any, ClassVar
 
 import pytest
 import torch
-from hypothesis import settings
+from hypothesis import given, settings
+from hypothesis import strategies as st
 
 from ablation.checks import CHECKS, Case, Decoder, Record, check_implementation, reproduce
 from ablation.checks.assertions import assert_identical
 from ablation.checks.cases import CaseSpec
+from ablation.checks.decoders import LAYOUTS
 from ablation.checks.protocol import FEATURES
 from ablation.checks.runner import NOTHING_TRIED, requirements_table
 from ablation.heads import AttentionLayer, find_heads
@@ -290,6 +292,51 @@ def test_unsupported_dtype_is_not_drawn() -> None:
     assert set(drawn) == {"float32", "bfloat16"}
     check = replace(check, cases=CaseSpec(dtypes=("float64",)))
     assert check.skip_reason(NoDoubles) == "does not support 'float64': never tried"
+
+
+class Inexact(Rounding):
+    """Declares that it rounds differently."""
+
+    unsupported: ClassVar[dict[str, str]] = {"exact": "it rounds"}
+
+
+class Wrong(Inexact):
+    """Differs by more than rounding."""
+
+    def run(self, *args: Any, **inputs: Any) -> torch.Tensor:
+        return super().run(*args, **inputs) * (1 + 1e-3)
+
+
+def test_inexact_implementation_may_round_and_no_more() -> None:
+    reproduce("identity", Inexact, SMALLEST_CASE)
+    with pytest.raises(AssertionError, match="the logits before anything is ablated: "):
+        reproduce("identity", Wrong, SMALLEST_CASE)
+
+
+class WithoutGraph(Ours):
+    """Runs under torch.no_grad(), as most adapters do."""
+
+    def run(self, *args: Any, **inputs: Any) -> torch.Tensor:
+        with torch.no_grad():
+            return super().run(*args, **inputs)
+
+
+def test_gradients_are_tried_only_if_run_returns_them() -> None:
+    check = next(check for check in CHECKS if check.id == "gradients.zero")
+    reason = "does not support 'gradients': the logits that run returns do not require gradients"
+    assert check.skip_reason(WithoutGraph) == reason
+    assert check.skip_reason(Ours) is None
+
+
+@pytest.mark.parametrize("family", LAYOUTS)
+@settings(max_examples=10, deadline=None)
+@given(data=st.data())
+def test_cases_name_heads_that_the_decoder_has(family: str, data: Any) -> None:
+    spec = CaseSpec(families=(family,), max_heads=4, min_layers=2)
+    for case in (*spec.simplest(), data.draw(spec.strategy())):
+        assert case.heads and set(case.heads) <= set(find_heads(case.decoder.shared()))
+        assert case.decoder.heads() == list(find_heads(case.decoder.shared()))
+        assert case.another_head() in case.decoder.heads()
 
 
 class Misspelt(Ours):

@@ -5,6 +5,9 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from ablation.checks.check import unsupported_features
+from ablation.checks.protocol import Factory
+
 # Bits are compared only between calls with the same shapes, which run the same kernels. Logits of up to 5.2 from
 # kernels for another number of rows differ as follows (400 random decoders of each dtype; eps at their size):
 #
@@ -34,6 +37,12 @@ def assert_close(got: Tensor, want: Tensor, what: str) -> None:
     wrong = ~((got - want).abs() <= atol)
     if wrong.any():
         raise AssertionError(f"{what}: {_describe_difference(got, want, wrong)} (tolerance {atol:.1e})")
+
+
+def assert_equals_bare(factory: Factory, got: Tensor, want: Tensor, what: str) -> None:
+    """Assert that an implementation gives the bits of the bare model, or its logits up to rounding if not "exact"."""
+    __tracebackhide__ = True
+    (assert_close if "exact" in unsupported_features(factory) else assert_identical)(got, want, what)
 
 
 def _assert_same_shape(got: Tensor, want: Tensor, what: str) -> None:

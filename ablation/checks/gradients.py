@@ -25,8 +25,8 @@ Gradients = dict[str, Tensor]
 
 @check(
     "gradients.zero",
-    "Under zero imputation, the gradients are those of a model whose W_O has zeros where it reads the head, and zero in "
-    "that block of W_O.",
+    "Under zero imputation, the gradients are those of a model whose W_O has zeros where it reads the head, and zero "
+    "in that block of W_O.",
     cases=CaseSpec(imputations=("zero",), max_heads=4, max_rows=2),
     needs=("zero", "gradients"),
 )

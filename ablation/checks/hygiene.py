@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import copy
 import random
-from functools import partial
 from typing import Any
 
 import numpy as np
@@ -140,7 +139,7 @@ def _edit(projections: list[nn.Module]) -> tuple[list[Any], list[Any]]:
 
 @check(
     "hygiene.later_patch",
-    "A `forward` that the user puts in the place of a projection's while heads are ablated takes effect in each run, and "
+    "A `forward` that the user puts in the place of a projection's while heads are ablated is called in each run, and "
     "remains after close.",
     cases=CaseSpec(imputations=("zero",), dtypes=("float32",)),
     needs=("zero", "observable", "later_patches"),
@@ -162,12 +161,12 @@ def later_patch(factory: Factory, case: Case) -> None:
 
 def _patch(projections: list[nn.Module]) -> None:
     """Replace the `forward` of each projection by one that triples its output."""
-
-    def tripled(forward: Any, *args: Any, **kwargs: Any) -> Any:
-        return 3 * forward(*args, **kwargs)
-
     for projection in projections:
-        projection.forward = partial(tripled, projection.forward)
+
+        def tripled(z: torch.Tensor, forward: Any = projection.forward) -> torch.Tensor:
+            return 3 * forward(z)
+
+        projection.forward = tripled  # type: ignore[method-assign]
 
 
 @check(

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from ablation.checks.assertions import assert_identical
+from ablation.checks.assertions import assert_equals_bare, assert_identical
 from ablation.checks.cases import Case, CaseSpec
 from ablation.checks.check import check, unsupported_features
 from ablation.checks.driving import decode_with_cache, made, run
@@ -30,6 +30,8 @@ def identity_padded(factory: Factory, case: Case) -> None:
 
 
 def _assert_identity(factory: Factory, case: Case) -> None:
+    if "exact" in unsupported_features(factory) and case.decoder.dtype == "bfloat16":
+        return  # too coarse to tell rounding from a wrong logit
     model, inputs = case.model(), case.inputs()
     without_mask = {"input_ids": inputs["input_ids"], "use_cache": False}
     without_positions = {name: value for name, value in inputs.items() if name != "position_ids"}
@@ -38,16 +40,15 @@ def _assert_identity(factory: Factory, case: Case) -> None:
     with made(factory, model) as implementation:
 
         def assert_unchanged(when: str) -> None:
-            assert_identical(implementation.run(**inputs)[real], bare[real], f"the logits {when}")
+            assert_equals_bare(factory, implementation.run(**inputs)[real], bare[real], f"the logits {when}")
 
         assert_unchanged("before anything is ablated")
         if "cache" not in unsupported_features(factory):
             of_model = decode_with_cache(lambda **piece: run(model, piece), case)
             of_implementation = decode_with_cache(implementation.run, case)
             for (name, here, want), (_, _, got) in zip(of_model, of_implementation, strict=True):
-                assert_identical(
-                    got[real[:, here]], want[real[:, here]], f"the logits of {name}, decoded with a cache,"
-                )
+                what = f"the logits of {name}, decoded with a cache,"
+                assert_equals_bare(factory, got[real[:, here]], want[real[:, here]], what)
         implementation.ablate([], case.imputation)
         assert_unchanged("with an empty set of heads")
         implementation.ablate(list(case.heads), case.imputation)
@@ -58,7 +59,7 @@ def _assert_identity(factory: Factory, case: Case) -> None:
         implementation.clear()
         assert_unchanged("after clear()")
         got, want = implementation.run(**without_mask), run(model, without_mask)
-        assert_identical(got, want, "the logits without an attention mask")
+        assert_equals_bare(factory, got, want, "the logits without an attention mask")
         got, want = implementation.run(**without_positions), run(model, without_positions)
-        assert_identical(got[real], want[real], "the logits without position_ids")
+        assert_equals_bare(factory, got[real], want[real], "the logits without position_ids")
     assert_identical(run(model, inputs)[real], bare[real], "the logits of the model after close()")

@@ -197,8 +197,7 @@ def many_rows(factory: Factory, case: Case) -> None:
 
 @check(
     "independence.gradient_mode",
-    "A run gives the same logits with gradients enabled, under torch.no_grad() and under torch.inference_mode(), in any "
-    "order.",
+    "A run gives the same logits with gradients enabled, under torch.no_grad() and under torch.inference_mode().",
     cases=CaseSpec(max_heads=2, dtypes=("float32",)),
 )
 def gradient_mode(factory: Factory, case: Case) -> None:
@@ -222,7 +221,7 @@ def gradient_mode(factory: Factory, case: Case) -> None:
 
 @check(
     "independence.threads",
-    "In a worker thread, ablating and running gives the logits of the main thread, wherever the implementation was made.",
+    "An implementation gives the same logits in a worker thread that ablates and runs, even if it was made elsewhere.",
     cases=CaseSpec(max_heads=2, dtypes=("float32",)),
 )
 def threads(factory: Factory, case: Case) -> None:

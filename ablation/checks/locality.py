@@ -65,8 +65,8 @@ def locality_user_hooks(factory: Factory, case: Case) -> None:
 
 @check(
     "locality.non_finite",
-    "The value of a head does not depend on another head of its layer whose z is NaN or infinite, and which stays as it "
-    "is.",
+    "NaN or infinity in the z of one head does not change what replaces another head, and stays unless its own head is "
+    "ablated.",
     cases=CaseSpec(families=WITH_VALUE_PROJECTION, min_layer_heads=4),  # at most three share their values
     needs=("observable", "single_forward", "non_finite"),
 )

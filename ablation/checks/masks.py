@@ -85,25 +85,28 @@ def _forms(case: Case) -> Iterator[tuple[str, dict[str, Any]]]:
 def empty_row(factory: Factory, case: Case) -> None:
     inputs = case.inputs()
     real = inputs["attention_mask"].bool()
-    place = case.rows[0][0] % (len(case.rows) + 1)
-    others = [row for row in range(len(case.rows) + 1) if row != place]
 
-    def inserted(rows: Tensor) -> Tensor:
-        return torch.cat([rows[:place], torch.zeros_like(rows[:1]), rows[place:]])
+    def extended(given: Any, first: bool) -> Any:
+        if not isinstance(given, Tensor):
+            return given
+        empty = torch.zeros_like(given[:1])
+        return torch.cat([empty, given] if first else [given, empty])
 
-    longer = {name: inserted(given) if isinstance(given, Tensor) else given for name, given in inputs.items()}
     with made(factory, case.model()) as implementation:
         implementation.ablate(list(case.heads), case.imputation)
         want = implementation.run(**inputs).clone()
-        got = implementation.run(**longer)[others]
-    assert_close(got[real], want[real], f"the logits of the other rows, with row {place} of padding only")
+        for first in (True, False):
+            logits = implementation.run(**{name: extended(given, first) for name, given in inputs.items()})
+            got = logits[1:] if first else logits[:-1]
+            what = f"the logits of the other rows, with a row of padding only {'before' if first else 'after'} them,"
+            assert_close(got[real], want[real], what)
 
 
 @check(
     "masks.non_finite",
     "NaN in the z of padding does not reach the logits of real tokens.",
     cases=CaseSpec(families=WITH_VALUE_PROJECTION, max_rows=3, ragged=True, dtypes=("float32",)),
-    needs=("batch", "padding", "non_finite"),
+    needs=("batch", "padding", "observable", "non_finite"),
 )
 def non_finite(factory: Factory, case: Case) -> None:
     """Queries of padding become NaN in the last layer, above which tokens do not see each other."""

@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 from transformers.pytorch_utils import Conv1D
 
-from ablation.checks.assertions import assert_close, assert_identical
+from ablation.checks.assertions import assert_close, assert_equals_bare
 from ablation.checks.cases import Case, CaseSpec
 from ablation.checks.check import check, unsupported_features
 from ablation.checks.decoders import VOCABULARY
@@ -217,7 +217,7 @@ def unread_head(factory: Factory, case: Case) -> None:
         clean = implementation.run(**case.inputs())
         implementation.ablate(list(case.heads), case.imputation)
         ablated = implementation.run(**case.inputs())
-    assert_identical(ablated, clean, "the logits, with W_O's block of the ablated head set to 0,")
+    assert_equals_bare(factory, ablated, clean, "the logits, with W_O's block of the ablated head set to 0,")
 
 
 @check(

@@ -38,6 +38,8 @@ FEATURES = {
     "batch": "several rows at once",
     "padding": "batches with padding, given an attention mask",
     "cache": "decoding with a key/value cache, with no head ablated and under zero imputation",
+    "exact": "computing the logits by the model's own kernels, on the shapes that they are given; without it, logits are "
+    "compared with the model's up to rounding",
     "observable": "running the modules of the given model itself, and changing z before their `forward`, so that their "
     "inputs can be recorded; a `forward` that is replaced on the class is too late for that",
     "restores": "leaving the model as it was found, once closed",

@@ -78,11 +78,11 @@ class CleanMeans(Reference):
     def forward(self, input_ids: Tensor, **inputs: Any) -> Tensor:
         if self.imputation == "mean" and self.heads:
             heads, self.heads = self.heads, []
-            self.means: list[list[Tensor]] = []
+            self.means: dict[int, list[Tensor]] = {}
             handles: list[RemovableHandle] = []
             try:
-                for projection in self.projections():
-                    handles.append(projection.register_forward_pre_hook(self.measure))
+                for layer, projection in enumerate(self.projections()):
+                    handles.append(projection.register_forward_pre_hook(partial(self.measure, layer)))
                 super().forward(input_ids, **inputs)
             finally:
                 self.heads = heads
@@ -90,9 +90,11 @@ class CleanMeans(Reference):
                     handle.remove()
         return super().forward(input_ids, **inputs)
 
-    def measure(self, module: nn.Module, args: tuple[Any, ...]) -> None:
+    def measure(self, layer: int, module: nn.Module, args: tuple[Any, ...]) -> None:
         z = args[0]
-        self.means.append([super(CleanMeans, self).mean(head, self.real) for head in z.split(self.head_dim(z), dim=-1)])
+        self.means[layer] = [
+            super(CleanMeans, self).mean(head, self.real) for head in z.split(self.head_dim(z), dim=-1)
+        ]
 
     def hook(self, layer: int, module: nn.Module, args: tuple[Any, ...]) -> Any:
         self.layer = layer
@@ -451,6 +453,7 @@ class BatchRows(Reference):
 
     unsupported: ClassVar[dict[str, str]] = {
         "observable": "each projection receives twice as many rows",
+        "exact": "kernels for twice as many rows may round differently",
         "cache": "a cache holds no clean rows",
     }
 

@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 import random
-from typing import Any
+import threading
+from typing import Any, ClassVar
 
 import numpy as np
 import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
+from tests.mutants.correct_variants import FunctionMode, Linears
 from tests.mutants.mutant import Mutant
 
 
@@ -103,3 +105,34 @@ class HooksOnAllModules(Mutant):
     def install(self) -> None:
         super().install()
         nn.modules.module.register_module_forward_pre_hook(lambda *_: None)
+
+
+class ModeOfOneThread(Mutant):
+    """Edits torch's linear functions in a mode that it enters when it is made, in the thread that makes it only."""
+
+    source = "Soup#260"
+    expected_check = "independence.threads"
+    unsupported: ClassVar[dict[str, str]] = {"observable": "z changes within the projection's `forward`"}
+
+    def install(self) -> None:
+        self.mode = Linears(self.edit)
+        self.mode.__enter__()
+
+    def remove(self) -> None:
+        self.mode.__exit__(None, None, None)
+
+    def forward(self, input_ids: Tensor, **inputs: Any) -> Tensor:
+        self.shape = input_ids.shape
+        return super().forward(input_ids, **inputs)
+
+    edit = FunctionMode.edit
+
+
+class MainThreadOnly(Mutant):
+    """Does nothing outside of the main thread."""
+
+    expected_check = "independence.threads"
+
+    def targets(self, layer: int) -> list[int]:
+        here = threading.current_thread() is threading.main_thread()
+        return super().targets(layer) if here else []
