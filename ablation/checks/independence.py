@@ -301,7 +301,8 @@ def cache_padded(factory: Factory, case: Case) -> None:
     needs=("zero", "cache"),
 )
 def cache_kept(factory: Factory, case: Case) -> None:
-    past, length = DynamicCache(config=case.decoder.shared().config), len(case.rows[0])
+    past: Any = DynamicCache(config=case.decoder.shared().config)
+    length = len(case.rows[0])
     with made(factory, case.model()) as implementation:
         implementation.run(**piece(case, past, 0, length - 1))
         before = [(layer.keys.clone(), layer.values.clone()) for layer in past.layers]

@@ -38,7 +38,7 @@ FEATURES = {
     "batch": "several rows at once",
     "padding": "batches with padding, given an attention mask",
     "cache": "decoding with a key/value cache, with no head ablated and under zero imputation",
-    "exact": "computing the logits by the model's own kernels, on the shapes that they are given; without it, logits are "
+    "exact": "computing the logits by the model's own kernels, on the shapes that they are given; without it, they are "
     "compared with the model's up to rounding",
     "observable": "running the modules of the given model itself, and changing z before their `forward`, so that their "
     "inputs can be recorded; a `forward` that is replaced on the class is too late for that",

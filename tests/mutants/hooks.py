@@ -445,7 +445,7 @@ class LaterHookOverruled(Mutant):
 
     def forward(self, input_ids: Tensor, **inputs: Any) -> Tensor:
         handles = [
-            projection.register_forward_hook(lambda module, args, out: module.forward(*args))
+            projection.register_forward_hook(self.again)
             for layer, projection in enumerate(self.projections())
             if self.targets(layer)
         ]
@@ -454,6 +454,11 @@ class LaterHookOverruled(Mutant):
         finally:
             for handle in handles:
                 handle.remove()
+
+    def again(self, module: nn.Module, args: tuple[Any, ...], out: Tensor) -> Tensor:
+        weight: Any = module.weight if self.config.model_type == "gpt2" else module.weight.T  # [in, out]
+        product: Tensor = args[0] @ weight
+        return product if module.bias is None else product + module.bias
 
 
 class LaterHooksRemoved(Mutant):

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import random
 import threading
-from typing import Any, ClassVar
+from contextlib import ExitStack
+from typing import Any
 
 import numpy as np
 import torch
@@ -13,6 +14,7 @@ from transformers import PreTrainedModel
 
 from tests.mutants.correct_variants import FunctionMode, Linears
 from tests.mutants.mutant import Mutant
+from tests.mutants.reference import Reference
 
 
 class GradientsOff(Mutant):
@@ -107,25 +109,21 @@ class HooksOnAllModules(Mutant):
         nn.modules.module.register_module_forward_pre_hook(lambda *_: None)
 
 
-class ModeOfOneThread(Mutant):
+class ModeOfOneThread(Mutant, FunctionMode):
     """Edits torch's linear functions in a mode that it enters when it is made, in the thread that makes it only."""
 
-    source = "Soup#260"
     expected_check = "independence.threads"
-    unsupported: ClassVar[dict[str, str]] = {"observable": "z changes within the projection's `forward`"}
 
     def install(self) -> None:
-        self.mode = Linears(self.edit)
-        self.mode.__enter__()
+        self.mode = ExitStack()
+        self.mode.enter_context(Linears(self.edit))
 
     def remove(self) -> None:
-        self.mode.__exit__(None, None, None)
+        self.mode.close()
 
     def forward(self, input_ids: Tensor, **inputs: Any) -> Tensor:
         self.shape = input_ids.shape
-        return super().forward(input_ids, **inputs)
-
-    edit = FunctionMode.edit
+        return Reference.forward(self, input_ids, **inputs)
 
 
 class MainThreadOnly(Mutant):

@@ -160,7 +160,7 @@ class ChunksOfFour(Mutant):
 class SixtyFourTokens(Mutant):
     """Ablates the first block of 64 tokens of a long prompt."""
 
-    expected_check = "oracle.zero_long"
+    expected_check = "oracle.long_prompt"
 
     def replace_heads(self, z: Tensor, heads: list[int]) -> Tensor:
         return torch.cat([super().replace_heads(z[:, :64], heads), z[:, 64:]], dim=1)

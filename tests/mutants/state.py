@@ -567,4 +567,4 @@ class CopyAblated(Mutant):
 
     source = "ndif-team/nnsight#723"
     expected_check = "hygiene.copies"
-    __deepcopy__ = None
+    __deepcopy__ = None  # type: ignore[assignment]
