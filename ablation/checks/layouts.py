@@ -17,7 +17,7 @@ from ablation.checks.protocol import Factory
 
 @check(
     "layouts.sliding_window",
-    "The oracles also hold in a model whose sliding window is smaller than the prompt.",
+    "Each oracle also holds in a model whose sliding window is smaller than the prompt.",
     cases=CaseSpec(families=("gemma3",), dtypes=("float32",), max_heads=2, min_tokens=5),
 )
 def sliding_window(factory: Factory, case: Case) -> None:
@@ -26,7 +26,7 @@ def sliding_window(factory: Factory, case: Case) -> None:
 
 @check(
     "layouts.hybrid",
-    "The oracles also hold in a model in which some layers have no attention heads, and are counted all the same.",
+    "Each oracle also holds in a model in which some layers have no attention heads, and are counted all the same.",
     cases=CaseSpec(families=("lfm2",), dtypes=("float32",), max_heads=2, min_layers=4, min_tokens=2),
 )
 def hybrid(factory: Factory, case: Case) -> None:
@@ -35,7 +35,7 @@ def hybrid(factory: Factory, case: Case) -> None:
 
 @check(
     "layouts.vision",
-    "The oracles also hold in a vision-language model that is given text, and layers are those of its text decoder.",
+    "Each oracle also holds in a vision-language model that is given text, and layers are those of its text decoder.",
     cases=CaseSpec(families=("gemma3_vision",), dtypes=("float32",), max_heads=2, min_tokens=2),
 )
 def vision(factory: Factory, case: Case) -> None:

@@ -98,7 +98,7 @@ def empty_row(factory: Factory, case: Case) -> None:
         for first in (True, False):
             logits = implementation.run(**{name: extended(given, first) for name, given in inputs.items()})
             got = logits[1:] if first else logits[:-1]
-            what = f"the logits of the other rows, with a row of padding only {'before' if first else 'after'} them,"
+            what = f"the logits of the other rows, with a row of padding only {'before' if first else 'after'} them"
             assert_close(got[real], want[real], what)
 
 

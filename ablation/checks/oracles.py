@@ -73,7 +73,7 @@ def non_finite(factory: Factory, case: Case) -> None:
     if len(heads) > 1 and "multiple_heads" in unsupported_features(factory):
         return  # heads that share their values are NaN together
     case = replace(case, heads=heads)
-    assert_close(ablated_logits(factory, case, model), expected_logits(case), "the logits, with that z not finite,")
+    assert_close(ablated_logits(factory, case, model), expected_logits(case), "the logits, with that z not finite")
 
 
 @check(
@@ -100,7 +100,7 @@ def mean_sets(factory: Factory, case: Case) -> None:
 
 @check(
     "oracle.long_prompt",
-    "The oracles also hold for a prompt of more than 64 tokens.",
+    "Each oracle also holds for a prompt of more than 64 tokens.",
     cases=CaseSpec(dtypes=("float32",)),
 )
 def long_prompt(factory: Factory, case: Case) -> None:
