@@ -17,7 +17,8 @@ from ablation.checks.protocol import Factory
 
 @check(
     "layouts.sliding_window",
-    "Each oracle also holds in a model whose sliding window is smaller than the prompt.",
+    "In a model whose sliding window is smaller than the prompt, an ablation gives the logits of the same ablation "
+    "written into the weights.",
     cases=CaseSpec(families=("gemma3",), dtypes=("float32",), max_heads=2, min_tokens=5),
 )
 def sliding_window(factory: Factory, case: Case) -> None:
@@ -26,7 +27,8 @@ def sliding_window(factory: Factory, case: Case) -> None:
 
 @check(
     "layouts.hybrid",
-    "Each oracle also holds in a model in which some layers have no attention heads, and are counted all the same.",
+    "In a model in which some layers have no attention heads, these layers are counted, too, and an ablation gives the "
+    "logits of the same ablation written into the weights.",
     cases=CaseSpec(families=("lfm2",), dtypes=("float32",), max_heads=2, min_layers=4, min_tokens=2),
 )
 def hybrid(factory: Factory, case: Case) -> None:
@@ -35,7 +37,8 @@ def hybrid(factory: Factory, case: Case) -> None:
 
 @check(
     "layouts.vision",
-    "Each oracle also holds in a vision-language model that is given text, and layers are those of its text decoder.",
+    "In a vision-language model that is given text, layers are those of the text decoder, and an ablation gives the "
+    "logits of the same ablation written into the weights.",
     cases=CaseSpec(families=("gemma3_vision",), dtypes=("float32",), max_heads=2, min_tokens=2),
 )
 def vision(factory: Factory, case: Case) -> None:

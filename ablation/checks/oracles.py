@@ -100,7 +100,7 @@ def mean_sets(factory: Factory, case: Case) -> None:
 
 @check(
     "oracle.long_prompt",
-    "Each oracle also holds for a prompt of more than 64 tokens.",
+    "With a prompt of more than 64 tokens, an ablation gives the logits of the same ablation written into the weights.",
     cases=CaseSpec(dtypes=("float32",)),
 )
 def long_prompt(factory: Factory, case: Case) -> None:

@@ -48,7 +48,7 @@ FEATURES = {
     "logits that `run` returns do not require gradients",
     "checkpointing": "gradients under gradient checkpointing",
     "non_finite": "replacing z where it is NaN or infinite, too; arithmetic such as `z * 0` does not",
-    "later_patches": "keeping a `forward` that the user puts in the place of a projection's while it is open",
+    "later_patches": "keeping a `forward` that the user puts in the place of a projection's while heads are ablated",
     "copies": "a model whose copy, made while heads are ablated, has no ablation",
     "validation": "refusing heads and imputations that do not exist",
 }
@@ -78,6 +78,8 @@ class Implementation(Protocol):
 
     def run(self, input_ids: Tensor, attention_mask: Tensor | None = None, **inputs: Any) -> Tensor:
         """Return the logits, [rows, tokens, vocabulary], in a tensor that later runs do not write to.
+
+        Gradients are checked if the logits require them; an adapter may as well run under torch.no_grad().
 
         inputs: for the model: position_ids and use_cache, and a key/value cache under the name CACHE unless "cache" is
         unsupported.
