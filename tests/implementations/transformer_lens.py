@@ -9,6 +9,9 @@ split apart (joint_qkv_attention.py:376). In float64 that is 1e-7, for the softm
 and Mixtral (position_embeddings_attention.py:591), never for GPT-NeoX
 (joint_qkv_position_embeddings_attention.py:208).
 
+It fails identity.padded: without position_ids, it counts positions by the attention mask (model_bridge/
+transformer_bridge.py:2253), which the model itself does not.
+
 Its attention looks for the key/value cache as `past_key_values` (model_bridge/generalized_components/attention.py:433).
 Since transformers 5.24, which calls it `cache`, it finds none, and each decoded piece attends to itself only.
 """
