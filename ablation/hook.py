@@ -67,11 +67,11 @@ class HeadAblation:
     The hooks never write into a tensor that they receive. Leaving, also by an exception, removes these hooks and
     changes nothing else. The context manager can be entered again.
 
-    Only forward passes in the thread that entered the context manager are ablated; a worker thread has to enter one
-    itself. Copies and pickles of the model carry no ablation. Until the exit, code compiled by `torch.compile` runs
-    eagerly in the whole process, since compiled code may omit hooks. The model may be in training mode. Layers that
-    gradient checkpointing runs again in `backward()` are ablated as in the forward pass; call `backward()` before the
-    exit.
+    An ablation acts in the thread that set it: forward passes in other threads are not ablated, so a worker thread
+    calls `ablate` itself. Copies and pickles of the model carry no ablation. Until the exit, code compiled by
+    `torch.compile` runs eagerly in the whole process, since compiled code may omit hooks. The model may be in training
+    mode. Layers that gradient checkpointing runs again in `backward()` are ablated as in the forward pass; call
+    `backward()` before the exit.
 
     heads: the `HeadMap` of the model. edits: {layer: edits} in force; empty if nothing is ablated.
 
@@ -83,7 +83,7 @@ class HeadAblation:
         self.edits: Mapping[int, Sequence[Edit]] = {}
         self._model = model
         self._installed: ExitStack | None = None
-        self._thread: int | None = None
+        self.thread: int | None = None
         self._reset()
 
     def _reset(self) -> None:
@@ -126,7 +126,7 @@ class HeadAblation:
             hooks.callback(register(self._model, self._verify_decoder_ran, owner=self, after=True))
             hooks.enter_context(compiled_code_runs_eagerly())
             self._installed = hooks.pop_all()
-        self._thread = threading.get_ident()
+        self.thread = threading.get_ident()
         return self
 
     def __exit__(self, kind: type[BaseException] | None = None, *_: object) -> None:
@@ -153,7 +153,7 @@ class HeadAblation:
             owner._uninstall()
 
     def ablate(self, heads: Iterable[tuple[int, int]], imputation: str | Imputation = "zero") -> None:
-        """Ablate these (layer, head) pairs, and no others, in every row of every following forward pass.
+        """Ablate these (layer, head) pairs, and no others, in every row of this thread's following forward passes.
 
         Raises InvalidHead, UnknownImputation, and InvalidAblation outside of `with`: the previous heads stay in force.
         Raises AblationNotApplied if no forward pass has ablated the previous heads: the new ones are in force.
@@ -170,7 +170,7 @@ class HeadAblation:
     def set_edits(self, edits: Mapping[int, Sequence[Edit]]) -> None:
         """Put edits into force: {layer: edits}, each of one row or of all. Raises AblationNotApplied as `ablate`."""
         problem = self._not_applied() if self._pending else None
-        self.edits, self._forward = edits, None
+        self.edits, self._forward, self.thread = edits, None, threading.get_ident()
         self._pending = any(edits.values())
         self._ever_ablated |= self._pending
         if problem is not None:
@@ -227,7 +227,7 @@ class HeadAblation:
         """Return the forward pass that calls a projection now, which may be one that backward() recomputes in part."""
         task = _backward_task()
         if task is None:
-            if threading.get_ident() != self._thread:
+            if threading.get_ident() != self.thread:
                 return None
             forward = self._forward or _Forward(self.edits, None, self._receipt, False)  # a layer called by itself
             forward.checkpointed |= forward.grad and (not torch.is_grad_enabled() or _is_recorded_for_recomputing())
@@ -237,7 +237,7 @@ class HeadAblation:
             if layer.index not in forward.recomputed:
                 forward.recomputed.add(layer.index)
                 return replace(forward, receipt=Receipt(self.heads.num_layers))
-        if self._ever_ablated and _is_own_or_autograd_thread(self._thread):
+        if self._ever_ablated and _is_own_or_autograd_thread(self.thread):
             raise AblationNotApplied(
                 f"backward() runs {layer.projection_name} again, for a forward pass that began before this ablation "
                 "was entered: call its backward() before"

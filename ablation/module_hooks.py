@@ -6,7 +6,7 @@ import threading
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from functools import partial
-from typing import Any
+from typing import Any, Protocol
 
 import torch
 from torch import nn
@@ -17,20 +17,23 @@ TABLES = ("_forward_pre_hooks", "_forward_hooks")
 """Where a module keeps its hooks: {id: hook}. A hook with options has its id in further tables of the same kind."""
 
 
+class Owner(Protocol):
+    """An ablation. thread: the thread in which its hooks act."""
+
+    thread: int | None
+
+
 class OwnedHook:
-    """A hook of an ablation. It acts only in the thread that registered it, unless any_thread is set.
+    """A hook of an ablation. It acts only in the thread of its owner, unless any_thread is set."""
 
-    owner: the `HeadAblation` that it belongs to.
-    """
-
-    def __init__(self, function: Hook, owner: object, any_thread: bool) -> None:
+    def __init__(self, function: Hook, owner: Owner, any_thread: bool) -> None:
         self.owner = owner
         self._function = function
-        self._thread = None if any_thread else threading.get_ident()
+        self._any_thread = any_thread
 
     def __call__(self, *args: Any) -> Any:
         """Call the hook, in its own thread."""
-        return self._function(*args) if self._thread in (None, threading.get_ident()) else None
+        return self._function(*args) if self._any_thread or self.owner.thread == threading.get_ident() else None
 
     def __reduce__(self) -> tuple[Any, ...]:
         """Copy as a hook that does nothing: a module with a `__getstate__` of its own may copy its tables whole."""
@@ -42,7 +45,7 @@ def _do_nothing(*_: object) -> None:
 
 
 def register(
-    module: nn.Module, function: Hook, *, owner: object, after: bool = False, any_thread: bool = False
+    module: nn.Module, function: Hook, *, owner: Owner, after: bool = False, any_thread: bool = False
 ) -> Callable[[], None]:
     """Register a forward pre-hook with keyword arguments, or a forward hook if `after`.
 
@@ -60,14 +63,14 @@ def register(
     return remove
 
 
-def owners(module: nn.Module) -> set[object]:
+def owners(module: nn.Module) -> set[Owner]:
     """Return the ablations that have hooks on a module itself."""
     return {hook.owner for hook in _owned_hooks(module).values()}
 
 
-def remove_owned_hooks(model: nn.Module) -> set[object]:
+def remove_owned_hooks(model: nn.Module) -> set[Owner]:
     """Remove the hooks of all ablations from a model and its parts. Returns the ablations that they belonged to."""
-    found: set[object] = set()
+    found: set[Owner] = set()
     for module in model.modules():
         owned = _owned_hooks(module)
         found |= {hook.owner for hook in owned.values()}

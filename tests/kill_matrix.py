@@ -5,6 +5,7 @@ from __future__ import annotations
 import datetime
 import sys
 from collections.abc import Iterator, Mapping
+from concurrent.futures import ProcessPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -22,13 +23,19 @@ Matrix = Mapping[type[Mutant], Mapping[str, str]]
 
 
 def measured() -> dict[type[Mutant], dict[str, str]]:
-    """Try every check on every mutant."""
+    """Try every check on every mutant, in one process per processor."""
     matrix: dict[type[Mutant], dict[str, str]] = {}
-    with few_examples(examples=EXAMPLES):
-        for mutant in MUTANTS:
-            print(f"{len(matrix) + 1} of {len(MUTANTS)}: {mutant.__name__}", file=sys.stderr)
-            matrix[mutant] = {check.id: _mark(try_check(check, mutant)) for check in CHECKS}
+    with ProcessPoolExecutor() as pool:
+        for mutant, marks in zip(MUTANTS, pool.map(_marks, MUTANTS), strict=True):
+            matrix[mutant] = marks
+            print(f"{len(matrix)} of {len(MUTANTS)}: {mutant.__name__}", file=sys.stderr)
     return matrix
+
+
+def _marks(mutant: type[Mutant]) -> dict[str, str]:
+    """Try every check on one mutant."""
+    with few_examples(examples=EXAMPLES):
+        return {check.id: _mark(try_check(check, mutant)) for check in CHECKS}
 
 
 def _mark(trial: Any) -> str:

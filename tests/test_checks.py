@@ -11,11 +11,13 @@ from typing import Any, ClassVar
 
 import pytest
 import torch
-from hypothesis import settings
+from hypothesis import given, settings
+from hypothesis import strategies as st
 
 from ablation.checks import CHECKS, Case, Decoder, Record, check_implementation, reproduce
 from ablation.checks.assertions import assert_identical
 from ablation.checks.cases import CaseSpec
+from ablation.checks.decoders import LAYOUTS
 from ablation.checks.protocol import FEATURES
 from ablation.checks.runner import NOTHING_TRIED, requirements_table
 from ablation.errors import InvalidDeclaration
@@ -34,7 +36,7 @@ POINTING_WORDS = re.compile(
     r"^(The same|So|Nor|Neither|And|Or|It|This|That|These|They|Likewise|Also)\b|\b(anew|as ever|nor|neither)\b"
 )
 FINITE_VERB = re.compile(
-    r"\b(is|are|does|gives?|equals?|changes?|uses|replaces|keeps|leaves|agrees|holds|stays?|remains|permutes|affects?|depends?)\b"
+    r"\b(is|are|does|gives?|equals?|changes?|uses|replaces|keeps|leaves|agrees|holds|stays?|remains|permutes|affects?|depends?|gets|differ|count)\b"
 )
 
 
@@ -54,8 +56,8 @@ def broken(factory: Any) -> set[str]:
 def test_check_ids_are_unique_and_name_their_chapter() -> None:
     ids = [check.id for check in CHECKS]
     assert len(set(ids)) == len(ids)
-    chapters = ("smoke", "identity", "locality", "independence", "oracle", "hygiene", "refusal")
-    assert list(dict.fromkeys(id.partition(".")[0] for id in ids)) == list(chapters)
+    chapters = "smoke identity locality independence masks oracle layouts gradients hygiene refusal"
+    assert list(dict.fromkeys(id.partition(".")[0] for id in ids)) == chapters.split()
 
 
 @pytest.mark.parametrize("check", CHECKS, ids=lambda check: check.id)
@@ -79,7 +81,7 @@ def test_documented_requirements_are_the_specification() -> None:
 def test_notebook_hook_fails_exactly_where_it_is_wrong() -> None:
     """It writes in place, takes the mean over the whole batch with its padding, and keeps its state in globals.
 
-    It also validates nothing, and leaves hooks behind if it cannot register all of them.
+    It also validates nothing, leaves hooks behind if it cannot register all of them, and ablates copies of the model.
     """
     assert broken(Notebook) == {
         "locality.padded",
@@ -87,6 +89,11 @@ def test_notebook_hook_fails_exactly_where_it_is_wrong() -> None:
         "independence.other_models",
         "independence.rows",
         "independence.padding",
+        "independence.many_rows",
+        "masks.single_row",
+        "masks.empty_row",
+        "masks.non_finite",
+        "hygiene.copies",
         "hygiene.exception",
         "hygiene.lifecycle",
         "refusal.head",
@@ -295,6 +302,45 @@ def test_unsupported_dtype_is_not_drawn() -> None:
     assert check.skip_reason(NoDoubles) == "does not support 'float64': never tried"
 
 
+class Inexact(Rounding):
+    unsupported: ClassVar[dict[str, str]] = {"bit_identity": "it rounds"}
+
+
+class Wrong(Inexact):
+    def run(self, *args: Any, **inputs: Any) -> torch.Tensor:
+        return super().run(*args, **inputs) * (1 + 1e-3)
+
+
+def test_inexact_implementation_may_round_and_no_more() -> None:
+    reproduce("identity", Inexact, SMALLEST_CASE)
+    with pytest.raises(AssertionError, match="the logits before anything is ablated: "):
+        reproduce("identity", Wrong, SMALLEST_CASE)
+
+
+class WithoutGraph(Ours):
+    def run(self, *args: Any, **inputs: Any) -> torch.Tensor:
+        with torch.no_grad():
+            return super().run(*args, **inputs)
+
+
+def test_gradients_are_tried_only_if_run_returns_them() -> None:
+    check = next(check for check in CHECKS if check.id == "gradients.zero")
+    reason = "does not support 'gradients': the logits that run returns do not require gradients"
+    assert check.skip_reason(WithoutGraph) == reason
+    assert check.skip_reason(Ours) is None
+
+
+@pytest.mark.parametrize("family", LAYOUTS)
+@settings(max_examples=10, deadline=None)
+@given(data=st.data())
+def test_cases_name_heads_that_the_decoder_has(family: str, data: Any) -> None:
+    spec = CaseSpec(families=(family,), max_heads=4, min_layers=2)
+    for case in (*spec.simplest(), data.draw(spec.strategy())):
+        assert case.heads and set(case.heads) <= set(find_heads(case.decoder.shared()))
+        assert case.decoder.heads() == list(find_heads(case.decoder.shared()))
+        assert case.another_head() in case.decoder.heads()
+
+
 class Misspelt(Ours):
     """Declares a feature that does not exist."""
 
@@ -347,9 +393,7 @@ def test_incomplete_adapter_is_one_record() -> None:
 
 
 def test_expected_failures_must_name_checks() -> None:
-    with pytest.raises(
-        InvalidDeclaration, match="name 'oracle.zeros', which does not exist; did you mean 'oracle.zero'"
-    ):
+    with pytest.raises(InvalidDeclaration, match="'oracle.zeros', which does not exist; did you mean 'oracle.zero'"):
         check_implementation(Ours, expected_failures={"oracle.zeros": "it is"})
     with pytest.raises(InvalidDeclaration, match="name 'xyz', which does not exist; `ablation check --list` lists"):
         check_implementation(Ours, expected_failures={"xyz": "it is"})

@@ -22,7 +22,8 @@ from ablation.hook import HeadAblation
 from tests.implementations.surgery import Surgery
 from tests.test_hook import hooks_of, logits
 
-LLAMA = Decoder("llama", num_layers=3, num_heads=4, head_dim=8, num_key_value_groups=2)
+# No other test has this shape, so none has run it with `output_hidden_states`: transformers' hooks cannot be pickled.
+LLAMA = Decoder("llama", num_layers=3, num_heads=4, head_dim=10, num_key_value_groups=2)
 IDS = torch.tensor([[3, 1, 4, 1, 5]])
 HEAD = (1, 1)
 
@@ -231,6 +232,23 @@ def test_worker_thread_may_enter_an_ablation() -> None:
             return logits(model, IDS)
 
     torch.testing.assert_close(in_thread(work), want)
+
+
+def test_ablation_belongs_to_the_thread_that_set_it_last() -> None:
+    model = LLAMA.fresh()
+    clean, want = logits(model, IDS), ablated(model, HEAD)
+
+    def work() -> Tensor:
+        ablation.ablate([HEAD])
+        return logits(model, IDS)
+
+    with HeadAblation(model) as ablation:
+        ablation.ablate([(0, 2)])
+        logits(model, IDS)
+        torch.testing.assert_close(in_thread(work), want)
+        assert torch.equal(logits(model, IDS), clean)
+        ablation.ablate([HEAD])
+        torch.testing.assert_close(logits(model, IDS), want)
 
 
 def test_streaming_thread_is_an_error_on_leaving() -> None:

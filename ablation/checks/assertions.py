@@ -5,6 +5,9 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from ablation.checks.check import unsupported_features
+from ablation.checks.protocol import Factory
+
 # Tensors are compared bit for bit only between calls with equal shapes, which run the same kernels. With another number
 # of rows, other kernels run, and logits of up to 5.2 differ as follows (400 random decoders per dtype; the last column
 # is the difference in units of the dtype's eps at the size of the logits):
@@ -46,6 +49,34 @@ def assert_close(got: Tensor, want: Tensor, what: str) -> None:
     wrong = ~((got - want).abs() <= atol) & different(got, want)
     if wrong.any():
         raise AssertionError(f"{what}: {_describe_difference(got, want, wrong)} (tolerance {atol:.1e})")
+
+
+def assert_equals_bare(factory: Factory, got: Tensor, want: Tensor, what: str) -> None:
+    """Assert that an implementation gives the bits of the bare model, or else, without "bit_identity", its numbers.
+
+    If the difference is rounding only, the message says how to declare that.
+    """
+    __tracebackhide__ = True
+    if "bit_identity" in unsupported_features(factory):
+        _assert_rounded(got, want, what)
+        return
+    try:
+        assert_identical(got, want, what)
+    except AssertionError as error:
+        try:
+            _assert_rounded(got, want, what)
+        except AssertionError:
+            raise error from None
+        raise AssertionError(
+            f"{error}; the difference is rounding, so if the implementation computes attention itself, declare "
+            "'bit_identity' unsupported"
+        ) from None
+
+
+def _assert_rounded(got: Tensor, want: Tensor, what: str) -> None:
+    __tracebackhide__ = True
+    assert got.dtype == want.dtype, f"{what}: {got.dtype}, should be {want.dtype}"
+    assert_close(got, want, what)
 
 
 def _tolerance(want: Tensor, dtype: torch.dtype) -> float:

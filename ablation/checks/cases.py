@@ -58,9 +58,8 @@ class Case:
 
     def another_head(self) -> tuple[int, int]:
         """Return a head other than the first of `heads`, if the model has more than one."""
-        layers, heads = self.decoder.num_layers, self.decoder.num_heads
-        layer, head = self.heads[0]
-        return divmod((layer * heads + head + 1) % (layers * heads), heads)
+        every = self.decoder.heads()
+        return every[(every.index(self.heads[0]) + 1) % len(every)]
 
     def inputs(self) -> dict[str, Any]:
         """Return the batch: input_ids, attention_mask and position_ids, each [rows, tokens], and use_cache=False.
@@ -125,12 +124,12 @@ class CaseSpec:
         digits = (3, 1, 4, 1, 5, 9, 2, 6, 5, 3, 5, 8, 9, 7, 9, 3)
         tokens = max(4, self.min_tokens)  # not as many as heads
         rows = tuple(digits[i : i + tokens + (i % 2 if self.ragged else 0)] for i in range(self.max_rows))
-        heads = ((1, 0), (0, 2), (1, 2), (0, 1))[: self.max_heads]
         family, dtype = self.families[0], self.dtypes[0]
         if (family, dtype) != ("mixtral", "float64"):
             decoder = Decoder(family, max(2, self.min_layers), max(3, self.min_layer_heads), head_dim=8, dtype=dtype)
+            heads = [pair for pair in ((1, 0), (0, 2), (1, 2), (0, 1)) if pair in decoder.heads()][: self.max_heads]
             for imputation in self.imputations:
-                yield Case(decoder, rows, heads, imputation, "left" if self.ragged else "right", pad=1)
+                yield Case(decoder, rows, tuple(heads), imputation, "left" if self.ragged else "right", pad=1)
 
 
 @st.composite
@@ -156,9 +155,11 @@ def _sets_of_heads(decoder: Decoder, max_heads: int) -> SearchStrategy[Any]:
 
     Bugs are likely in the last two kinds of sets.
     """
-    layer, head = st.integers(0, decoder.num_layers - 1), st.integers(0, decoder.num_heads - 1)
-    fewest = min(2, max_heads, decoder.num_layers * decoder.num_heads)
-    anywhere = st.lists(st.tuples(layer, head), min_size=fewest, max_size=max_heads, unique=True)
-    of_one_layer = layer.map(lambda index: [(index, head) for head in range(decoder.num_heads)][:max_heads])
-    of_each_layer = st.tuples(*(st.tuples(st.just(index), head) for index in range(decoder.num_layers)[:max_heads]))
+    every = decoder.heads()
+    layers, heads = sorted(dict(every)), range(decoder.num_heads)
+    fewest = min(2, max_heads, len(every))
+    anywhere = st.lists(st.sampled_from(every), min_size=fewest, max_size=max_heads, unique=True)
+    of_one_layer = st.sampled_from(layers).map(lambda layer: [(layer, head) for head in heads][:max_heads])
+    head = st.sampled_from(heads)
+    of_each_layer = st.tuples(*(st.tuples(st.just(layer), head) for layer in layers[:max_heads]))
     return anywhere if max_heads == 1 else anywhere | of_one_layer | of_each_layer

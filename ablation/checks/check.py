@@ -14,7 +14,8 @@ import torch
 from hypothesis import HealthCheck, Phase, given, settings
 
 from ablation.checks.cases import Case, CaseSpec
-from ablation.checks.decoders import DTYPES, FAMILIES
+from ablation.checks.decoders import DTYPES, FAMILIES, LAYOUTS
+from ablation.checks.driving import returns_gradients
 from ablation.checks.protocol import FEATURES, Factory
 from ablation.checks.remarks import remarks
 from ablation.errors import InvalidDeclaration
@@ -63,6 +64,10 @@ class Check:
         if not needed and not (left.imputations and left.families and left.dtypes):
             drawn = (*self.cases.imputations, *self.cases.families, *self.cases.dtypes)
             needed = [name for name in drawn if name in unsupported]
+        if not needed and "gradients" in self.needs:
+            with isolated_process_state():
+                if not returns_gradients(factory, left.families[0]):
+                    return "does not support 'gradients': the logits that run returns do not require gradients"
         return "; ".join(f"does not support {name!r}: {unsupported[name]}" for name in needed) or None
 
     def __call__(self, factory: Factory, *, quick: bool = False) -> None:
@@ -216,7 +221,7 @@ def unsupported_features(factory: Factory) -> Mapping[str, str]:
     unsupported: Mapping[str, str] = getattr(factory, "unsupported", {})
     if not isinstance(unsupported, Mapping):
         raise InvalidDeclaration(f"`unsupported` is a {type(unsupported).__name__}, but should be a dict, name: reason")
-    known = (*FEATURES, *FAMILIES, *DTYPES)
+    known = (*FEATURES, *FAMILIES, *LAYOUTS, *DTYPES)
     for name in unsupported:
         if name not in known:
             otherwise = f"there are {', '.join(known)}"

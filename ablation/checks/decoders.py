@@ -15,19 +15,22 @@ import torch
 from hypothesis import strategies as st
 from transformers import (
     AutoModelForCausalLM,
+    Gemma3Config,
     Gemma3TextConfig,
     GPT2Config,
     GPTNeoXConfig,
+    Lfm2Config,
     LlamaConfig,
     MixtralConfig,
     OPTConfig,
     PretrainedConfig,
     PreTrainedModel,
     Qwen3Config,
+    SiglipVisionConfig,
 )
 
 VOCABULARY = 41
-POSITIONS = 64
+POSITIONS = 128
 ROTARY: Any = {"rope_type": "default", "rope_theta": 10000.0, "partial_rotary_factor": 1.0}
 
 
@@ -45,6 +48,11 @@ class Decoder(NamedTuple):
     attention: str = "sdpa"
     dtype: str = "float32"
 
+    def heads(self) -> list[tuple[int, int]]:
+        """Return all (layer, head) pairs. In a hybrid, only every second layer has attention heads."""
+        first, step = (1, 2) if self.family == "lfm2" else (0, 1)
+        return [(layer, head) for layer in range(first, self.num_layers, step) for head in range(self.num_heads)]
+
     def shared(self) -> PreTrainedModel:
         """Return the model. Calls for one shape return one object, so the caller must leave or restore it unchanged."""
         return _build(self)
@@ -56,7 +64,13 @@ class Decoder(NamedTuple):
 
 @cache
 def _build(decoder: Decoder) -> PreTrainedModel:
-    return randomised(_config(decoder), zlib.crc32(repr(tuple(decoder)).encode()), decoder.attention, decoder.dtype)
+    seed = zlib.crc32(repr(tuple(decoder)).encode())
+    model = randomised(_config(decoder), seed, decoder.attention, decoder.dtype)
+    # The first time that a model is asked for hidden states, transformers 5 registers hooks, which stay. An
+    # implementation that asks for them must not be blamed for these hooks.
+    with torch.no_grad():
+        model(torch.tensor([[0]]), use_cache=False, output_hidden_states=True)
+    return model
 
 
 def _config(decoder: Decoder) -> PretrainedConfig:
@@ -79,7 +93,21 @@ def _config(decoder: Decoder) -> PretrainedConfig:
         case "qwen3":  # here and in gemma3, head_dim is not hidden / heads
             return Qwen3Config(hidden_size=hidden + 2 * heads, head_dim=head_dim, attention_bias=True, **grouped)
         case "gemma3":
-            return Gemma3TextConfig(hidden_size=hidden + heads, head_dim=head_dim, sliding_window=3, **grouped)
+            return _gemma3(decoder, grouped)
+        case "gemma3_vision":
+            # The vision tower comes first, has more layers, and calls its projections by a usual name.
+            vision = SiglipVisionConfig(
+                hidden_size=16,
+                intermediate_size=16,
+                num_hidden_layers=layers + 1,
+                num_attention_heads=2,
+                image_size=8,
+                patch_size=4,
+            )
+            return Gemma3Config(text_config=_gemma3(decoder, grouped), vision_config=vision, mm_tokens_per_image=4)
+        case "lfm2":
+            kinds = ["full_attention" if layer % 2 else "conv" for layer in range(layers)]
+            return Lfm2Config(hidden_size=hidden, layer_types=kinds, block_multiple_of=1, **grouped)
         case "gpt_neox":
             return GPTNeoXConfig(hidden_size=hidden, rope_parameters=ROTARY, **llama)
         case "mixtral":
@@ -95,6 +123,11 @@ def _config(decoder: Decoder) -> PretrainedConfig:
                 **common,
             )
     raise ValueError(f"no family {decoder.family!r}")
+
+
+def _gemma3(decoder: Decoder, common: dict[str, Any]) -> Gemma3TextConfig:
+    hidden = decoder.num_heads * (decoder.head_dim + 1)
+    return Gemma3TextConfig(hidden_size=hidden, head_dim=decoder.head_dim, sliding_window=3, **common)
 
 
 def randomised(
@@ -119,6 +152,10 @@ def randomised(
 
 
 FAMILIES = ("gpt2", "llama", "qwen3", "gpt_neox", "opt", "mixtral")
+LAYOUTS = ("gemma3", "lfm2", "gemma3_vision")
+"""Families in which the place of a head is not obvious: sliding windows, layers without heads, a vision tower."""
+GROUPED = ("llama", "qwen3", "gemma3", "gemma3_vision", "lfm2", "mixtral")
+"""Families in which query heads may share a key/value head."""
 DTYPES = ("float32", "float64", "bfloat16")
 
 
@@ -133,7 +170,7 @@ def decoders(
     """Draw a small decoder; few have as many layers as heads, which would hide an exchange of the two."""
     # Mixtral's kernel for experts does not support float64.
     family = draw(st.sampled_from([f for f in families if f != "mixtral" or set(dtypes) - {"float64"}]))
-    groups = draw(st.sampled_from([1, 2, 3])) if family in ("llama", "qwen3", "gemma3", "mixtral") else 1
+    groups = draw(st.sampled_from([1, 2, 3])) if family in GROUPED else 1
     least = -(-least_heads // groups)
     heads = groups * draw(st.integers(least, least + 2))
     # head_dim is even, for rotary positions; experts are multiplied in blocks of 16 bytes. The decoder has at least six

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
+from functools import cache
 from typing import Any
 
 import torch
@@ -11,7 +12,7 @@ from torch import Tensor
 from transformers import DynamicCache, PreTrainedModel
 
 from ablation.checks.cases import Case
-from ablation.checks.decoders import VOCABULARY
+from ablation.checks.decoders import VOCABULARY, Decoder
 from ablation.checks.protocol import CACHE, Factory, Implementation
 from ablation.errors import AblationNotApplied
 
@@ -49,10 +50,33 @@ def ablated_logits(factory: Factory, case: Case, model: PreTrainedModel | None =
         return implementation.run(**case.inputs())
 
 
+@cache
+def returns_gradients(factory: Factory, family: str) -> bool:
+    """Return whether the logits of an implementation require gradients if these are enabled. After an error: True."""
+    model = Decoder(family, num_layers=1, num_heads=2, head_dim=8).fresh()
+    try:
+        with torch.enable_grad(), made(factory, model) as implementation:
+            return implementation.run(torch.tensor([[3, 1]])).requires_grad
+    except Exception:  # a check reports it
+        return True
+
+
 def other_ids(case: Case) -> Tensor:
     """Return token ids that all differ from those of the case, [rows, tokens]."""
     ids: Tensor = (case.inputs()["input_ids"] + 7) % VOCABULARY
     return ids
+
+
+def piece(case: Case, past: DynamicCache, start: int, stop: int) -> dict[str, Any]:
+    """Return the inputs of the tokens from start to stop, which follow those in the cache."""
+    inputs = case.inputs()
+    return {
+        "input_ids": inputs["input_ids"][:, start:stop],
+        "attention_mask": inputs["attention_mask"][:, :stop],
+        "position_ids": inputs["position_ids"][:, start:stop],
+        "use_cache": True,
+        CACHE: past,
+    }
 
 
 def decode_with_cache(forward: Callable[..., Tensor], case: Case) -> Iterator[tuple[str, slice, Tensor]]:
@@ -60,18 +84,11 @@ def decode_with_cache(forward: Callable[..., Tensor], case: Case) -> Iterator[tu
 
     forward: runs a model or an implementation. Yields for each piece its name, its tokens as a slice, and its logits.
     """
-    inputs, past = case.inputs(), DynamicCache(config=case.decoder.shared().config)
-    length = inputs["input_ids"].shape[1]
+    past, length = DynamicCache(config=case.decoder.shared().config), max(map(len, case.rows))
     start, size = 0, 1 + case.rows[0][0] % 2
     while start < length:
         stop = min(start + size, length)
-        logits = forward(
-            input_ids=inputs["input_ids"][:, start:stop],
-            attention_mask=inputs["attention_mask"][:, :stop],
-            position_ids=inputs["position_ids"][:, start:stop],
-            use_cache=True,
-            **{CACHE: past},
-        )
+        logits = forward(**piece(case, past, start, stop))
         name = f"token {start}" if stop == start + 1 else f"tokens {start} to {stop - 1}"
         yield name, slice(start, stop), logits
         start, size = stop, 3 - size

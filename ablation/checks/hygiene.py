@@ -1,4 +1,4 @@
-"""Chapter 6, hygiene: an implementation has no side effects on the model or the process, even after an error."""
+"""Chapter 9, hygiene: an implementation has no side effects on the model or the process, even after an error."""
 
 from __future__ import annotations
 
@@ -8,14 +8,18 @@ from typing import Any
 
 import numpy as np
 import torch
+from torch import nn
+from transformers import PreTrainedModel
 
-from ablation.checks.assertions import assert_identical
+from ablation.checks.assertions import assert_close, assert_identical
 from ablation.checks.cases import Case, CaseSpec
 from ablation.checks.check import check
 from ablation.checks.driving import ablated_logits, discard, made, other_ids, run
 from ablation.checks.lifecycle import LifecycleCheck, Place, Steps, replay
 from ablation.checks.observe import assert_state_equals, assert_unchanged, changes, hooks, state
+from ablation.checks.oracles import apply_surgery
 from ablation.checks.protocol import Factory
+from ablation.heads import find_heads
 
 
 @check(
@@ -89,6 +93,105 @@ def user_hooks(factory: Factory, case: Case) -> None:
 
 
 @check(
+    "hygiene.later_hooks",
+    "Hooks that the user registers while heads are ablated take effect in each run, remain after close, and can be "
+    "removed before or after it.",
+    cases=CaseSpec(imputations=("zero",), dtypes=("float32",)),
+    needs=("zero", "observable"),
+)
+def later_hooks(factory: Factory, case: Case) -> None:
+    model, inputs, surgery = case.model(), case.inputs(), case.model()
+    projections = [layer.projection for layer in find_heads(model).layers]
+    bare, edited_bare = run(model, inputs), _run_with_edits(case.model(), inputs)
+    tripled_bare = _run_with_edits(case.model(), inputs, doubled=False)
+    apply_surgery(surgery, case.heads)
+    with made(factory, model) as implementation:
+        implementation.ablate(list(case.heads), "zero")
+        doubling, tripling = _edit(projections)
+        want = _run_with_edits(copy.deepcopy(surgery), inputs)
+        assert_close(implementation.run(**inputs), want, "the logits with hooks that the user registered later")
+        implementation.clear()
+        assert_close(implementation.run(**inputs), edited_bare, "the logits with these hooks, after clear()")
+        implementation.ablate(list(case.heads), "zero")
+        for handle in doubling:
+            handle.remove()
+        want = _run_with_edits(surgery, inputs, doubled=False)
+        assert_close(implementation.run(**inputs), want, "the logits after the user removed some of these hooks")
+    assert_identical(run(model, inputs), tripled_bare, "the logits of the model with the user's hooks, after close(),")
+    for handle in tripling:
+        handle.remove()
+    assert_identical(run(model, inputs), bare, "the logits of the model after the user removed all hooks")
+
+
+def _run_with_edits(model: PreTrainedModel, inputs: dict[str, Any], *, doubled: bool = True) -> torch.Tensor:
+    doubling, _ = _edit([layer.projection for layer in find_heads(model).layers])
+    if not doubled:
+        for handle in doubling:
+            handle.remove()
+    return run(model, inputs)
+
+
+def _edit(projections: list[nn.Module]) -> tuple[list[Any], list[Any]]:
+    """Register hooks that double the input of each projection, and hooks that triple its output."""
+    doubling = [p.register_forward_pre_hook(lambda _, args: (2 * args[0],)) for p in projections]
+    tripling = [p.register_forward_hook(lambda _, args, out: 3 * out) for p in projections]
+    return doubling, tripling
+
+
+@check(
+    "hygiene.later_patch",
+    "A `forward` that the user puts in the place of a projection's while heads are ablated is called in each run, and "
+    "remains after close.",
+    cases=CaseSpec(imputations=("zero",), dtypes=("float32",)),
+    needs=("zero", "observable", "later_patches"),
+)
+def later_patch(factory: Factory, case: Case) -> None:
+    model, inputs, surgery, patched = case.model(), case.inputs(), case.model(), case.model()
+    projections = [layer.projection for layer in find_heads(model).layers]
+    apply_surgery(surgery, case.heads)
+    for other in (surgery, patched):
+        _patch([layer.projection for layer in find_heads(other).layers])
+    with made(factory, model) as implementation:
+        implementation.ablate(list(case.heads), "zero")
+        _patch(projections)
+        want = run(surgery, inputs)
+        assert_close(implementation.run(**inputs), want, "the logits with a `forward` that the user replaced later")
+    what = "the logits of the model with the `forward` that the user replaced, after close(),"
+    assert_identical(run(model, inputs), run(patched, inputs), what)
+
+
+def _patch(projections: list[nn.Module]) -> None:
+    """Replace the `forward` of each projection by one that triples its output."""
+    for projection in projections:
+
+        def tripled(z: torch.Tensor, forward: Any = projection.forward) -> torch.Tensor:
+            out: torch.Tensor = 3 * forward(z)
+            return out
+
+        projection.forward = tripled
+
+
+@check(
+    "hygiene.copies",
+    "A copy of the model that is made while heads are ablated has no ablation, and the ablation of the model itself "
+    "remains.",
+    cases=CaseSpec(dtypes=("float32",), max_heads=2),
+    needs=("copies",),
+    level="SHOULD",
+)
+def copies(factory: Factory, case: Case) -> None:
+    model, inputs = case.model(), case.inputs()
+    bare, want = run(model, inputs), ablated_logits(factory, case)
+    with made(factory, model) as implementation:
+        implementation.ablate(list(case.heads), case.imputation)
+        implementation.run(**inputs)
+        copied = copy.deepcopy(model)
+        assert_identical(run(copied, inputs), bare, "the logits of a copy that was made while heads were ablated")
+        assert_identical(implementation.run(**inputs), want, "the ablated logits after the model was copied")
+    assert_identical(run(copied, inputs), bare, "the logits of that copy after close()")
+
+
+@check(
     "hygiene.global_state",
     "Making, using and closing an implementation leaves unchanged the caller's arguments, gradient mode, default "
     "dtype, number of threads, random number generators and global hooks.",
@@ -135,6 +238,8 @@ def _global_state() -> dict[str, Any]:
 
 ABLATED: Steps = (("open",), ("ablate", ((0, 1),), "zero"))
 
+ABLATED_TWICE: Steps = (("open",), ("ablate", ((0, 0), (1, 0)), "zero"))
+
 exception = LifecycleCheck(
     "hygiene.exception",
     "After an exception in a forward pass or during hook registration, gradient mode is unchanged, no additional "
@@ -145,6 +250,7 @@ exception = LifecycleCheck(
     explicit_sequences=(
         (("fail", str(Place.REGISTERING), 1, "ForwardError"),),
         (("hook", 0, str(Place.BEFORE)), *ABLATED, ("fail", str(Place.BEFORE), 1, "ForwardError")),
+        (*ABLATED_TWICE, ("fail", str(Place.REGISTERING), 1, "ForwardError")),
     ),
 )
 

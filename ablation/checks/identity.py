@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-from torch import Tensor
-
-from ablation.checks.assertions import assert_close, assert_identical
+from ablation.checks.assertions import assert_equals_bare, assert_identical
 from ablation.checks.cases import Case, CaseSpec
 from ablation.checks.check import check, unsupported_features
 from ablation.checks.driving import decode_with_cache, made, run
@@ -37,10 +35,9 @@ def _assert_identity(factory: Factory, case: Case) -> None:
     without_positions = {name: value for name, value in inputs.items() if name != "position_ids"}
     real = inputs["attention_mask"].bool()  # the logits of padding mean nothing
     bare = run(model, inputs)
-    same_as_bare = _assert_rounded if "bit_identity" in unsupported_features(factory) else _assert_bits
     with made(factory, model) as implementation:
         clean = implementation.run(**inputs)[real].clone()
-        same_as_bare(clean, bare[real], "the logits before anything is ablated")
+        assert_equals_bare(factory, clean, bare[real], "the logits before anything is ablated")
 
         def assert_unchanged(when: str) -> None:
             got = implementation.run(**inputs)[real]
@@ -52,7 +49,7 @@ def _assert_identity(factory: Factory, case: Case) -> None:
             of_implementation = decode_with_cache(implementation.run, case)
             for (name, here, want), (_, _, got) in zip(of_model, of_implementation, strict=True):
                 what = f"the logits of {name}, decoded with a cache,"
-                same_as_bare(got[real[:, here]], want[real[:, here]], what)
+                assert_equals_bare(factory, got[real[:, here]], want[real[:, here]], what)
         implementation.ablate([], case.imputation)
         assert_unchanged("with an empty set of heads")
         implementation.ablate(list(case.heads), case.imputation)
@@ -63,27 +60,7 @@ def _assert_identity(factory: Factory, case: Case) -> None:
         implementation.clear()
         assert_unchanged("after clear()")
         got, want = implementation.run(**without_mask), run(model, without_mask)
-        same_as_bare(got, want, "the logits without an attention mask")
+        assert_equals_bare(factory, got, want, "the logits without an attention mask")
         got, want = implementation.run(**without_positions), run(model, without_positions)
-        same_as_bare(got[real], want[real], "the logits without position_ids")
+        assert_equals_bare(factory, got[real], want[real], "the logits without position_ids")
     assert_identical(run(model, inputs)[real], bare[real], "the logits of the model after close()")
-
-
-def _assert_rounded(got: Tensor, want: Tensor, what: str) -> None:
-    assert got.dtype == want.dtype, f"{what}: {got.dtype}, should be {want.dtype}"
-    assert_close(got, want, what)
-
-
-def _assert_bits(got: Tensor, want: Tensor, what: str) -> None:
-    """Assert that the bits are the same. The message says so if the difference is rounding only."""
-    try:
-        assert_identical(got, want, what)
-    except AssertionError as error:
-        try:
-            _assert_rounded(got, want, what)
-        except AssertionError:
-            raise error from None
-        raise AssertionError(
-            f"{error}; the difference is rounding, so if the implementation computes attention itself, declare "
-            "'bit_identity' unsupported"
-        ) from None

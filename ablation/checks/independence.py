@@ -3,18 +3,20 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack, suppress
 from dataclasses import replace
 from typing import Any
 
 import torch
 from torch import Tensor
+from transformers import DynamicCache
 
 from ablation.checks.assertions import assert_close, assert_identical
 from ablation.checks.cases import Case, CaseSpec
 from ablation.checks.check import check, unsupported_features
 from ablation.checks.decoders import VOCABULARY
-from ablation.checks.driving import ablated_logits, decode_with_cache, discard, made, other_ids, run
+from ablation.checks.driving import ablated_logits, decode_with_cache, discard, made, other_ids, piece, run
 from ablation.checks.protocol import Factory, Implementation
 from ablation.heads import find_heads
 
@@ -180,6 +182,70 @@ def _assert_rows_stand_alone(factory: Factory, case: Case) -> None:
 
 
 @check(
+    "independence.many_rows",
+    "In a batch of more than 16 rows, each row gives, up to rounding, the logits that the row gives alone.",
+    cases=CaseSpec(dtypes=("float32",)),
+    needs=("batch",),
+)
+def many_rows(factory: Factory, case: Case) -> None:
+    rows = tuple(tuple((token + number) % VOCABULARY for token in case.rows[0]) for number in range(19))
+    with made(factory, case.model()) as implementation:
+        implementation.ablate(list(case.heads), case.imputation)
+        together = implementation.run(**replace(case, rows=rows).inputs()).clone()
+        for index in (0, 15, 16, 18):
+            alone = implementation.run(torch.tensor([rows[index]]))
+            assert_close(together[index], alone[0], f"row {index} of {len(rows)}, against the same row alone")
+
+
+@check(
+    "independence.gradient_mode",
+    "The logits with gradients enabled, under torch.no_grad() and under torch.inference_mode() differ only by "
+    "rounding.",
+    cases=CaseSpec(max_heads=2, dtypes=("float32",)),
+)
+def gradient_mode(factory: Factory, case: Case) -> None:
+    inputs, model, spare = case.inputs(), case.model(), case.model()
+    want = ablated_logits(factory, case).detach().clone()
+    with torch.inference_mode(), made(factory, spare) as implementation:
+        implementation.ablate(list(case.heads), case.imputation)
+        assert_close(implementation.run(**inputs), want, "the logits of an implementation made under inference_mode")
+    with made(factory, spare) as implementation:
+        implementation.ablate(list(case.heads), case.imputation)
+        got = implementation.run(**inputs).detach().clone()
+        assert_close(got, want, "the logits on a model that was ablated under inference_mode before")
+    with made(factory, model) as implementation:
+        implementation.ablate(list(case.heads), case.imputation)
+        # Gradients follow each of the others, since a tensor made under inference_mode cannot be saved for them.
+        for mode in (torch.inference_mode, torch.enable_grad, torch.no_grad, torch.enable_grad, torch.inference_mode):
+            with mode():
+                got = implementation.run(**inputs)
+            assert_close(got.detach().clone(), want, f"the logits under torch.{mode.__name__}()")
+
+
+@check(
+    "independence.threads",
+    "Whichever thread made an implementation, a thread that calls `ablate` and then `run` gets, up to rounding, the "
+    "same logits.",
+    cases=CaseSpec(max_heads=2, dtypes=("float32",)),
+)
+def threads(factory: Factory, case: Case) -> None:
+    want = ablated_logits(factory, case).detach().clone()
+    with made(factory, case.model()) as implementation, ThreadPoolExecutor(1) as worker:
+
+        def work() -> Tensor:
+            implementation.ablate(list(case.heads), case.imputation)
+            return implementation.run(**case.inputs()).detach().clone()
+
+        there = worker.submit(work).result()
+        assert_close(there, want, "the logits in a worker thread, of an implementation made in the main thread")
+        there = worker.submit(lambda: ablated_logits(factory, case).detach().clone()).result()
+        assert_close(there, want, "the logits of an implementation that lives in a worker thread")
+        implementation.ablate(list(case.heads), case.imputation)
+        here = implementation.run(**case.inputs()).detach().clone()
+        assert_close(here, want, "the logits in the main thread, after a worker thread")
+
+
+@check(
     "independence.head_order",
     "The order in which heads are named does not change the logits, bit for bit, and a head that is named twice is "
     "ablated once.",
@@ -234,6 +300,25 @@ def cache(factory: Factory, case: Case) -> None:
 )
 def cache_padded(factory: Factory, case: Case) -> None:
     _assert_cache_changes_nothing(factory, case)
+
+
+@check(
+    "independence.cache_kept",
+    "Keys and values that the caller's cache already holds are never written to.",
+    cases=CaseSpec(imputations=("zero",), min_tokens=3, max_rows=2),
+    needs=("zero", "cache"),
+)
+def cache_kept(factory: Factory, case: Case) -> None:
+    past: Any = DynamicCache(config=case.decoder.shared().config)
+    length = len(case.rows[0])
+    with made(factory, case.model()) as implementation:
+        implementation.run(**piece(case, past, 0, length - 1))
+        before = [(layer.keys.clone(), layer.values.clone()) for layer in past.layers]
+        implementation.ablate(list(case.heads), "zero")
+        implementation.run(**piece(case, past, length - 1, length))
+    for index, (layer, (keys, values)) in enumerate(zip(past.layers, before, strict=True)):
+        for name, now, was in (("keys", layer.keys, keys), ("values", layer.values, values)):
+            assert_identical(now[:, :, : length - 1], was, f"the {name} of layer {index} that the cache held before")
 
 
 def _assert_cache_changes_nothing(factory: Factory, case: Case) -> None:

@@ -199,9 +199,13 @@ class LifecycleMachine(RuleBasedStateMachine):
             try:
                 if self.implementation is None:
                     self.implementation = self.factory(self.model)
+                elif place == Place.REGISTERING:  # an implementation may register its hooks when heads are named
+                    self._ablate_again()
                 self.implementation.run(**self.inputs | {"input_ids": other_ids(self.case)})
             except ERRORS[error]:
                 raised = True
+        if raised and place == Place.REGISTERING and self.implementation is not None:
+            self._ablate_again()
         where = f"the {error} raised {place} layer {layer}"
         assert torch.is_grad_enabled(), f"{where} left gradients disabled"
         if before is not None:
@@ -210,6 +214,10 @@ class LifecycleMachine(RuleBasedStateMachine):
         # An implementation may run a copy of the model, and may need no hooks.
         if place != Place.REGISTERING and observable:
             assert raised, f"{where} was swallowed"
+
+    def _ablate_again(self) -> None:
+        if self.ablated is not None:
+            self.implementation.ablate(list(self.ablated.heads), self.ablated.imputation)
 
     @precondition(lambda self: not self.inject_errors)
     @rule(layer=layers, place=st.sampled_from([str(Place.BEFORE), str(Place.AFTER)]))
@@ -330,7 +338,8 @@ class LifecycleCheck(Check):
         with isolated_process_state():
             try:
                 for steps in self.explicit_sequences:
-                    new_machine().replay(lifecycle_case(spec.families[0], _with_imputation(steps, spec.imputations[0])))
+                    machine = new_machine()
+                    machine.replay(lifecycle_case(spec.families[0], _supported(steps, machine)))
                 # The annotation asks for a class, but any callable that returns a machine is accepted.
                 run_state_machine_as_test(cast(Any, new_machine), settings=profile)
             except KeyboardInterrupt:
@@ -356,9 +365,10 @@ class LifecycleCheck(Check):
         return case, error
 
 
-def _with_imputation(steps: Steps, imputation: str) -> Steps:
-    """Return the steps with another imputation in each `ablate`."""
-    return tuple((*step[:-1], imputation) if step[0] == "ablate" else step for step in steps)
+def _supported(steps: Steps, machine: LifecycleMachine) -> Steps:
+    """Return the steps with as many heads, and with the imputation, that the implementation supports."""
+    heads, imputation = machine.max_heads, machine.spec.imputations[0]
+    return tuple(("ablate", step[1][:heads], imputation) if step[0] == "ablate" else step for step in steps)
 
 
 def replay(factory: Factory, case: Case) -> None:

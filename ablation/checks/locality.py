@@ -12,7 +12,7 @@ from ablation.checks.assertions import assert_identical, different
 from ablation.checks.cases import Case, CaseSpec
 from ablation.checks.check import check
 from ablation.checks.driving import made, other_ids, run
-from ablation.checks.observe import recorded_inputs
+from ablation.checks.observe import WITH_VALUE_PROJECTION, recorded_inputs, spoil_values
 from ablation.checks.protocol import Factory
 from ablation.heads import find_heads
 
@@ -66,6 +66,33 @@ def locality_user_hooks(factory: Factory, case: Case) -> None:
     _assert_local(factory, case, model)
 
 
+@check(
+    "locality.non_finite",
+    "NaN or infinity in the z of one head does not change what replaces another head, and stays unless its own head is "
+    "ablated.",
+    cases=CaseSpec(families=WITH_VALUE_PROJECTION, min_layer_heads=4),  # at most three share their values
+    needs=("observable", "single_forward", "non_finite"),
+)
+def locality_non_finite(factory: Factory, case: Case) -> None:
+    model, decoder = case.model(), case.decoder
+    ((layer, head),) = case.heads
+    size = decoder.num_key_value_groups
+    other = (head // size + 1) % (decoder.num_heads // size)
+    spoil_values(model, decoder, layer, other, float("nan") if case.rows[0][0] % 2 else float("inf"))
+    with recorded_inputs(model) as calls:
+        run(model, case.inputs())
+        old = calls[layer].pop().unflatten(-1, (decoder.num_heads, -1))[0]  # [tokens, heads, head_dim]
+        with made(factory, model) as implementation:
+            implementation.ablate([(layer, head)], case.imputation)
+            implementation.run(**case.inputs())
+    new = calls[layer].pop().unflatten(-1, (decoder.num_heads, -1))[0]
+    problem = _imputation_problem(new[:, head], old[:, head], case.imputation)
+    assert not problem, f"the z of head {head} in layer {layer} {problem}"
+    same = ((old == new) | (old.isnan() & new.isnan())).all(dim=-1).all(dim=0)  # [heads]
+    changed = [index for index in range(decoder.num_heads) if not same[index] and index != head]
+    assert not changed, f"in layer {layer}, head {head} should be ablated, but head {changed[0]} was changed"
+
+
 def _assert_local(factory: Factory, case: Case, model: PreTrainedModel) -> None:
     """Compare the inputs of the projections with and without the ablation.
 
@@ -77,12 +104,12 @@ def _assert_local(factory: Factory, case: Case, model: PreTrainedModel) -> None:
     real = inputs["attention_mask"].bool()
     with recorded_inputs(model) as calls:  # entered first: the implementation may wrap or replace the projections
         bare = run(model, inputs)
-        clean = [layer.pop() for layer in calls]
+        clean = [layer.pop() for layer in calls.values()]
         with made(factory, model) as implementation:
             implementation.ablate(list(case.heads), case.imputation)
             logits = implementation.run(**inputs)
     first = min(layer for layer, _ in case.heads)
-    for layer, was, now in zip(layers, clean, calls, strict=True):
+    for layer, was, now in zip(layers, clean, calls.values(), strict=True):
         assert len(now) == 1, f"the projection of layer {layer.index} was called {len(now)} times, not once"
         assert now[0].dtype == was.dtype, f"the projection of layer {layer.index} got {now[0].dtype}, not {was.dtype}"
         old, new = (z.unflatten(-1, (layer.num_heads, layer.head_dim)) for z in (was, now[0]))
@@ -111,6 +138,8 @@ def _imputation_problem(held: Tensor, own: Tensor | None, imputation: str) -> st
     if imputation == "zero":
         left = int(held.count_nonzero())
         return f"holds {left} of {held.numel()} elements that are not 0" if left else None
+    if not held.isfinite().all():
+        return "is not finite"
     if held.max() != held.min():
         return f"holds several values, from {held.min():.6g} to {held.max():.6g}"
     if own is not None:

@@ -9,19 +9,20 @@ from typing import Any
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
+from ablation.checks.decoders import Decoder
 from ablation.heads import find_heads
 
 
 @contextmanager
-def recorded_inputs(model: PreTrainedModel) -> Iterator[list[list[Tensor]]]:
-    """Context manager: record the inputs that the projection of each layer receives.
+def recorded_inputs(model: PreTrainedModel) -> Iterator[dict[int, list[Tensor]]]:
+    """Context manager: record the inputs that the projection of each layer receives, by the index of the layer.
 
     Yields, for each layer with heads, a list with one copy per call, [rows, tokens, num_heads * head_dim]. The recorder
     wraps the `forward` of each projection, so it sees an input after all pre-hooks. If the recorder is entered before
     an implementation is made, it also sees the edits of an implementation that replaces `forward`.
     """
     layers = find_heads(model).layers
-    calls: list[list[Tensor]] = [[] for _ in layers]
+    calls: dict[int, list[Tensor]] = {layer.index: [] for layer in layers}
     for layer in layers:
         recording = _recording(layer.projection.forward, calls[layer.index])
         layer.projection.forward = recording
@@ -46,6 +47,22 @@ CAPTURING = "transformers.utils.output_capturing"
 """transformers 5 installs hooks of its own in the first forward pass with `output_hidden_states=True` or
 `output_attentions=True`, and keeps them."""
 CAPTURING_INSTALLED = "_output_capturing_hooks_installed"  # the attribute that it then sets
+
+WITH_VALUE_PROJECTION = ("llama", "qwen3", "opt", "mixtral")
+"""Families whose values have a projection of their own, so that the z of some heads can be spoiled by a bias."""
+
+
+def spoil_values(
+    model: PreTrainedModel, decoder: Decoder, layer: int, group: int, value: float
+) -> tuple[tuple[int, int], ...]:
+    """Make the values of one key/value head NaN or infinite, and so the z of its query heads. Returns these heads."""
+    size, dim = decoder.num_key_value_groups, decoder.head_dim
+    projection: Any = find_heads(model).layer(layer).block.get_submodule("self_attn.v_proj")
+    without = projection.weight.new_zeros(projection.out_features)
+    bias = without if projection.bias is None else projection.bias.detach().clone()
+    bias[group * dim : (group + 1) * dim] = value
+    projection.bias = nn.Parameter(bias)
+    return tuple((layer, head) for head in range(group * size, (group + 1) * size))
 
 
 def hooks(model: nn.Module) -> dict[str, Any]:

@@ -43,7 +43,13 @@ FEATURES = {
     "restores": "leaving the model as it was found, once closed",
     "single_forward": "running the model once for each ablated run",
     "bit_identity": "giving the bare model's logits bit for bit with no head ablated; an implementation that computes "
-    "attention itself may round differently, and is then compared up to rounding",
+    "attention itself, or other rows beside, may round differently, and is then compared up to rounding",
+    "gradients": "logits that can be differentiated with respect to the weights of the given model; not tried if the "
+    "logits that `run` returns do not require gradients",
+    "checkpointing": "gradients under gradient checkpointing",
+    "non_finite": "replacing z where it is NaN or infinite, too; arithmetic such as `z * 0` does not",
+    "later_patches": "keeping a `forward` that the user puts in the place of a projection's while heads are ablated",
+    "copies": "a model whose copy, made while heads are ablated, has no ablation",
     "validation": "refusing heads and imputations that do not exist",
 }
 
@@ -75,6 +81,8 @@ class Implementation(Protocol):
 
     def run(self, input_ids: Tensor, attention_mask: Tensor | None = None, **inputs: Any) -> Tensor:
         """Return the logits, [rows, tokens, vocabulary], in a tensor that later runs do not write to.
+
+        Gradients are checked if the logits require them; an adapter may as well run under torch.no_grad().
 
         inputs: keyword arguments to pass on to the model: position_ids, use_cache and, unless "cache" is unsupported, a
         key/value cache under the name CACHE.

@@ -11,7 +11,18 @@ from typing import Literal
 import pytest
 from hypothesis.errors import Flaky
 
-from ablation.checks import hygiene, identity, independence, locality, oracles, refusal, smoke
+from ablation.checks import (
+    gradients,
+    hygiene,
+    identity,
+    independence,
+    layouts,
+    locality,
+    masks,
+    oracles,
+    refusal,
+    smoke,
+)
 from ablation.checks.cases import Case
 from ablation.checks.check import (
     NOT_DETERMINISTIC,
@@ -27,7 +38,7 @@ from ablation.checks.protocol import Factory
 from ablation.checks.signature import adapter_problem
 from ablation.errors import InvalidDeclaration
 
-CHAPTERS = (smoke, identity, locality, independence, oracles, hygiene, refusal)
+CHAPTERS = (smoke, identity, locality, independence, masks, oracles, layouts, gradients, hygiene, refusal)
 
 CHECKS: tuple[Check, ...] = tuple(
     found for chapter in CHAPTERS for found in vars(chapter).values() if isinstance(found, Check)

@@ -23,11 +23,12 @@ class Captum:
         "multiple_heads": "it ablates in one layer at a time",
         "cache": "it runs the model several times for one ablation, and each run would extend the cache",
         "single_forward": "it runs the model several times for one ablation",
+        "non_finite": "it multiplies z by 1 - mask (feature_ablation.py:755), and NaN times 0 is NaN",
         "validation": "it knows features, not heads: the adapter decides what an index means",
     }
 
     def __init__(self, model: PreTrainedModel) -> None:
-        self.model, self.layers = model, find_heads(model).layers
+        self.model, self.found = model, find_heads(model)
         self.clear()
 
     def ablate(self, heads: Sequence[tuple[int, int]], imputation: str) -> None:
@@ -45,7 +46,7 @@ class Captum:
         if not self.heads:
             score(input_ids)
         for index, head in self.heads:
-            layer = self.layers[index]
+            layer = self.found.layer(index)
             at = {"attribute_to_layer_input": True}
             z = LayerActivation(score, layer.projection).attribute(input_ids, **at)
             features = torch.zeros(1, 1, z.shape[-1], dtype=torch.long)

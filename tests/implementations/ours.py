@@ -5,7 +5,6 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any, ClassVar
 
-import torch
 from torch import Tensor
 from transformers import PreTrainedModel
 
@@ -23,8 +22,7 @@ class Ours:
         self.ablation.ablate(heads, imputation)
 
     def run(self, input_ids: Tensor, attention_mask: Tensor | None = None, **inputs: Any) -> Tensor:
-        with torch.no_grad():
-            return self.model(input_ids, attention_mask=attention_mask, **{"use_cache": False} | inputs).logits
+        return self.model(input_ids, attention_mask=attention_mask, **{"use_cache": False} | inputs).logits
 
     def clear(self) -> None:
         self.ablation.clear()

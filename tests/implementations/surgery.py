@@ -18,6 +18,7 @@ class Surgery:
     unsupported: ClassVar[dict[str, str]] = {
         "mean": "the mean depends on the prompt, the weights do not",
         "observable": "z does not change, only the weights that read it",
+        "non_finite": "it multiplies z by zeros, and NaN times 0 is NaN",
     }
 
     def __init__(self, model: PreTrainedModel) -> None:
@@ -30,7 +31,7 @@ class Surgery:
         model = copy.deepcopy(self.original)
         found = find_heads(model)
         for layer, head in map(found.validate, heads):
-            projection, channels = found.layers[layer].projection, found.layers[layer].channels(head)
+            projection, channels = found.layer(layer).projection, found.layer(layer).channels(head)
             with torch.no_grad():
                 if isinstance(projection, Conv1D):
                     projection.weight[channels] = 0

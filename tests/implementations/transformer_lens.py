@@ -3,11 +3,14 @@
 A copy, since the bridge "modifies it in place: bridge components replace its submodules"
 (transformer_lens/model_bridge/sources/_bridge_builder.py:296), and nothing puts them back.
 
-It fails identity by rounding only, as it documents: it computes attention itself, whatever implementation the model
+It does not give the bits of the model, as it documents: it computes attention itself, whatever implementation the model
 uses (model_bridge/generalized_components/position_embeddings_attention.py:550), and for GPT-2 from W_Q, W_K and W_V
 split apart (joint_qkv_attention.py:376). In float64 that is 1e-7, for the softmax: always in float32 for Llama, Qwen3
 and Mixtral (position_embeddings_attention.py:591), never for GPT-NeoX
 (joint_qkv_position_embeddings_attention.py:208).
+
+It fails identity.padded: without position_ids, it counts positions by the attention mask (model_bridge/
+transformer_bridge.py:2253), which the model itself does not.
 
 Its attention looks for the key/value cache as `past_key_values` (model_bridge/generalized_components/attention.py:433).
 Since transformers 5.24, which calls it `cache`, it finds none, and each decoded piece attends to itself only.
@@ -32,6 +35,7 @@ from ablation.imputation import Imputation, as_imputation
 class TransformerLens:
     unsupported: ClassVar[dict[str, str]] = {
         "observable": "a bridge replaces the modules of the model that it is given, for good, so it is given a copy",
+        "bit_identity": "it computes attention itself, and for GPT-2 from W_Q, W_K and W_V split apart",
         "float64": "it takes the softmax in float32 for some families whose model does not, and the other way round",
         "validation": "hook_z gives all heads to a function that picks one: the adapter decides what an index means",
     }

@@ -4,7 +4,22 @@ from __future__ import annotations
 
 from types import ModuleType
 
-from tests.mutants import arguments, dtype, families, hooks, index, mean, model, process, shape, site, state
+from tests.mutants import (
+    arguments,
+    dtype,
+    families,
+    gradients,
+    hooks,
+    index,
+    layouts,
+    masks,
+    mean,
+    model,
+    process,
+    shape,
+    site,
+    state,
+)
 from tests.mutants.mutant import Mutant
 from tests.mutants.outside_protocol import OUTSIDE_PROTOCOL
 
@@ -13,12 +28,15 @@ GROUPS: tuple[ModuleType, ...] = (
     index,
     shape,
     mean,
+    masks,
     state,
     hooks,
     model,
     process,
     dtype,
+    gradients,
     families,
+    layouts,
     arguments,
 )
 

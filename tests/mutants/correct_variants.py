@@ -4,12 +4,15 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Sequence
+from concurrent.futures import ThreadPoolExecutor
 from functools import partial
 from typing import Any, ClassVar
 
 import torch
 from torch import Tensor, nn
+from torch.nn import functional
 from torch.nn.modules.module import register_module_forward_pre_hook
+from torch.overrides import TorchFunctionMode
 from torch.utils.hooks import RemovableHandle
 from transformers import PreTrainedModel
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
@@ -42,6 +45,8 @@ class Concatenated(Reference):
 class Multiplied(Reference):
     """Multiplies by zero, which leaves -0.0 where z is negative."""
 
+    unsupported: ClassVar[dict[str, str]] = {"non_finite": "NaN times 0 is NaN"}
+
     def replace_heads(self, z: Tensor, heads: list[int]) -> Tensor:
         if self.imputation == "mean":
             return super().replace_heads(z, heads)
@@ -73,11 +78,11 @@ class CleanMeans(Reference):
     def forward(self, input_ids: Tensor, **inputs: Any) -> Tensor:
         if self.imputation == "mean" and self.heads:
             heads, self.heads = self.heads, []
-            self.means: list[list[Tensor]] = []
+            self.means: dict[int, list[Tensor]] = {}
             handles: list[RemovableHandle] = []
             try:
-                for projection in self.projections():
-                    handles.append(projection.register_forward_pre_hook(self.measure))
+                for layer, projection in enumerate(self.projections()):
+                    handles.append(projection.register_forward_pre_hook(partial(self.measure, layer)))
                 super().forward(input_ids, **inputs)
             finally:
                 self.heads = heads
@@ -85,9 +90,11 @@ class CleanMeans(Reference):
                     handle.remove()
         return super().forward(input_ids, **inputs)
 
-    def measure(self, module: nn.Module, args: tuple[Any, ...]) -> None:
+    def measure(self, layer: int, module: nn.Module, args: tuple[Any, ...]) -> None:
         z = args[0]
-        self.means.append([super(CleanMeans, self).mean(head, self.real) for head in z.split(self.head_dim(z), dim=-1)])
+        self.means[layer] = [
+            super(CleanMeans, self).mean(head, self.real) for head in z.split(self.head_dim(z), dim=-1)
+        ]
 
     def hook(self, layer: int, module: nn.Module, args: tuple[Any, ...]) -> Any:
         self.layer = layer
@@ -152,6 +159,8 @@ class GlobalHook(Reference):
 class WrappedForward(Reference):
     """Replaces the `forward` of each projection by a function, one at a time."""
 
+    unsupported: ClassVar[dict[str, str]] = {"later_patches": "it puts the `forward` back that it found"}
+
     def taken(self) -> bool:
         return any(isinstance(projection.forward, partial) for projection in self.projections())
 
@@ -196,6 +205,8 @@ class WrappedModule(Reference):
             raise RuntimeError("the model is ablated already")
         names = {module: name for name, module in self.model.named_modules()}
         for layer, projection in enumerate(self.projections()):
+            if projection not in names:  # a layer without heads
+                continue
             parent, _, name = names[projection].rpartition(".")
             place = self.model.get_submodule(parent)
             self.places.append((place, name, projection))
@@ -213,7 +224,10 @@ class WrappedModule(Reference):
 class Subtracted(Reference):
     """Leaves z unchanged, and corrects the projection's output."""
 
-    unsupported: ClassVar[dict[str, str]] = {"observable": "it corrects the projection's output"}
+    unsupported: ClassVar[dict[str, str]] = {
+        "observable": "it corrects the projection's output",
+        "non_finite": "it subtracts what z contributes",
+    }
 
     def install(self) -> None:
         for layer, projection in enumerate(self.projections()):
@@ -230,6 +244,8 @@ class Subtracted(Reference):
 
 class PatchedPerRun(WrappedForward):
     """Replaces `forward` for each run."""
+
+    unsupported: ClassVar[dict[str, str]] = {}
 
     def install(self) -> None:
         pass
@@ -279,8 +295,8 @@ class AttentionFunctions(Reference):
     def install(self) -> None:
         self.layer_of = {}
         for layer, block in enumerate(self.layers()):
-            attention = next(m for m in block.modules() if type(m).__name__.endswith("Attention"))
-            self.layer_of[attention] = layer
+            attentions = (m for m in block.modules() if type(m).__name__.endswith("Attention"))
+            self.layer_of.update(dict.fromkeys(attentions, layer))
 
     def replace(self) -> None:
         self.before = dict(self.functions._local_mapping)
@@ -316,6 +332,7 @@ class InPlaceSurgery(Reference):
     unsupported: ClassVar[dict[str, str]] = {
         "mean": "weights do not depend on prompts",
         "observable": "z stays as it is",
+        "non_finite": "NaN times 0 is NaN",
     }
 
     def install(self) -> None:
@@ -362,8 +379,14 @@ class Masked(Reference):
     """Keeps a mask [layers, heads]."""
 
     def __init__(self, model: PreTrainedModel) -> None:
-        self.chosen = torch.zeros(model.config.num_hidden_layers, model.config.num_attention_heads, dtype=torch.bool)
+        config = model.config.get_text_config()
+        self.chosen = torch.zeros(config.num_hidden_layers, config.num_attention_heads, dtype=torch.bool)
         super().__init__(model)
+
+    def __deepcopy__(self, memo: Any) -> Reference:
+        idle: Any = super().__deepcopy__(memo)
+        idle.chosen = torch.zeros_like(self.chosen)
+        return idle
 
     def ablate(self, heads: Sequence[tuple[int, int]], imputation: str) -> None:
         super().ablate(heads, imputation)
@@ -377,6 +400,111 @@ class Masked(Reference):
     def clear(self) -> None:
         super().clear()
         self.chosen.zero_()
+
+
+class Differentiable(Reference):
+    """Keeps the graph of the forward pass."""
+
+    differentiable = True
+
+
+class DifferentiablePerRun(PerRun):
+    """Keeps the graph of the forward pass, and removes its hooks before the backward pass."""
+
+    differentiable = True
+    unsupported: ClassVar[dict[str, str]] = {"checkpointing": "its hooks are gone when layers are run again"}
+
+
+class DifferentiableFunctionalCall(FunctionalCall):
+    """Keeps the graph of a forward pass with other weights."""
+
+    differentiable = True
+    unsupported: ClassVar[dict[str, str]] = {
+        **InPlaceSurgery.unsupported,
+        "checkpointing": "the other weights are gone when layers are run again",
+    }
+
+
+class InferenceMode(Reference):
+    """Runs under torch.inference_mode()."""
+
+    def run(self, *args: Any, **kwargs: Any) -> Tensor:
+        with torch.inference_mode():
+            return super().run(*args, **kwargs)
+
+
+class WorkerThread(Reference):
+    """Runs in a thread of its own."""
+
+    def run(self, *args: Any, **kwargs: Any) -> Tensor:
+        with ThreadPoolExecutor(1) as worker:
+            return worker.submit(super().run, *args, **kwargs).result()
+
+
+class HiddenStates(Reference):
+    """Asks for hidden states, for which transformers registers hooks that stay."""
+
+    def forward(self, input_ids: Tensor, **inputs: Any) -> Tensor:
+        return super().forward(input_ids, output_hidden_states=True, **inputs)
+
+
+class BatchRows(Reference):
+    """Runs clean and ablated rows in one batch, and returns the ablated ones."""
+
+    unsupported: ClassVar[dict[str, str]] = {
+        "observable": "each projection receives twice as many rows",
+        "bit_identity": "kernels for twice as many rows may round differently",
+        "cache": "a cache holds no clean rows",
+    }
+
+    def forward(self, input_ids: Tensor, **inputs: Any) -> Tensor:
+        twice = {name: self.twice(given) for name, given in inputs.items()}
+        self.real = self.twice(self.real)
+        return super().forward(self.twice(input_ids), **twice)[len(input_ids) :]
+
+    def twice(self, given: Any) -> Any:
+        return torch.cat([given, given]) if isinstance(given, Tensor) else given
+
+    def replace_heads(self, z: Tensor, heads: list[int]) -> Tensor:
+        clean = len(z) // 2
+        return torch.cat([z[:clean], super().replace_heads(z, heads)[clean:]])
+
+
+class Linears(TorchFunctionMode):
+    """Edits the input of linear functions, if their weight is that of a projection."""
+
+    def __init__(self, edit: Any) -> None:
+        super().__init__()
+        self.edit = edit
+
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if func is functional.linear:
+            z, weight, *rest = args
+            args = (self.edit(z, weight), weight, *rest)
+        elif func is torch.addmm:  # of Conv1D
+            bias, z, weight = args
+            args = (bias, self.edit(z, weight), weight)
+        return func(*args, **kwargs or {})
+
+
+class FunctionMode(Reference):
+    """Edits the arguments of torch's linear functions in each run, and registers no hook."""
+
+    unsupported: ClassVar[dict[str, str]] = {"observable": "z changes within the projection's `forward`"}
+
+    def install(self) -> None:
+        pass
+
+    def forward(self, input_ids: Tensor, **inputs: Any) -> Tensor:
+        self.shape = input_ids.shape
+        with Linears(self.edit):
+            return super().forward(input_ids, **inputs)
+
+    def edit(self, z: Tensor, weight: Tensor) -> Tensor:
+        for layer in {layer for layer, _ in self.heads}:
+            if weight is self.projections()[layer].weight:
+                return self.replace_heads(z.view(*self.shape, -1), self.targets(layer)).view(z.shape)
+        return z
 
 
 CORRECT_VARIANTS = (
@@ -398,4 +526,12 @@ CORRECT_VARIANTS = (
     InPlaceSurgery,
     FunctionalCall,
     Masked,
+    Differentiable,
+    DifferentiablePerRun,
+    DifferentiableFunctionalCall,
+    InferenceMode,
+    WorkerThread,
+    HiddenStates,
+    BatchRows,
+    FunctionMode,
 )

@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor, nn
 
+from tests.mutants.correct_variants import Multiplied
 from tests.mutants.mutant import Mutant
 
 
@@ -111,3 +112,39 @@ class LogitsNormalised(Mutant):
 
     def forward(self, input_ids: Tensor, **inputs: Any) -> Tensor:
         return super().forward(input_ids, **inputs).log_softmax(dim=-1)
+
+
+class TimesZero(Mutant, Multiplied):
+    """Multiplies z by 0, and NaN times 0 is NaN."""
+
+    expected_check = "oracle.non_finite"
+    unsupported: ClassVar[dict[str, str]] = {}
+
+
+class MinusItself(Mutant):
+    """Subtracts z from itself, and infinity minus infinity is NaN."""
+
+    expected_check = "oracle.non_finite"
+
+    def zero(self, z: Tensor) -> Tensor | float:
+        return z - z
+
+
+class MeanByProduct(Mutant):
+    """Selects the head by a product with a mask of channels, to which NaN in other heads adds NaN."""
+
+    expected_check = "locality.non_finite"
+
+    def replace_heads(self, z: Tensor, heads: list[int]) -> Tensor:
+        self.z = z
+        return super().replace_heads(z, heads)
+
+    def channels(self, head: int, z: Tensor) -> slice:
+        self.head = head
+        return super().channels(head, z)
+
+    def mean(self, z: Tensor, real: Tensor) -> Tensor:
+        chosen = torch.zeros(self.z.shape[-1], dtype=torch.float64)
+        chosen[self.channels(self.head, self.z)] = 1
+        per_token = (self.z.double() @ chosen / chosen.sum()).where(real, 0)
+        return (per_token.sum(dim=-1) / real.sum(dim=-1))[:, None, None].to(z.dtype)

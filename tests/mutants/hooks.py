@@ -4,11 +4,12 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from functools import partial
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor, nn
 
+from tests.mutants.correct_variants import WrappedForward
 from tests.mutants.mutant import Mutant
 
 
@@ -419,3 +420,80 @@ class HooksByName(Mutant):
             for key, hook in list(module._forward_pre_hooks.items()):
                 if getattr(hook, "__name__", "") == "hook":
                     del module._forward_pre_hooks[key]
+
+
+class SetNotAtomic(Mutant):
+    """Registers a hook for each layer when heads are named, and forgets the first ones if a later one fails."""
+
+    expected_check = "hygiene.exception"
+
+    def install(self) -> None:
+        pass
+
+    def ablate(self, heads: Sequence[tuple[int, int]], imputation: str) -> None:
+        super().ablate(heads, imputation)
+        self.remove()
+        self.handles = [
+            self.projections()[layer].register_forward_pre_hook(partial(self.hook, layer)) for layer in dict(heads)
+        ]
+
+
+class LaterHookOverruled(Mutant):
+    """Computes the projection's output again, after all hooks, and so discards what a later hook made of it."""
+
+    expected_check = "hygiene.later_hooks"
+
+    def forward(self, input_ids: Tensor, **inputs: Any) -> Tensor:
+        handles = [
+            projection.register_forward_hook(self.again)
+            for layer, projection in enumerate(self.projections())
+            if self.targets(layer)
+        ]
+        try:
+            return super().forward(input_ids, **inputs)
+        finally:
+            for handle in handles:
+                handle.remove()
+
+    def again(self, module: nn.Module, args: tuple[Any, ...], out: Tensor) -> Tensor:
+        weight: Any = module.weight if self.config.model_type == "gpt2" else module.weight.T  # [in, out]
+        product: Tensor = args[0] @ weight
+        return product if module.bias is None else product + module.bias
+
+
+class LaterHooksRemoved(Mutant):
+    """Removes all hooks that were not there when it was made."""
+
+    expected_check = "hygiene.later_hooks"
+
+    def install(self) -> None:
+        self.found = [set(projection._forward_hooks) for projection in self.projections()]
+        super().install()
+
+    def close(self) -> None:
+        super().close()
+        for projection, found in zip(self.projections(), self.found, strict=True):
+            for key in set(projection._forward_hooks) - found:
+                del projection._forward_hooks[key]
+
+
+class LaterPatchDeleted(Mutant, WrappedForward):
+    """Deletes the `forward` of each projection on closing, although the user has replaced it since."""
+
+    expected_check = "hygiene.later_patch"
+    unsupported: ClassVar[dict[str, str]] = {}
+
+
+class LaterPatchSkipped(Mutant):
+    """Calls the `forward` of a projection that it kept when it was made, whatever the user has put in its place."""
+
+    expected_check = "hygiene.later_patch"
+
+    def install(self) -> None:
+        super().install()
+        for projection in self.projections():
+            kept = projection.forward
+            self.handles.append(projection.register_forward_hook(lambda _, args, out, kept=kept: self.kept(kept, args)))
+
+    def kept(self, forward: Any, args: Any) -> Any:
+        return forward(*args) if self.heads else None

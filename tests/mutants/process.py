@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import random
+import threading
+from contextlib import ExitStack
 from typing import Any
 
 import numpy as np
@@ -10,7 +12,9 @@ import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
+from tests.mutants.correct_variants import FunctionMode, Linears
 from tests.mutants.mutant import Mutant
+from tests.mutants.reference import Reference
 
 
 class GradientsOff(Mutant):
@@ -103,3 +107,30 @@ class HooksOnAllModules(Mutant):
     def install(self) -> None:
         super().install()
         nn.modules.module.register_module_forward_pre_hook(lambda *_: None)
+
+
+class ModeOfOneThread(Mutant, FunctionMode):
+    """Edits torch's linear functions in a mode that it enters when it is made, in the thread that makes it only."""
+
+    expected_check = "independence.threads"
+
+    def install(self) -> None:
+        self.mode = ExitStack()
+        self.mode.enter_context(Linears(self.edit))
+
+    def remove(self) -> None:
+        self.mode.close()
+
+    def forward(self, input_ids: Tensor, **inputs: Any) -> Tensor:
+        self.shape = input_ids.shape
+        return Reference.forward(self, input_ids, **inputs)
+
+
+class MainThreadOnly(Mutant):
+    """Does nothing outside of the main thread."""
+
+    expected_check = "independence.threads"
+
+    def targets(self, layer: int) -> list[int]:
+        here = threading.current_thread() is threading.main_thread()
+        return super().targets(layer) if here else []

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Mapping, Sequence
 from functools import partial
 from typing import Any, ClassVar
@@ -15,6 +16,8 @@ PLACES = {  # family -> its list of layers, and the attention output projection 
     "gpt2": ("transformer.h", "attn.c_proj"),
     "gpt_neox": ("gpt_neox.layers", "attention.dense"),
     "opt": ("model.decoder.layers", "self_attn.out_proj"),
+    "lfm2": ("model.layers", "self_attn.out_proj"),
+    "gemma3": ("model.language_model.layers", "self_attn.o_proj"),
 }
 LLAMA = ("model.layers", "self_attn.o_proj")
 
@@ -23,9 +26,10 @@ class Reference:
     """One hook on each projection, from `__init__` to `close`, which replaces slices of a copy of z."""
 
     unsupported: ClassVar[Mapping[str, str]] = {}
+    differentiable: ClassVar[bool] = False
 
     def __init__(self, model: PreTrainedModel) -> None:
-        self.model, self.config = model, model.config
+        self.model, self.config = model, model.config.get_text_config()
         self.heads: list[tuple[int, int]] = []
         self.imputation = "zero"
         self.real: Any = None  # [rows, tokens] bool, in a run
@@ -36,15 +40,25 @@ class Reference:
             self.remove()
             raise
 
+    def __deepcopy__(self, memo: Any) -> Reference:
+        """A copy of the model has the hooks, too: those of the copy ablate nothing."""
+        idle = copy.copy(self)
+        idle.heads, idle.handles = [], []
+        return idle
+
     # ---- which channels of which projection
 
     def layers(self) -> list[Any]:
-        layers: Any = self.model.get_submodule(PLACES.get(self.config.model_type, LLAMA)[0])
+        layers: Any = self.model.get_submodule(PLACES.get(self.model.config.model_type, LLAMA)[0])
         return list(layers)
 
     def projections(self) -> list[Any]:
-        name = PLACES.get(self.config.model_type, LLAMA)[1]
-        return [block.get_submodule(name) for block in self.layers()]
+        """Return the projection of each layer; of a layer without heads, a module that is never called."""
+        name = PLACES.get(self.model.config.model_type, LLAMA)[1]
+        return [
+            block.get_submodule(name) if hasattr(block, name.split(".")[0]) else nn.Identity()
+            for block in self.layers()
+        ]
 
     def num_heads(self) -> int:
         count: int = self.config.num_attention_heads
@@ -112,7 +126,7 @@ class Reference:
 
     def run(self, input_ids: Tensor, attention_mask: Tensor | None = None, **inputs: Any) -> Tensor:
         self.real = torch.ones_like(input_ids).bool() if attention_mask is None else attention_mask.bool()
-        with torch.no_grad():
+        with torch.set_grad_enabled(self.differentiable and torch.is_grad_enabled()):
             return self.forward(input_ids, attention_mask=attention_mask, **inputs)
 
     def forward(self, input_ids: Tensor, **inputs: Any) -> Tensor:

@@ -155,3 +155,24 @@ class ChunksOfFour(Mutant):
             mask = None if attention_mask is None else attention_mask[: len(input_ids[rows])]
             parts.append(super().run(input_ids[rows], mask, **given))
         return torch.cat(parts)
+
+
+class SixtyFourTokens(Mutant):
+    """Ablates the first block of 64 tokens of a long prompt."""
+
+    expected_check = "oracle.long_prompt"
+
+    def replace_heads(self, z: Tensor, heads: list[int]) -> Tensor:
+        return torch.cat([super().replace_heads(z[:, :64], heads), z[:, 64:]], dim=1)
+
+    def mean(self, z: Tensor, real: Tensor) -> Tensor:
+        return super().mean(z, real[:, :64])
+
+
+class SixteenRows(Mutant):
+    """Ablates the first 16 rows of a batch."""
+
+    expected_check = "independence.many_rows"
+
+    def replace_heads(self, z: Tensor, heads: list[int]) -> Tensor:
+        return torch.cat([super().replace_heads(z, heads)[:16], z[16:]])

@@ -535,3 +535,36 @@ class SetInConfiguration(Mutant):
 
 
 SHARED: dict[int, list[tuple[int, int]]] = {}
+
+
+class OneBufferForAllLayers(Mutant):
+    """Writes the ablated z of every layer into one buffer, so that a later layer overwrites an earlier one's."""
+
+    expected_check = "locality.input_untouched"
+
+    def hook(self, layer: int, module: nn.Module, args: tuple[Any, ...]) -> Any:
+        edited = super().hook(layer, module, args) or args
+        buffers: dict[Any, Tensor] = self.__dict__.setdefault("buffers", {})
+        return (buffers.setdefault(edited[0].shape, torch.empty_like(edited[0])).copy_(edited[0]),)
+
+
+class CacheEmptied(Mutant):
+    """Writes zeros over the values of the ablated head in the caller's cache."""
+
+    expected_check = "independence.cache_kept"
+
+    def forward(self, input_ids: Tensor, **inputs: Any) -> Tensor:
+        past = inputs.get(CACHE)
+        for layer, head in self.heads if past is not None and past.get_seq_length() else []:
+            values = past.layers[layer].values  # [rows, key/value heads, tokens, head_dim]
+            if values.shape[1] == self.num_heads():  # no other head reads it
+                values[:, head] = 0
+        return super().forward(input_ids, **inputs)
+
+
+class CopyAblated(Mutant):
+    """Has hooks that refer to it, so a copy of the model refers to a copy of it, which ablates the same heads."""
+
+    source = "ndif-team/nnsight#723"
+    expected_check = "hygiene.copies"
+    __deepcopy__ = None  # type: ignore[assignment]
