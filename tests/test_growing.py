@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from typing import Any
 
 import pytest
@@ -62,9 +63,14 @@ def test_receipts_are_summed_over_the_heads_of_a_set() -> None:
     assert found.tolist() == [[1, 0, 0], [1, 20, 12], [2, 20, 3], [1, 10, 0]]
 
 
-def test_clean_row_is_copied_and_masks_are_repeated(monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.fixture
+def hook() -> Iterator[HeadAblation]:
+    with HeadAblation(GPT2.shared()) as entered:
+        yield entered
+
+
+def test_clean_row_is_copied_and_masks_are_repeated(hook: HeadAblation, monkeypatch: pytest.MonkeyPatch) -> None:
     """A prompt of two tokens, so that not every tensor of size two has a row for each row of the batch."""
-    hook = HeadAblation(GPT2.shared())
     block = hook.heads.layers[1].block
     monkeypatch.setattr(block, "forward", lambda *args, **kwargs: (args, kwargs))
     hidden, mask, full, tokens = torch.rand(3, 2, 6), torch.rand(1, 2), torch.rand(3, 2, 2), torch.arange(2)
@@ -88,8 +94,7 @@ def test_clean_row_is_copied_and_masks_are_repeated(monkeypatch: pytest.MonkeyPa
         (None, "a layer received no hidden states, only mask"),
     ],
 )
-def test_layer_with_other_input_is_a_mismatch(hidden: Any, reason: str) -> None:
-    hook = HeadAblation(GPT2.shared())
+def test_layer_with_other_input_is_a_mismatch(hook: HeadAblation, hidden: Any, reason: str) -> None:
     layout = RowLayout.growing([Ablation([(0, 0)])])
     with (
         growing_batch(hook, layout, last_token_only=False, on_layer=unchanged),
@@ -98,8 +103,7 @@ def test_layer_with_other_input_is_a_mismatch(hidden: Any, reason: str) -> None:
         hook.heads.layers[0].block(**{"mask": None} if hidden is None else {"hidden_states": hidden})
 
 
-def test_parts_after_the_last_attention_see_one_token(monkeypatch: pytest.MonkeyPatch) -> None:
-    hook = HeadAblation(GPT2.shared())
+def test_parts_after_the_last_attention_see_one_token(hook: HeadAblation, monkeypatch: pytest.MonkeyPatch) -> None:
     part, hidden = hook.heads.layers[1].block.mlp, torch.rand(2, 5, 6)
     monkeypatch.setattr(part, "forward", lambda *args, **kwargs: (args, kwargs))
     with growing_batch(hook, RowLayout.growing([]), last_token_only=True, on_layer=unchanged):

@@ -87,7 +87,7 @@ def test_masked_tokens_do_not_widen_the_tie() -> None:
 def test_lowest_of_equal_tokens_is_the_prediction() -> None:
     """Equal columns of W_U: some kernels round their logits differently, so they are equal up to rounding only."""
     model = randomised(GPT2.shared().config, seed=1)
-    ids = [7, 9, 8]
+    ids = [11, 12, 13]
     first = sweep(model, ids).clean_argmax
     twins = {first, 2, 40}
     assert not twins & set(ids) and first > 2

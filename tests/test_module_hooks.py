@@ -22,8 +22,7 @@ from ablation.hook import HeadAblation
 from tests.implementations.surgery import Surgery
 from tests.test_hook import hooks_of, logits
 
-# No other test has this shape, so none has run it with `output_hidden_states`: transformers' hooks cannot be pickled.
-LLAMA = Decoder("llama", num_layers=3, num_heads=4, head_dim=10, num_key_value_groups=2)
+LLAMA = Decoder("llama", num_layers=3, num_heads=4, head_dim=8, num_key_value_groups=2)
 IDS = torch.tensor([[3, 1, 4, 1, 5]])
 HEAD = (1, 1)
 

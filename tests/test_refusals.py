@@ -129,7 +129,7 @@ def swept(**arguments: Any) -> Act:
             id="no prompt",
         ),
         pytest.param(gpt2, swept(token_ids=[41]), InvalidPrompt, "no token 41: the model has 41 tokens", id="token"),
-        pytest.param(gpt2, swept(token_ids=[1] * 65), InvalidPrompt, "65 tokens, .* takes at most 64", id="long"),
+        pytest.param(gpt2, swept(token_ids=[1] * 129), InvalidPrompt, "129 tokens, .* takes at most 128", id="long"),
         pytest.param(gpt2, swept(watch=[-1]), InvalidPrompt, "no token -1", id="watched token"),
         pytest.param(gpt2, swept(watch=[]), InvalidPrompt, "one watched token", id="nothing watched"),
         pytest.param(gpt2, swept(token_ids=list("words")), InvalidPrompt, "'w' is not a token id", id="text for ids"),

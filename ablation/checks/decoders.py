@@ -65,12 +65,7 @@ class Decoder(NamedTuple):
 @cache
 def _build(decoder: Decoder) -> PreTrainedModel:
     seed = zlib.crc32(repr(tuple(decoder)).encode())
-    model = randomised(_config(decoder), seed, decoder.attention, decoder.dtype)
-    # The first time that a model is asked for hidden states, transformers 5 registers hooks, which stay. An
-    # implementation that asks for them must not be blamed for these hooks.
-    with torch.no_grad():
-        model(torch.tensor([[0]]), use_cache=False, output_hidden_states=True)
-    return model
+    return randomised(_config(decoder), seed, decoder.attention, decoder.dtype)
 
 
 def _config(decoder: Decoder) -> PretrainedConfig:

@@ -1,4 +1,4 @@
-"""Chapter 7, layouts: decoders in which the place of a head is not obvious.
+"""Chapter 7, layouts: decoders in which the place of a head, or what reads it, is not obvious.
 
 An implementation that does not claim a family of LAYOUTS declares it in `unsupported`, as for any other family.
 """
@@ -6,13 +6,20 @@ An implementation that does not claim a family of LAYOUTS declares it in `unsupp
 from __future__ import annotations
 
 from dataclasses import replace
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+from transformers.pytorch_utils import Conv1D
 
 from ablation.checks.assertions import assert_close
 from ablation.checks.cases import Case, CaseSpec
 from ablation.checks.check import check, unsupported_features
-from ablation.checks.driving import made, run
-from ablation.checks.oracles import expected_logits
+from ablation.checks.driving import ablated_logits, made, run
+from ablation.checks.oracles import apply_surgery, expected_logits
 from ablation.checks.protocol import Factory
+from ablation.heads import find_heads
 
 
 @check(
@@ -28,7 +35,8 @@ def sliding_window(factory: Factory, case: Case) -> None:
 @check(
     "layouts.hybrid",
     "Layer numbers count the layers without attention heads, too: with the number of a layer that has heads, an "
-    "ablation gives, up to rounding, the logits of the bare model after the ablation is written into the weights of that layer.",
+    "ablation gives, up to rounding, the logits of the bare model after the ablation is written into the weights of "
+    "that layer.",
     cases=CaseSpec(families=("lfm2",), dtypes=("float32",), max_heads=2, min_layers=4, min_tokens=2),
 )
 def hybrid(factory: Factory, case: Case) -> None:
@@ -43,6 +51,46 @@ def hybrid(factory: Factory, case: Case) -> None:
 )
 def vision(factory: Factory, case: Case) -> None:
     _assert_right(factory, case)
+
+
+@check(
+    "layouts.low_rank",
+    "If an adapter such as LoRA wraps a projection, zero imputation gives, up to rounding, the logits of the bare "
+    "model after the weights that read the head, in the projection and in its adapter, are set to 0.",
+    cases=CaseSpec(imputations=("zero",), families=("gpt2", "llama", "qwen3"), dtypes=("float32",), max_heads=2),
+    needs=("zero", "adapters"),
+)
+def low_rank(factory: Factory, case: Case) -> None:
+    model, merged = case.model(), case.model()
+    for layer, twin in zip(find_heads(model).layers, find_heads(merged).layers, strict=True):
+        parent, _, name = layer.projection_name.rpartition(".")
+        wrapper = LowRank(layer.projection, seed=layer.index)
+        setattr(model.get_submodule(parent), name, wrapper)
+        with torch.no_grad():
+            update = wrapper.up @ wrapper.down  # [hidden, num_heads * head_dim]
+            twin.projection.weight += update.T if isinstance(twin.projection, Conv1D) else update
+    apply_surgery(merged, case.heads)
+    what = "the logits, against those of the adapters merged into W_O and its blocks of the heads set to 0"
+    assert_close(ablated_logits(factory, case, model), run(merged, case.inputs()), what)
+
+
+class LowRank(nn.Module):
+    """A projection with a low-rank adapter beside it, which reads z, too."""
+
+    def __init__(self, base_layer: Any, seed: int) -> None:
+        super().__init__()
+        self.base_layer = base_layer
+        columns = (base_layer.nf, base_layer.nx) if isinstance(base_layer, Conv1D) else base_layer.weight.shape
+        random = np.random.RandomState(seed)
+        self.up, self.down = (
+            nn.Parameter(torch.from_numpy(random.randint(-128, 129, shape) / 256).to(base_layer.weight.dtype))
+            for shape in ((columns[0], 2), (2, columns[1]))
+        )
+
+    def forward(self, z: Tensor) -> Tensor:
+        """[rows, tokens, num_heads * head_dim] -> [rows, tokens, hidden]."""
+        output: Tensor = self.base_layer(z) + z @ self.down.T @ self.up.T
+        return output
 
 
 def _assert_right(factory: Factory, case: Case) -> None:

@@ -49,6 +49,7 @@ FEATURES = {
     "checkpointing": "gradients under gradient checkpointing",
     "non_finite": "replacing z where it is NaN or infinite, too; arithmetic such as `z * 0` does not",
     "later_patches": "keeping a `forward` that the user puts in the place of a projection's while heads are ablated",
+    "adapters": "projections that a module wraps, as LoRA does",
     "copies": "a model whose copy, made while heads are ablated, has no ablation",
     "validation": "refusing heads and imputations that do not exist",
 }

@@ -18,6 +18,7 @@ class Surgery:
     unsupported: ClassVar[dict[str, str]] = {
         "mean": "the mean depends on the prompt, the weights do not",
         "observable": "z does not change, only the weights that read it",
+        "adapters": "it edits the weight of the projection, and no weight beside it",
         "non_finite": "it multiplies z by zeros, and NaN times 0 is NaN",
     }
 

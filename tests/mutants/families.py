@@ -56,6 +56,15 @@ class ThirdLayerLeft(Mutant):
         return super().projections()[:2]
 
 
+class InsideTheWrapper(Mutant):
+    """Hooks the layer inside the wrapper of an adapter, so that the adapter still reads the head."""
+
+    expected_check = "layouts.low_rank"
+
+    def projections(self) -> list[Any]:
+        return [getattr(projection, "base_layer", projection) for projection in super().projections()]
+
+
 class SingleTokenLeft(Mutant):
     """Squeezes the dimension of a single token, and then finds nothing to ablate."""
 

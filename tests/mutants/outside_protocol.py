@@ -121,13 +121,13 @@ OUTSIDE_PROTOCOL = (
     Bug(
         "FirstOfSeveralTokens",
         "Uses the first token of a target of several tokens.",
-        "tests/test_models.py::test_target_of_several_tokens_is_refused_with_a_hint",
+        "tests/test_prompts.py::test_target_that_is_not_one_token_is_refused_with_a_hint",
         "kanishkamisra/minicons#2",
     ),
     Bug(
         "TokenBeforeThePrompt",
         "Adds a token before the prompt that the tokenizer does not add.",
-        "tests/test_models.py::test_prompt_keeps_the_tokens_of_its_tokenizer",
+        "tests/test_prompts.py::test_prompt_keeps_the_tokens_of_its_tokenizer",
         "TransformerLensOrg/TransformerLens#282",
     ),
     Bug(
@@ -146,5 +146,56 @@ OUTSIDE_PROTOCOL = (
         "OwnErrorBlamedOnTheModel",
         "Takes an error in its own hook for a model that accepts no batches, and falls back to a slow way.",
         "tests/test_engine.py::test_error_in_our_own_hook_propagates",
+    ),
+    Bug(
+        "CompiledAround",
+        "Registers hooks on a model that a compiled function calls, which omits them.",
+        "tests/test_module_hooks.py::test_compiled_code_around_the_model_is_ablated",
+        "pytorch/pytorch#117758",
+    ),
+    Bug(
+        "OtherObject",
+        "Ablates one object, while another one, such as a copy or a pipeline's own model, is run.",
+        "tests/test_module_hooks.py::test_ablation_of_another_object_is_an_error_on_leaving",
+    ),
+    Bug(
+        "OtherThreads",
+        "Ablates the forward passes of every thread that uses the model.",
+        "tests/test_module_hooks.py::test_other_threads_get_the_models_own_logits",
+    ),
+    Bug(
+        "PickledHooks",
+        "Leaves its hooks in a pickle of the model.",
+        "tests/test_module_hooks.py::test_copy_made_inside_carries_no_ablation",
+    ),
+    Bug(
+        "PackedMean",
+        "Takes one mean over a row that holds several packed sequences.",
+        "tests/test_edits.py::test_mean_of_packed_rows_is_refused",
+    ),
+    Bug(
+        "WritesIgnored",
+        "Assigns to a tensor subclass that ignores the assignment.",
+        "tests/test_edits.py::test_elements_that_are_not_replaced_are_an_error",
+    ),
+    Bug(
+        "RecomputedUnderOthers",
+        "Ablates other heads when gradient checkpointing runs a layer again in the backward pass.",
+        "tests/test_checkpointing.py::test_layers_are_recomputed_as_they_were_recorded",
+    ),
+    Bug(
+        "RowsCoupled",
+        "Ablates many heads in one batch of a model whose rows influence each other.",
+        "tests/test_guard.py::test_weak_influence_between_rows_is_noticed",
+    ),
+    Bug(
+        "BehindTheEnd",
+        "Asks what follows the EOS that a tokenizer appends.",
+        "tests/test_prompts.py::test_added_tokens_stay_at_the_start_and_not_at_the_end",
+    ),
+    Bug(
+        "NotCausal",
+        "Sweeps an encoder, whose logits depend on later tokens.",
+        "tests/test_causality.py::test_model_that_does_not_continue_a_prompt_is_refused",
     ),
 )
