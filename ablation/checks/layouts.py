@@ -68,7 +68,8 @@ def low_rank(factory: Factory, case: Case) -> None:
         setattr(model.get_submodule(parent), name, wrapper)
         with torch.no_grad():
             update = wrapper.up @ wrapper.down  # [hidden, num_heads * head_dim]
-            twin.projection.weight += update.T if isinstance(twin.projection, Conv1D) else update
+            weight: Any = twin.projection.weight
+            weight += update.T if isinstance(twin.projection, Conv1D) else update
     apply_surgery(merged, case.heads)
     what = "the logits, against those of the adapters merged into W_O and its blocks of the heads set to 0"
     assert_close(ablated_logits(factory, case, model), run(merged, case.inputs()), what)
