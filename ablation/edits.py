@@ -19,8 +19,9 @@ from ablation.imputation import Imputation, as_imputation
 class Ablation:
     """A set of heads that are ablated together, with one imputation.
 
-    heads: (layer, head) pairs; if there are none, the ablated run is a clean run. Raises InvalidHead if `heads` is not
-    a list of pairs, and UnknownImputation.
+    heads: (layer, head) pairs; if there are none, the ablated run is a clean run. Raises InvalidHead if `heads` is a
+    mapping, a text or not iterable, and UnknownImputation. Whether the pairs are heads of a model is checked by
+    `HeadAblation` and `run`.
     """
 
     heads: tuple[tuple[int, int], ...]
@@ -124,12 +125,25 @@ def apply_edits(z: Tensor, layer: AttentionLayer, edits: Sequence[Edit], mask: T
         ]
         number, row, head = torch.tensor(slices, device=z.device).reshape(-1, 3).unbind(-1)
         own = before[row, :, head]  # [slices, tokens, head_dim]
-        value = imputation(own, None if mask is None else mask[row])
-        after[row, :, head] = value.expand_as(own)
+        value = _imputed(imputation, own, None if mask is None else mask[row])
+        after[row, :, head] = value
         held = edited.unflatten(-1, (layer.num_heads, layer.head_dim))[row, :, head]  # what the projection receives
-        per_slice = torch.stack([_equal(held, value), ~_equal(held, own)], dim=-1).sum(dim=(1, 2))  # [slices, 2]
+        same = _equal(held, before[row, :, head])  # not `own`, into which an imputation may write
+        per_slice = torch.stack([_equal(held, value), ~same], dim=-1).sum(dim=(1, 2))  # [slices, 2]
         counts.index_add_(0, number, per_slice)
     return edited, counts
+
+
+def _imputed(imputation: Imputation, z: Tensor, mask: Tensor | None) -> Tensor:
+    """Return the replacement of z, in its shape. Raises InvalidAblation if an imputation returns anything else."""
+    value = imputation(z, mask)
+    try:
+        return value.expand_as(z)
+    except (RuntimeError, AttributeError):
+        returned = list(value.shape) if isinstance(value, Tensor) else type(value).__name__
+        raise InvalidAblation(
+            f"the imputation {imputation.name!r} returned {returned}, which does not broadcast to z of {list(z.shape)}"
+        ) from None
 
 
 def _check_editable(z: Any, layer: AttentionLayer) -> None:

@@ -51,12 +51,13 @@ def run(
     each row. Layers before an ablation's first head are thus computed once, for the clean row. After the attention of
     the last layer, only the last token is computed.
 
-    As a guard, the clean row and one row for each layer are compared with an ordinary forward pass of a batch that has
-    all rows from the start; they may differ by the model's own rounding (see `ablation.guard`). If a row disagrees, or
-    if the model's own code fails on the growing batch, the batch runs again with all tokens in the last layer. If that
-    fails, too, each ablation runs in its own forward pass, with a warning. A model whose rows are known to influence
-    each other runs that way at once. `provenance["method"]` says which way was taken. An error in this package, an
-    imputation or `progress` propagates.
+    As a guard, ordinary forward passes compute the clean row and some of the ablations again, at least one for each
+    layer in which an ablation begins. Their logits may differ from those of the growing batch by the model's own
+    rounding (see `ablation.guard`). If they differ by more, or if the model's own code fails on the growing batch, the
+    growing batch is tried once more, with all tokens in the last layer. If this fails, too, `run` warns, and gives each
+    ablation a forward pass of its own. If the rows of a batch are known to influence each other in this model, `run`
+    does so without trying a growing batch. `provenance["method"]` says whether the result is from a growing batch.
+    Errors that are raised in this package, in an imputation or in `progress` propagate.
 
     token_ids: the prompt, one row without padding. watch: token ids whose probabilities are measured, by convention the
     target and the control; None stands for the most probable token of the clean run that is not watched yet.

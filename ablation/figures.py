@@ -66,7 +66,7 @@ class Panel(NamedTuple):
     flipped: NDArray[np.bool_] | None = None
 
 
-def draw(sweep: SweepResult, folder: Path, *, title: str, token_texts: Mapping[int, str]) -> list[Path]:
+def draw(sweep: SweepResult, folder: Path | str, *, title: str, token_texts: Mapping[int, str]) -> list[Path]:
     """Draw a sweep as PNG files in an existing folder, and return their paths. Raises OSError.
 
     title: the title of every figure, such as the model and the prompt. token_texts: {token id: text}, for the watched
@@ -82,7 +82,7 @@ def draw(sweep: SweepResult, folder: Path, *, title: str, token_texts: Mapping[i
             figure.suptitle(
                 truncate(escape_undrawable(title), int(figure.get_figwidth() / INCHES_PER_LETTER / 1.3)), fontsize=9
             )
-            paths.append(folder / f"{drawing.__name__}.png")
+            paths.append(Path(folder, f"{drawing.__name__}.png"))
             figure.savefig(paths[-1], backend="agg")
     return paths
 
@@ -124,7 +124,8 @@ def margins(sweep: SweepResult, texts: Mapping[int, str]) -> Figure:
         for i, (name, values) in enumerate(zip(sweep.imputations, signed, strict=True))
     ]
     argmax = texts[sweep.clean_argmax]
-    return maps([panels], f"margin of {argmax} (logits; {sweep.clean_margin:.2f} in the clean run)", argmax)
+    label = f"top-1 - top-2 logit, negative where top-1 is not {argmax} ({sweep.clean_margin:.2f} in the clean run)"
+    return maps([panels], label, argmax)
 
 
 def histograms(sweep: SweepResult, texts: Mapping[int, str]) -> Figure:

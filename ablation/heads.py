@@ -11,7 +11,7 @@ from __future__ import annotations
 import operator
 import re
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
@@ -42,9 +42,9 @@ class AttentionLayer:
     """
 
     index: int
-    block: nn.Module
+    block: nn.Module = field(repr=False)
     projection_name: str
-    projection: nn.Module
+    projection: nn.Module = field(repr=False)
     num_heads: int
     key_value_heads: int
     head_dim: int
@@ -62,7 +62,7 @@ class HeadMap:
     layers. layers: the decoder layers with attention heads, in order; some layers of a hybrid model have none.
     """
 
-    decoder: nn.Module
+    decoder: nn.Module = field(repr=False)
     num_layers: int
     layers: tuple[AttentionLayer, ...]
 

@@ -130,7 +130,10 @@ class HeadAblation:
         return self
 
     def __exit__(self, kind: type[BaseException] | None = None, *_: object) -> None:
-        """Remove the hooks; afterwards, raise AblationNotApplied if heads were set and no forward pass ablated them."""
+        """Remove the hooks. Then raise AblationNotApplied if heads were set and no forward pass has ablated them.
+
+        If an exception is on its way, it propagates instead.
+        """
         not_applied = self._pending or (self._ever_ablated and not self._ever_ran)
         problem = self._not_applied()
         self._uninstall()
@@ -147,7 +150,7 @@ class HeadAblation:
 
     @staticmethod
     def remove_from(model: nn.Module) -> None:
-        """Take every ablation off a model, whoever entered it: after a notebook cell that ran twice, say."""
+        """Remove the hooks of every ablation from a model, for instance after a notebook cell has lost its ablation."""
         for owner in remove_owned_hooks(model):
             assert isinstance(owner, HeadAblation)
             owner._uninstall()
@@ -155,8 +158,9 @@ class HeadAblation:
     def ablate(self, heads: Iterable[tuple[int, int]], imputation: str | Imputation = "zero") -> None:
         """Ablate these (layer, head) pairs, and no others, in every row of this thread's following forward passes.
 
-        Raises InvalidHead, UnknownImputation, and InvalidAblation outside of `with`: the previous heads stay in force.
-        Raises AblationNotApplied if no forward pass has ablated the previous heads: the new ones are in force.
+        Raises InvalidHead and UnknownImputation, after which the previous heads stay in force; InvalidAblation if the
+        context manager is not entered; and AblationNotApplied if no forward pass has ablated the previous heads, after
+        which the new heads are in force.
         """
         if self._installed is None:
             raise InvalidAblation("the ablation is not installed, so it would never fire: enter it first, using `with`")
@@ -180,7 +184,7 @@ class HeadAblation:
         pairs = [f"layer {layer}, head {edit.head}" for layer, edits in self.edits.items() for edit in edits]
         return (
             f"{pairs[0] if pairs else 'a head'} was set to be ablated, but no forward pass did it: the model was not "
-            "run, or another object or thread ran in its place"
+            "run before the heads were set again or the context was left, or another object or thread ran in its place"
         )
 
     def _remember_mask(self, model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:

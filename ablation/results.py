@@ -117,8 +117,9 @@ class SweepResult:
     def save(self, folder: Path | str, *, overwrite: bool = False) -> None:
         """Write sweep.npz (the arrays) and sweep.json (the rest) into a folder, both or neither.
 
-        An earlier result in the folder is replaced with `overwrite`, or if it answers the same question to the same
-        recorded model. Raises InvalidOutput if another file would be lost, and OSError.
+        If the folder holds an earlier result, `overwrite=True` replaces it. Without `overwrite`, it is replaced only if
+        its provenance names the same model, weights, question and imputations, as after a repeated command. Otherwise,
+        or if a file that is not part of a result would be lost, raises InvalidOutput. Raises OSError, too.
         """
         with output.staging(Path(folder)) as draft:
             self.write_arrays(draft)

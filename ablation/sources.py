@@ -158,7 +158,7 @@ def _path_source(path: Path) -> Source:
 
 def _did_you_mean(name: str) -> str:
     """Return a sentence with the named model that is most similar, or nothing."""
-    similar = difflib.get_close_matches(name.lower(), NAMED_MODELS, n=1)
+    similar = [known for known in difflib.get_close_matches(name.lower(), NAMED_MODELS, n=1) if known != name]
     return f"Did you mean {similar[0]}? " if similar else ""
 
 

@@ -28,7 +28,7 @@ def sweep(
 ) -> SweepResult:
     """Ablate each head in turn, with each imputation, in one growing batch.
 
-    imputations: names or `Imputation` objects; no two may have one name. `run` describes the growing batch, the other
+    imputations: names or `Imputation` objects, each with a different name. `run` describes the growing batch, the other
     arguments and the errors; in addition, raises UnknownImputation.
     """
     return _sweep(partial(run, max_rows=max_rows), model, token_ids, watch, imputations, progress)
@@ -58,7 +58,7 @@ def sweep_prompts(
     """Call `sweep` for several prompts, one after the other, and return one result per prompt.
 
     prompts: token ids of each prompt, without padding. watch: for each prompt, the argument `watch` of `sweep`. Raises
-    InvalidPrompt if there are no prompts or not as many entries in `watch`, and what `sweep` raises.
+    the errors of `sweep`, and InvalidPrompt if there are no prompts, or if `watch` has another length than `prompts`.
     """
     prompts = list(prompts)
     watch = [(None, None)] * len(prompts) if watch is None else list(watch)

@@ -49,7 +49,7 @@ def test_tokenizer_round_trips_every_sentence(capitals: models.LoadedModel) -> N
         assert capitals.tokenizer.decode(capitals.tokenizer(sentence)["input_ids"]) == sentence
 
 
-@pytest.mark.slow
+@pytest.mark.end_to_end
 def test_training_writes_a_model_that_loads(tmp_path: Path) -> None:
     """Two steps only, since the whole training takes minutes."""
     out = tmp_path / "trained"

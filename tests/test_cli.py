@@ -53,7 +53,7 @@ def test_sweep_defaults(run: Run) -> None:
     assert result.provenance["watched"] == [" Germany", " France"]
 
 
-@pytest.mark.slow
+@pytest.mark.end_to_end
 def test_undisplayable_token_is_escaped(tmp_path: Path) -> None:
     command = [sys.executable, "-m", "ablation", "sweep", "--imputation", "zero", "--out", str(tmp_path)]
     environment = os.environ | {"PYTHONIOENCODING": "ascii"}
@@ -200,7 +200,7 @@ def test_file_in_place_of_the_output_folder_is_one_line(run: Run, out: str) -> N
     assert re.fullmatch(f"ablation: cannot write to {out}: .*file is not a folder\n", err)
 
 
-@pytest.mark.slow
+@pytest.mark.end_to_end
 def test_closed_output_ends_quietly() -> None:
     command = [sys.executable, "-m", "ablation", "heads", "--json"]
     with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE) as process:
@@ -346,7 +346,7 @@ def test_package_runs_as_a_module() -> None:
     assert done.returncode == 2 and "usage: ablation" in done.stderr
 
 
-@pytest.mark.slow
+@pytest.mark.end_to_end
 @pytest.mark.parametrize(
     "code",
     [

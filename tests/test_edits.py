@@ -242,3 +242,44 @@ def test_nan_in_z_is_replaced_and_counted() -> None:
     edited, counts = apply_edits(z, layer, mean, None)
     assert edited[0, :, 8:16].isnan().all() and edited[1, :, 8:16].isinf().all()
     assert counts.tolist() == [[80, 39]]  # NaN stays NaN, infinity stays infinity
+
+
+class Halved(Imputation):
+    """Writes into the z that it receives, although it must not."""
+
+    name, per_token = "halved", True
+
+    def __call__(self, z: Tensor, mask: Tensor | None = None) -> Tensor:
+        return z.mul_(0.5)
+
+
+class Misshapen(Imputation):
+    name, per_token = "misshapen", True
+
+    def __call__(self, z: Tensor, mask: Tensor | None = None) -> Tensor:
+        return z[:, :, :3]
+
+
+class Number(Imputation):
+    name, per_token = "number", True
+
+    def __call__(self, z: Tensor, mask: Tensor | None = None) -> Any:
+        return 0.0
+
+
+def test_imputation_that_writes_into_z_is_counted_rightly() -> None:
+    model = LLAMA.shared()
+    with HeadAblation(model) as ablation:
+        ablation.ablate([(1, 0)], Halved())
+        logits(model, IDS)
+        assert ablation.receipt.counts[1] == [(40, 40)]
+
+
+@pytest.mark.parametrize("imputation", [Misshapen(), Number()])
+def test_imputation_that_returns_no_replacement_is_named(imputation: Imputation) -> None:
+    model = LLAMA.shared()
+    with HeadAblation(model) as ablation:
+        ablation.ablate([(1, 0)], imputation)
+        reason = rf"^the imputation '{imputation.name}' returned .*, which does not broadcast to z of \[1, 5, 8\]$"
+        with pytest.raises(InvalidAblation, match=reason):
+            logits(model, IDS)

@@ -55,7 +55,7 @@ def test_rewriting_golden_arrays_is_refused_only_in_ci(
     configure(request, **{option: True})
 
 
-@pytest.mark.slow
+@pytest.mark.end_to_end
 def test_golden_arrays_are_never_rewritten_in_ci() -> None:
     before = contents(GOLDEN)
     status, output = run_pytest("tests/test_golden.py", "--force-regen", CI="true")
@@ -87,7 +87,7 @@ def test_model_that_cannot_be_downloaded_is_one_usage_error(
         configure(request, **{"--models": "gpt2"})
 
 
-@pytest.mark.slow
+@pytest.mark.end_to_end
 def test_plain_run_writes_nothing_and_misses_deleted_arrays(tmp_path: Path) -> None:
     root = tmp_path / "copy"
     skipped = shutil.ignore_patterns(".*", "__pycache__", "*.egg-info", "mutants", "ablation-*")
@@ -101,7 +101,7 @@ def test_plain_run_writes_nothing_and_misses_deleted_arrays(tmp_path: Path) -> N
     assert after == before
 
 
-@pytest.mark.slow
+@pytest.mark.end_to_end
 def test_claims_run_on_their_own_model_and_can_fail(folder: Path, tmp_path: Path) -> None:  # noqa: F811
     """On weights that are not GPT-2's, each failure begins with the words of the claim."""
     (tmp_path / "small_gpt2.py").write_text(  # lets the small model pass for GPT-2
@@ -117,7 +117,7 @@ def test_claims_run_on_their_own_model_and_can_fail(folder: Path, tmp_path: Path
     assert f"models tested: gpt2={folder}" in output and "NOT tested: capitals: not asked for" in output
 
 
-@pytest.mark.slow
+@pytest.mark.end_to_end
 def test_report_names_tested_models_at_both_ends() -> None:
     status, output = run_pytest("tests/test_golden.py", "--models", "capitals")
     assert status == pytest.ExitCode.OK

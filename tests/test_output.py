@@ -333,7 +333,7 @@ def test_result_that_came_meanwhile_is_kept(run: Run, monkeypatch: pytest.Monkey
     assert SweepResult.load("out/result-2").provenance["model"] == "capitals"
 
 
-@pytest.mark.slow
+@pytest.mark.end_to_end
 def test_killed_process_leaves_no_part_of_a_result(tmp_path: Path) -> None:
     """It is killed while it draws."""
     code = (

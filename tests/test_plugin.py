@@ -120,7 +120,7 @@ def run_pytest(user_folder: Path, pytester: pytest.Pytester) -> Run:
 # ---- in the user's own tests
 
 
-@pytest.mark.slow
+@pytest.mark.end_to_end
 def test_three_lines_check_a_hook(run_pytest: Run) -> None:
     done = run_pytest("-q", "test_my_hook.py")
     assert done.ret == pytest.ExitCode.TESTS_FAILED
@@ -265,7 +265,7 @@ def check_command(*arguments: str) -> tuple[int, str]:
     return done.returncode, done.stdout + done.stderr
 
 
-@pytest.mark.slow
+@pytest.mark.end_to_end
 def test_check_command_ignores_the_folders_configuration(user_folder: Path) -> None:
     Path("pytest.ini").write_text("[pytest]\naddopts = --nonsense\n")
     Path("conftest.py").write_text("1 / 0\n")

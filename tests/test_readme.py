@@ -39,7 +39,7 @@ def test_every_command_of_the_readme_is_run() -> None:
     assert [shlex.split(command)[:2] for command in COMMANDS] == [["ablation", "sweep"], ["ablation", "check"]]
 
 
-@pytest.mark.slow
+@pytest.mark.end_to_end
 def test_shown_sweep_is_what_is_printed(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -54,7 +54,7 @@ def test_shown_sweep_is_what_is_printed(
     assert printed.strip() == COMMANDS[command].strip()
 
 
-@pytest.mark.slow
+@pytest.mark.end_to_end
 def test_shown_check_is_what_is_printed(tmp_path: Path) -> None:
     (command,) = (command for command in COMMANDS if " check " in command)
     (hook,) = re.findall(r"```python\n(# my_hook.py\n.*?)```", README, re.DOTALL)

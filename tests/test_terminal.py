@@ -206,7 +206,7 @@ def test_warning_is_a_note_at_once(
     assert seen == ["ablation: note: the growing batch does not suit it: running one forward per ablation\n"]
 
 
-@pytest.mark.slow
+@pytest.mark.end_to_end
 def test_terminated_process_leaves_nothing(tmp_path: Path) -> None:
     """The whole process, from the shell's side: SIGTERM comes while it draws."""
     code = (

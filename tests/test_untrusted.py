@@ -66,7 +66,7 @@ def own_generation(place: Path) -> str:
 CASES = [unknown_architecture, no_language_model, own_tokenizer, attention_from_the_hub, own_generation]
 
 
-@pytest.mark.slow
+@pytest.mark.end_to_end
 def test_code_of_a_folder_is_neither_run_nor_offered(folder: Path, tmp_path: Path) -> None:  # noqa: F811
     """In a new process, with "y" on standard input, as the answer to any question."""
     reasons = {}

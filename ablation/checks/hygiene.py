@@ -140,8 +140,8 @@ def _edit(projections: list[nn.Module]) -> tuple[list[Any], list[Any]]:
 
 @check(
     "hygiene.later_patch",
-    "A `forward` that the user puts in the place of a projection's while heads are ablated is called in each run, and "
-    "remains after close.",
+    "If the user replaces the `forward` method of a projection while heads are ablated, the user's method is called in "
+    "each run and remains after `close`.",
     cases=CaseSpec(imputations=("zero",), dtypes=("float32",)),
     needs=("zero", "observable", "later_patches"),
 )
@@ -194,7 +194,7 @@ def copies(factory: Factory, case: Case) -> None:
 @check(
     "hygiene.global_state",
     "Making, using and closing an implementation leaves unchanged the caller's arguments, gradient mode, default "
-    "dtype, number of threads, random number generators and global hooks.",
+    "dtype, deterministic mode, number of threads, random number generators and global hooks.",
     cases=CaseSpec(max_rows=3, ragged=True, max_heads=4),
 )
 def global_state(factory: Factory, case: Case) -> None:

@@ -34,9 +34,9 @@ def sliding_window(factory: Factory, case: Case) -> None:
 
 @check(
     "layouts.hybrid",
-    "Layer numbers count the layers without attention heads, too: with the number of a layer that has heads, an "
-    "ablation gives, up to rounding, the logits of the bare model after the ablation is written into the weights of "
-    "that layer.",
+    "In a model in which some layers have no attention heads, layer l is the l-th of all layers, counted from 0: an "
+    "ablation in layer l gives, up to rounding, the logits of the bare model after the ablation is written into the "
+    "weights of layer l.",
     cases=CaseSpec(families=("lfm2",), dtypes=("float32",), max_heads=2, min_layers=4, min_tokens=2),
 )
 def hybrid(factory: Factory, case: Case) -> None:
@@ -45,8 +45,8 @@ def hybrid(factory: Factory, case: Case) -> None:
 
 @check(
     "layouts.vision",
-    "In a vision-language model, layer numbers are those of the text decoder: on a text prompt, an ablation gives, up "
-    "to rounding, the logits of the bare model after the ablation is written into the weights of that layer.",
+    "In a vision-language model, layer l is that of the text decoder: on a text prompt, an ablation in layer l gives, "
+    "up to rounding, the logits of the bare model after the ablation is written into the weights of that layer.",
     cases=CaseSpec(families=("gemma3_vision",), dtypes=("float32",), max_heads=2, min_tokens=2),
 )
 def vision(factory: Factory, case: Case) -> None:

@@ -152,8 +152,8 @@ def _imputation_problem(held: Tensor, own: Tensor | None, imputation: str) -> st
 
 @check(
     "locality.input_untouched",
-    "The input tensor of a projection, before or after the ablation's edit, is never modified in place, not even in "
-    "a later forward pass.",
+    "Two tensors are never modified in place, not even in a later forward pass: the z that the model computes, and the "
+    "edited z that the projection receives.",
     cases=CaseSpec(dtypes=ALL_DTYPES),
     needs=("observable",),
 )

@@ -52,11 +52,12 @@ UNUSABLE = "not tried, since the checks cannot use the adapter"
 TERMS = """\
 The checks call an implementation of head ablation through an adapter (docs/checking.md). The z of an attention head is
 its output before the attention output projection (W_O), a linear layer whose input holds the z of all heads of a layer,
-one slice per head. An imputation replaces the z of an ablated head: zero by 0, and mean by the mean of z over the real
-tokens of a row and all channels; real tokens are those that are not padding. The bare model is the model without an
-implementation on it, and a clean run is a run with no head ablated. "Bit for bit" means equal by `torch.equal`, so +0
-equals -0; "up to rounding" means within the tolerance in `ablation/checks/assertions.py`. Good implementations may
-differ in a requirement marked (should); all others are obligatory.
+one slice per head. To ablate a head is to replace its z. There are two imputations: zero imputation replaces z by 0;
+mean imputation replaces z by one number per row, the mean of z over the real tokens and all channels. Real tokens are
+those that are not padding. The bare model is the model without an implementation on it. A clean run is a run with no
+head ablated. "Bit for bit" means that dtypes and values are equal; +0 equals -0, and NaN equals NaN. "Up to rounding"
+means within the tolerance in `ablation/checks/assertions.py`. A requirement is obligatory unless it is marked (should),
+or the adapter declares that it does not support what the requirement needs.
 """
 
 Outcome = Literal["passed", "failed", "skipped", "expected failure", "unexpected pass"]
