@@ -19,9 +19,9 @@ from ablation.imputation import Imputation, as_imputation
 class Ablation:
     """A set of heads that are ablated together, with one imputation.
 
-    heads: (layer, head) pairs; if there are none, the ablated run is a clean run. Raises InvalidHead if `heads` is a
-    mapping, a text or not iterable, and UnknownImputation. Whether the pairs are heads of a model is checked by
-    `HeadAblation` and `run`.
+    heads: (layer, head) pairs; if there are none, the ablated run is a clean run. Raises
+    UnknownImputation for an unknown name, and InvalidHead if `heads` is a mapping, a text or not iterable. Whether the
+    pairs are heads of a model is checked by `HeadAblation` and `run`.
     """
 
     heads: tuple[tuple[int, int], ...]

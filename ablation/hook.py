@@ -159,8 +159,8 @@ class HeadAblation:
         """Ablate these (layer, head) pairs, and no others, in every row of this thread's following forward passes.
 
         Raises InvalidHead and UnknownImputation, after which the previous heads stay in force; InvalidAblation if the
-        context manager is not entered; and AblationNotApplied if no forward pass has ablated the previous heads, after
-        which the new heads are in force.
+        context manager is not entered; and AblationNotApplied if no forward pass has ablated the previous heads. After
+        AblationNotApplied, which reports an earlier fault, the new heads are in force.
         """
         if self._installed is None:
             raise InvalidAblation("the ablation is not installed, so it would never fire: enter it first, using `with`")

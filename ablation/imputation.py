@@ -27,7 +27,7 @@ class Imputation:
         """Return the replacement: a new tensor that broadcasts to z's shape, of z's dtype and device.
 
         z: [rows, tokens, head_dim], any floating dtype; must not be written to. mask: [rows, tokens], nonzero at real
-        tokens, on z's device; None if no token is padding.
+        tokens, on z's device; None if no token is padding, or if the imputation is per token, which needs no mask.
         """
         raise NotImplementedError
 

@@ -42,9 +42,9 @@ T = TypeVar("T")
 class LoadedModel:
     """A model in evaluation mode, and its tokenizer.
 
-    name: as in results. model: a PeftModel if an adapter was loaded. revision: the commit of a model from the hub; None
-    for other models. source: the argument `name` of `load`, with an absolute path. ignored_weights: names of weights in
-    its files that the model does not use, such as those of a classifier's head.
+    name: what results call the model. model: a PeftModel if an adapter was loaded. revision: the commit of a model from
+    the hub; None for other models. source: the argument `name` of `load`; a path is made absolute. ignored_weights:
+    names of weights in its files that the model does not use, such as those of a classifier's head.
     """
 
     name: str

@@ -4,8 +4,8 @@ Dimensions: A ablations, W watched tokens, I imputations, L decoder layers, H th
 Floats are float64. All values are measured at the last token of the prompt: probabilities in [0, 1], log-probabilities
 in nats, and margins (top-1 logit - top-2 logit) in logits. A change is the ablated value - the clean value.
 
-Rounding cannot change the argmax: logits that differ by no more than rounding are a tie (see
-`ablation.measure.tie_tolerance`). In a tie, the argmax is the lowest token id, and the margin is 0.
+Logits that differ by no more than rounding are a tie (see `ablation.measure.tie_tolerance`). In a tie, the argmax is
+the lowest token id, and the margin is 0.
 
 A receipt proves that the ablation took place: how often a projection was called, and how many elements of z were
 replaced and changed.
@@ -118,8 +118,9 @@ class SweepResult:
         """Write sweep.npz (the arrays) and sweep.json (the rest) into a folder, both or neither.
 
         If the folder holds an earlier result, `overwrite=True` replaces it. Without `overwrite`, it is replaced only if
-        its provenance names the same model, weights, question and imputations, as after a repeated command. Otherwise,
-        or if a file that is not part of a result would be lost, raises InvalidOutput. Raises OSError, too.
+        its provenance names the same model, weights, question and imputations, as after a repeated command. Raises
+        InvalidOutput if the folder holds another result and `overwrite` is not given, or if a file that is not part of
+        a result would be lost, with `overwrite`, too. Raises OSError if the folder cannot be written.
         """
         with output.staging(Path(folder)) as draft:
             self.write_arrays(draft)

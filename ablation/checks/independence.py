@@ -224,8 +224,8 @@ def gradient_mode(factory: Factory, case: Case) -> None:
 
 @check(
     "independence.threads",
-    "Whichever thread made an implementation, a thread that calls `ablate` and then `run` gets, up to rounding, the "
-    "same logits.",
+    "A thread that calls `ablate` and then `run` gets, up to rounding, the logits that the main thread gets, also if "
+    "another thread made the implementation.",
     cases=CaseSpec(max_heads=2, dtypes=("float32",)),
 )
 def threads(factory: Factory, case: Case) -> None:

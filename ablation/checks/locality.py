@@ -90,7 +90,7 @@ def locality_non_finite(factory: Factory, case: Case) -> None:
     assert not problem, f"the z of head {head} in layer {layer} {problem}"
     same = ((old == new) | (old.isnan() & new.isnan())).all(dim=-1).all(dim=0)  # [heads]
     changed = [index for index in range(decoder.num_heads) if not same[index] and index != head]
-    assert not changed, f"in layer {layer}, head {head} should be ablated, but head {changed[0]} was changed"
+    assert not changed, f"head {head} of layer {layer} should be ablated, but head {changed[0]} was changed"
 
 
 def _assert_local(factory: Factory, case: Case, model: PreTrainedModel) -> None:
@@ -114,8 +114,8 @@ def _assert_local(factory: Factory, case: Case, model: PreTrainedModel) -> None:
         assert now[0].dtype == was.dtype, f"the projection of layer {layer.index} got {now[0].dtype}, not {was.dtype}"
         old, new = (z.unflatten(-1, (layer.num_heads, layer.head_dim)) for z in (was, now[0]))
         targets = sorted(head for index, head in case.heads if index == layer.index)
-        names = ", ".join(f"head {head}" for head in targets) or "no head"
-        what = f"in layer {layer.index}, {names} should be ablated"
+        names = "no head" if not targets else f"head{'s' * (len(targets) > 1)} {' and '.join(map(str, targets))}"
+        what = f"{names} of layer {layer.index} should be ablated"
         if layer.index <= first:
             changed = different(old, new).any(dim=-1).flatten(0, 1).any(dim=0)  # [heads]
             others = [head for head in range(layer.num_heads) if changed[head] and head not in targets]

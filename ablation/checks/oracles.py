@@ -85,9 +85,8 @@ def non_finite(factory: Factory, case: Case) -> None:
 
 @check(
     "oracle.mean",
-    "Mean imputation of a head whose z has the mean m gives, up to rounding, the logits of the bare model after two "
-    "changes: m times the sum, over the head's channels, of the weights of W_O that read the head is added to the "
-    "bias, and these weights are set to 0.",
+    "Mean imputation of a head gives, up to rounding, the logits of the bare model whose W_O receives the mean of the "
+    "head's z, as a constant, in each channel of the head.",
     cases=CaseSpec(imputations=("mean",)),
     needs=("mean",),
 )

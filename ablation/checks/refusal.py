@@ -110,7 +110,7 @@ def _assert_refused(factory: Factory, case: Case, heads: list[Any], imputation: 
 
 @check(
     "refusal.no_side_effect",
-    "A call of `ablate` that is rejected leaves the previous heads in force, and the next valid call is accepted.",
+    "If `ablate` rejects its arguments, the previous heads stay in force, and the next valid call is accepted.",
     cases=CaseSpec(max_heads=4, dtypes=("float32",)),
     needs=("validation",),
     level="SHOULD",
