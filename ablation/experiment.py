@@ -8,7 +8,7 @@ from collections.abc import Sequence
 
 from ablation.edits import Ablation
 from ablation.engine import Progress, run_sequential
-from ablation.errors import InvalidPrompt
+from ablation.errors import InvalidPrompt, UnsupportedModel
 from ablation.imputation import IMPUTATIONS
 from ablation.models import LoadedModel
 from ablation.prompts import Question, other_spacing, prompt_ids, single_token
@@ -36,6 +36,10 @@ def sweep_question(
     In addition, raises InvalidPrompt for a prompt that is unusable, for a target or control that is not one token, and
     if the two are equal, all before the sweep.
     """
+    if not isinstance(loaded, LoadedModel):
+        raise UnsupportedModel(f"a {type(loaded).__name__} has no tokenizer: pass what `ablation.load` returns")
+    if not isinstance(question, Question):
+        raise InvalidPrompt(f"a {type(question).__name__} is not a question: pass Question(prompt)")
     ids = prompt_ids(loaded.tokenizer, question.prompt, chat=question.chat)
     watch = [t if t is None else single_token(loaded.tokenizer, t) for t in (question.target, question.control)]
     if None not in watch and watch[0] == watch[1]:

@@ -15,7 +15,7 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from ablation.edits import Ablation
-from ablation.errors import InvalidAblation, InvalidPrompt
+from ablation.errors import InvalidAblation, InvalidPrompt, one_line
 from ablation.growing import BatchMismatch
 from ablation.heads import HeadMap, as_index
 from ablation.hook import HeadAblation
@@ -157,7 +157,7 @@ def batch_logits(request: Request, rows: int) -> Tensor:
     except Exception as error:
         if _raised_by_package(error) or is_out_of_memory(error):
             raise
-        raise BatchMismatch(f"{type(error).__name__}: {error}".splitlines()[0]) from error
+        raise BatchMismatch(one_line(error)) from error
     return _of_last_token(output)
 
 

@@ -8,6 +8,7 @@ from __future__ import annotations
 import importlib.metadata
 import json
 import logging
+import os
 import shutil
 import tempfile
 import warnings
@@ -63,7 +64,11 @@ class LoadedModel:
 
 
 def load(
-    name: str, *, download: bool = True, device: str | None = None, dtype: torch.dtype = torch.float32
+    name: str | os.PathLike[str],
+    *,
+    download: bool = True,
+    device: str | None = None,
+    dtype: torch.dtype = torch.float32,
 ) -> LoadedModel:
     """Load a model and its tokenizer.
 

