@@ -211,7 +211,7 @@ def _run_probes(request: Request, max_rows: int) -> tuple[_CleanRun, Guard]:
     chosen = choose_probes(request.model, request.ablations)
     (*_, plain) = _in_passes(chosen, max_rows, run_pass)
     clean = _measure_clean(request, plain.clean, plain.head_mean)
-    return clean, Guard(request, clean.logits, dict(zip(chosen, probes, strict=True)))
+    return clean, Guard(request, clean.logits, dict(zip(chosen, probes, strict=True)), max_rows)
 
 
 def _run_guarded(request: Request, max_rows: int, progress: Progress | None) -> RunResult:

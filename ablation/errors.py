@@ -2,7 +2,7 @@
 
 
 class AblationError(Exception):
-    """Base of all errors below."""
+    """Base of all errors that this package raises on purpose."""
 
 
 class UnsupportedModel(AblationError, TypeError):

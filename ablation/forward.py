@@ -52,7 +52,7 @@ def validated_request(
         raise InvalidAblation("the model is in training mode, where dropout hides effects: call model.eval()")
     ids = [_token_id(token) for token in _listed(token_ids, "a prompt")]
     watched = [None if token is None else _token_id(token) for token in _listed(watch, "`watch`")]
-    wanted = _listed(ablations, "`ablations`")
+    wanted = _listed(ablations, "`ablations`", InvalidAblation)
     if not ids or not watched:
         raise InvalidPrompt("a run needs at least one prompt token and one watched token")
     if not wanted:
@@ -71,12 +71,12 @@ def validated_request(
     return Request(hook, model, ids, [ablation.validated(hook.heads) for ablation in wanted], watched)
 
 
-def _listed(values: Any, what: str) -> list[Any]:
-    """Return the values of an argument that has to be a list. Raises InvalidPrompt."""
+def _listed(values: Any, what: str, error: type[Exception] = InvalidPrompt) -> list[Any]:
+    """Return the values of an argument that has to be a list. Raises the error."""
     try:
         return list(values)
     except TypeError:
-        raise InvalidPrompt(f"{what} is a list, not {values!r}") from None
+        raise error(f"{what} is a list, not {values!r}") from None
 
 
 def _token_id(token: Any) -> int:

@@ -34,12 +34,14 @@ PROBES_PER_LAYER = 4
 class Guard:
     """What growing batches are compared with: ordinary forward passes.
 
-    clean: logits of the clean run, [vocabulary]. probes: logits [vocabulary] of some ablations.
+    clean: logits of the clean run, [vocabulary]. probes: logits [vocabulary] of some ablations. max_rows: the largest
+    number of rows in a forward pass.
     """
 
     request: Request
     clean: Tensor
     probes: dict[Ablation, Tensor]
+    max_rows: int
 
     def check(self, clean: Tensor, ablations: Sequence[Ablation], ablated: Tensor) -> None:
         """Raise BatchMismatch unless the clean row, and the probes among the ablated rows, agree with ordinary ones.
@@ -74,7 +76,9 @@ class Guard:
     def _noise(self) -> float:
         """How much the clean logits depend on the number of equal rows, whose influence on each other is nothing."""
         alone = last_logits(self.request, 1)[0]
-        return max(float((last_logits(self.request, rows) - alone).abs().max()) for rows in NOISE_ROWS)
+        return max(
+            float((last_logits(self.request, rows) - alone).abs().max()) for rows in NOISE_ROWS if rows <= self.max_rows
+        )
 
 
 def working_eps(model: PreTrainedModel, logits: Tensor) -> float:

@@ -102,7 +102,10 @@ class HeadAblation:
 
     @property
     def receipt(self) -> Receipt:
-        """The receipt of the last forward pass. Raises AblationNotApplied if none has used the heads in force."""
+        """The receipt of the last forward pass.
+
+        Raises AblationNotApplied if no forward pass has used the heads in force.
+        """
         if self._pending:
             raise AblationNotApplied(self._not_applied())
         return self._receipt
@@ -130,9 +133,10 @@ class HeadAblation:
         return self
 
     def __exit__(self, kind: type[BaseException] | None = None, *_: object) -> None:
-        """Remove the hooks. Then raise AblationNotApplied if heads were set and no forward pass has ablated them.
+        """Remove the hooks. Then raise AblationNotApplied if no forward pass has ablated the heads in force.
 
-        If an exception is on its way, it propagates instead.
+        It is also raised if heads were set and cleared, and no forward pass has run at all. If an exception is on its
+        way, that exception propagates instead.
         """
         not_applied = self._pending or (self._ever_ablated and not self._ever_ran)
         problem = self._not_applied()

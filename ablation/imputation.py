@@ -16,8 +16,8 @@ class Imputation:
     """Replaces z, the output of one head before the projection.
 
     name: identifies the imputation in results. per_token: promises that the value at a token depends on that token
-    alone, and not on later tokens or on those in a key/value cache. Every imputation must be independent of the other
-    rows of the batch and of padding.
+    alone, so that later tokens and tokens in a key/value cache do not matter. Every imputation must be independent of
+    the other rows of the batch and of padding.
     """
 
     name: ClassVar[str]
@@ -27,7 +27,7 @@ class Imputation:
         """Return the replacement: a new tensor that broadcasts to z's shape, of z's dtype and device.
 
         z: [rows, tokens, head_dim], any floating dtype; must not be written to. mask: [rows, tokens], nonzero at real
-        tokens, on z's device; None if no token is padding, or if the imputation is per token, which needs no mask.
+        tokens, on z's device; None if no mask is known; an imputation that is per token must not need it.
         """
         raise NotImplementedError
 

@@ -119,8 +119,8 @@ class SweepResult:
 
         If the folder holds an earlier result, `overwrite=True` replaces it. Without `overwrite`, it is replaced only if
         its provenance names the same model, weights, question and imputations, as after a repeated command. Raises
-        InvalidOutput if the folder holds another result and `overwrite` is not given, or if a file that is not part of
-        a result would be lost, with `overwrite`, too. Raises OSError if the folder cannot be written.
+        InvalidOutput if the folder holds another result and `overwrite` is not given, and, even if it is given, if a
+        file that is not part of a result would be lost. Raises OSError if the folder cannot be written.
         """
         with output.staging(Path(folder)) as draft:
             self.write_arrays(draft)

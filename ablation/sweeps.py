@@ -26,7 +26,7 @@ def sweep(
     max_rows: int | None = None,
     progress: Progress | None = None,
 ) -> SweepResult:
-    """Ablate each head in turn, with each imputation, in one growing batch.
+    """Ablate each head in turn, with each imputation, in growing batches.
 
     imputations: names or `Imputation` objects, each with a different name. `run` describes the growing batch, the other
     arguments and the errors; in addition, raises UnknownImputation.

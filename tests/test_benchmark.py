@@ -30,7 +30,7 @@ def test_every_way_agrees_with_the_sweep(config: PretrainedConfig) -> None:
     model = build(config)
     cells = 2 * 2 * find_heads(model).shape[1]
     with torch.no_grad():
-        measured = timed(model, [3, 1, 4], rounds=1, parts=1, pattern="sweep|double|invokes|Captum")
+        measured = timed(model, [3, 1, 4], rounds=1, parts=1, pattern="sweep|double|batch|invokes|Captum")
     assert len(measured.cells) == cells and SWEEP in measured.seconds and "double loop" in str(measured.seconds)
     assert len(list(comparison(measured))) == 2 + len(measured.seconds) + 1
 
@@ -63,7 +63,7 @@ def test_only_needed_multiplications_are_timed(monkeypatch: pytest.MonkeyPatch) 
     """Of 12 ablations, 6 differ from the clean run after the first attention; after the last, one token is needed."""
     asked: list[tuple[int, int, int]] = []
 
-    def product_time(rows: int, inner: int, columns: int) -> float:
+    def product_time(rows: int, inner: int, columns: int, like: torch.Tensor) -> float:
         asked.append((rows, inner, columns))
         return 1.0
 

@@ -92,7 +92,7 @@ def test_probes_are_more_where_rows_may_couple() -> None:
 
 def guard(clean: Tensor, noise: float = 0.0, dtype: torch.dtype = torch.float32) -> Guard:
     """A guard with given clean logits, whose noise need not be measured."""
-    made = Guard(cast(Request, SimpleNamespace(model=SimpleNamespace(dtype=dtype))), clean, {})
+    made = Guard(cast(Request, SimpleNamespace(model=SimpleNamespace(dtype=dtype))), clean, {}, max_rows=16)
     vars(made)["_noise"] = noise
     return made
 

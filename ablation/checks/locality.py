@@ -68,8 +68,8 @@ def locality_user_hooks(factory: Factory, case: Case) -> None:
 
 @check(
     "locality.non_finite",
-    "NaN or infinity in the z of one head does not change what replaces another head, and stays unless its own head is "
-    "ablated.",
+    "If the z of one head holds NaN or infinity, an ablation of other heads gives these heads their usual imputed "
+    "values, and does not change the z that holds NaN or infinity.",
     cases=CaseSpec(families=WITH_VALUE_PROJECTION, min_layer_heads=4),  # at most three share their values
     needs=("observable", "single_forward", "non_finite"),
 )

@@ -34,14 +34,19 @@ def main() -> None:
     parser.add_argument("--rounds", type=int, default=3, help="how often each way is timed; the best counts")
     parser.add_argument("--ways", default="", help="a pattern: time only the ways whose name it matches, and `sweep`")
     parser.add_argument("--more", action="store_true", help="measure all other tables, some 15 minutes")
+    parser.add_argument("--device", help="measure the table of an accelerator, such as cuda")
     parser.add_argument("--write", action="store_true", help="put what is measured into docs/benchmark.md")
     options = parser.parse_args()
     torch.set_num_threads(os.cpu_count() or 1)
     with torch.no_grad():
-        lines = more() if options.more else tables.gpt2_small(options.rounds, f"^`sweep`|{options.ways}")
+        ways = f"^`sweep`|{options.ways}"
+        if options.device:
+            lines = tables.on_device(options.device, options.rounds, "^`sweep`|^double|^plain")
+        else:
+            lines = more() if options.more else tables.gpt2_small(options.rounds, ways)
         text = "\n".join(lines) + "\n"
     print(text)
-    if options.write:
+    if options.write and not options.device:
         page = PAGE.read_text(encoding="utf-8")
         PAGE.write_text((MORE if options.more else FIRST).sub(lambda _: text, page), encoding="utf-8")
 

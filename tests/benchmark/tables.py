@@ -46,6 +46,27 @@ def made_with() -> str:
     return f"{today}, {torch.get_num_threads()} threads of {cpu}, {versions}"
 
 
+def on_device(device: str, rounds: int, pattern: str) -> Iterator[str]:
+    """Yield the table of an accelerator: GPT-2 small's shape in float32, and Llama-2-7B's in bfloat16."""
+    card = torch.cuda.get_device_name(device) if device.startswith("cuda") else device
+    yield from (f"## On an accelerator: {card}", "", f"{made_with()}.")
+    for name, dtype, tokens, parts in (
+        ("GPT-2 small", torch.float32, 6, 1),
+        ("Llama-2-7B", torch.bfloat16, 6, 8),
+        ("Llama-2-7B", torch.bfloat16, 128, 16),
+    ):
+        with torch.device(device):
+            model = build(SHAPES[name], dtype)
+        measured = timed(model, prompt(model, tokens), rounds, parts, pattern)
+        passes = sweep(model, prompt(model, tokens)).provenance["passes"]
+        yield from ("", f"### {name}'s shape, {str(dtype)[6:]}, {tokens} tokens, {len(measured.cells)} ablations", "")
+        yield from comparison(measured)
+        yield from ("", f"The sweep took {passes} passes.")
+        del model
+        torch.accelerator.empty_cache()
+    yield ""
+
+
 def gpt2_small(rounds: int, pattern: str) -> Iterator[str]:
     """Yield the first table: every ablation of GPT-2 small's shape."""
     model: Any = build(SHAPES["GPT-2 small"])

@@ -28,6 +28,7 @@ SHAPES: dict[str, PretrainedConfig] = {
     "GPT-2 small": GPT2Config(),
     "SmolLM2-135M": SMOLLM2,
     "GPT-2 medium": GPT2Config(n_embd=1024, n_layer=24, n_head=16),
+    "Llama-2-7B": LlamaConfig(intermediate_size=11008, num_hidden_layers=32, num_attention_heads=32),
 }
 
 Cell = tuple[str, int, int]
@@ -36,10 +37,10 @@ Way = Callable[[PreTrainedModel, list[int], Sequence[Cell]], Iterator[Tensor]]
 """Gives the last token's logits [vocabulary] of each ablation."""
 
 
-def build(config: PretrainedConfig) -> PreTrainedModel:
+def build(config: PretrainedConfig, dtype: torch.dtype = torch.float32) -> PreTrainedModel:
     """Return a model of that shape, with the same random weights each time."""
     torch.manual_seed(0)
-    model: PreTrainedModel = AutoModelForCausalLM.from_config(config).eval()
+    model: PreTrainedModel = AutoModelForCausalLM.from_config(config, dtype=dtype).eval()
     return model
 
 
@@ -55,6 +56,11 @@ def watched(model: PreTrainedModel) -> list[int]:
     return list(range(0, model.config.vocab_size, model.config.vocab_size // 16))
 
 
+def input_ids(model: PreTrainedModel, ids: list[int], rows: int = 1) -> Tensor:
+    """Return the prompt as a batch of equal rows, on the device of the model."""
+    return torch.tensor([ids] * rows, device=model.device)
+
+
 def double_loop(model: PreTrainedModel, ids: list[int], cells: Sequence[Cell]) -> Iterator[Tensor]:
     """One hook and one forward pass for each ablation, as people write it by hand."""
     heads = find_heads(model)
@@ -67,8 +73,34 @@ def double_loop(model: PreTrainedModel, ids: list[int], cells: Sequence[Cell]) -
             return (z,)
 
         handle = heads.layer(index).projection.register_forward_pre_hook(hook)
-        yield model(torch.tensor([ids])).logits[0, -1]
+        yield model(input_ids(model, ids)).logits[0, -1]
         handle.remove()
+
+
+def plain_batch(rows: int, model: PreTrainedModel, ids: list[int], cells: Sequence[Cell]) -> Iterator[Tensor]:
+    """Many ablations as rows of one ordinary batch, in which all rows run through all layers."""
+    heads = find_heads(model)
+    for start in range(0, len(cells), rows):
+        chunk = cells[start : start + rows]
+        handles = []
+        for layer in heads.layers:
+            edits = [(row, cell[2], cell[0] == "zero") for row, cell in enumerate(chunk) if cell[1] == layer.index]
+            if not edits:
+                continue
+            row, head, zero = torch.tensor(edits, device=model.device).unbind(dim=1)
+
+            def hook(
+                _: Any, args: tuple[Tensor, ...], row: Any = row, head: Any = head, zero: Any = zero, layer: Any = layer
+            ) -> tuple[Tensor]:
+                z = args[0].clone().unflatten(-1, (layer.num_heads, layer.head_dim))
+                mean = z[row, :, head].mean(dim=(1, 2))  # [edits]
+                z[row, :, head] = mean.masked_fill(zero.bool(), 0)[:, None, None].expand(-1, *z.shape[1::2])
+                return (z.flatten(-2),)
+
+            handles.append(layer.projection.register_forward_pre_hook(hook))
+        yield from model(input_ids(model, ids, len(chunk)), use_cache=False, logits_to_keep=1).logits[:, -1]
+        for handle in handles:
+            handle.remove()
 
 
 def adapter(module: str, model: PreTrainedModel, ids: list[int], cells: Sequence[Cell]) -> Iterator[Tensor]:
@@ -82,7 +114,7 @@ def adapter(module: str, model: PreTrainedModel, ids: list[int], cells: Sequence
     implementation = make(model)
     for imputation, layer, head in cells:
         implementation.ablate([(layer, head)], imputation)
-        yield implementation.run(torch.tensor([ids]))[0, -1]
+        yield implementation.run(input_ids(model, ids))[0, -1]
     implementation.close()
 
 
@@ -102,7 +134,7 @@ def nnsight_invokes(model: PreTrainedModel, ids: list[int], cells: Sequence[Cell
         with wrapped.trace() as tracer:
             for imputation, index, head in cells[start : start + rows]:
                 layer = heads.layer(index)
-                with tracer.invoke(torch.tensor([ids])):
+                with tracer.invoke(input_ids(model, ids)):
                     projection = wrapped.get(layer.projection_name)
                     z = projection.input.clone()
                     part = z[..., layer.channels(head)]
@@ -121,13 +153,13 @@ def captum_features(model: PreTrainedModel, ids: list[int], cells: Sequence[Cell
         layer = heads.layer(index)
         runs: list[Tensor] = []
 
-        def score(input_ids: Tensor, runs: list[Tensor] = runs) -> Tensor:
-            logits = model(input_ids).logits[:, -1]
+        def score(batch: Tensor, runs: list[Tensor] = runs) -> Tensor:
+            logits = model(batch).logits[:, -1]
             runs.append(logits)
             return logits[:, 0]
 
-        input_ids, where = torch.tensor([ids]), {"attribute_to_layer_input": True}
-        z = LayerActivation(score, layer.projection).attribute(input_ids, **where)
+        batch, where = input_ids(model, ids), {"attribute_to_layer_input": True}
+        z = LayerActivation(score, layer.projection).attribute(batch, **where)
         features = torch.arange(layer.num_heads).repeat_interleave(layer.head_dim)[None, None]
         means = (
             z.unflatten(-1, (layer.num_heads, layer.head_dim))
@@ -137,7 +169,7 @@ def captum_features(model: PreTrainedModel, ids: list[int], cells: Sequence[Cell
         baseline = torch.zeros_like(z) if imputation == "zero" else means[:, None].expand_as(z)
         runs.clear()
         LayerFeatureAblation(score, layer.projection).attribute(
-            input_ids, baseline, layer_mask=features, perturbations_per_eval=layer.num_heads, **where
+            batch, baseline, layer_mask=features, perturbations_per_eval=layer.num_heads, **where
         )
         yield from torch.cat(runs)[-layer.num_heads :]  # the first row is the clean run
 
@@ -152,6 +184,7 @@ WAYS: dict[str, tuple[str, Way]] = {  # each with the library that it needs
     "`sweep`: a growing batch": ("", partial(ours, sweep)),
     "`sweep_sequential`: one forward per ablation": ("", partial(ours, sweep_sequential)),
     "double loop of hooked forwards": ("", double_loop),
+    **{f"plain batch of {rows} rows": ("", partial(plain_batch, rows)) for rows in (64, 256)},
     "TransformerLens, `run_with_hooks` per head": ("transformer_lens", partial(adapter, "transformer_lens")),
     "nnsight, a trace per head": ("nnsight", partial(adapter, "nnsight")),
     "nnsight, many invokes per trace": ("nnsight", nnsight_invokes),
