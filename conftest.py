@@ -144,7 +144,7 @@ def kernels(request: pytest.FixtureRequest) -> Iterator[None]:
 
 @pytest.fixture(autouse=True)
 def signals_of_a_terminal() -> Iterator[None]:
-    """Handle signals as at a terminal. A job in the background, or under nohup, ignores some, and so do its children."""
+    """Handle signals as at a terminal: a job in the background ignores some, and so do its children."""
     handlers: dict[int, Any] = dict.fromkeys((signal.SIGHUP, signal.SIGTERM), signal.SIG_DFL)
     handlers[signal.SIGINT] = signal.default_int_handler
     before: dict[int, Any] = {number: signal.signal(number, handler) for number, handler in handlers.items()}
