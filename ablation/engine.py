@@ -48,22 +48,22 @@ def run(
 
     A growing batch is a forward pass that starts with one row, the clean row. Before each layer, a copy of the clean
     row joins the batch for every ablation whose first head is in that layer; `HeadAblation` then edits the heads of
-    each row. Layers before an ablation's first head are thus computed once, for the clean row. If the last layer has
-    heads, only the last token is computed after its attention.
+    each row. Layers before an ablation's first head are thus computed once per batch, for the clean row. After the
+    attention of the last layer, only the last token is computed, unless that layer has no heads.
 
-    As a guard, ordinary forward passes compute the clean row and some of the ablations again, at least one for each
-    layer in which an ablation begins. Their logits may differ from those of the growing batch by the model's own
-    rounding (see `ablation.guard`). If they differ by more, or if the model's own code fails on the growing batch, the
-    growing batch is tried once more, with all tokens in the last layer. If that fails, too, each ablation runs in its
-    own forward pass, with a warning. Each ablation also runs in its own forward pass, with a warning, if the model's
-    own code fails on the guard's batch, or if the rows of a batch are known to influence each other in this model.
-    `provenance["method"]` says whether the result is from a growing batch. Errors that are raised in this package, in
-    an imputation or in `progress` propagate.
+    A guard computes the clean row and some of the ablations again, in ordinary forward passes: at least one ablation
+    for each layer in which an ablation begins. The growing batch fails if its logits differ by more than the model's
+    own rounding (see `ablation.guard`), or if the model's own code fails. `run` then tries a growing batch that computes
+    all tokens in the last layer. If this one fails, too, each ablation runs in its own forward pass, and `run` warns.
+    It does so without trying a growing batch if the model's own code fails in the guard, or if the rows of a batch are
+    known to influence each other in this model. `provenance["method"]` says whether the result is from growing batches.
+
+    Errors that are raised in this package, in an imputation or in `progress` propagate.
 
     token_ids: the prompt, one row without padding. watch: token ids whose probabilities are measured, by convention the
     target and the control; None stands for the most probable token of the clean run that is not watched yet.
     max_rows: the largest number of rows in a forward pass, at least 2; by default as many as fit in memory.
-    Ablations that do not fit run in further passes.
+    Ablations that do not fit run in further passes. progress: called with the share of the work that is done, in (0, 1].
 
     Raises InvalidPrompt, InvalidHead, InvalidAblation, UnsupportedModel, AblationNotApplied, NonFiniteLogits.
     """

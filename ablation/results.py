@@ -117,10 +117,10 @@ class SweepResult:
     def save(self, folder: Path | str, *, overwrite: bool = False) -> None:
         """Write sweep.npz (the arrays) and sweep.json (the rest) into a folder, both or neither.
 
-        If the folder holds an earlier result, `overwrite=True` replaces it. Without `overwrite`, it is replaced only if
-        its provenance names the same model, weights, question and imputations, as after a repeated command. Raises
-        InvalidOutput if the folder holds another result and `overwrite` is not given, and, even if it is given, if a
-        file that is not part of a result would be lost. Raises OSError if the folder cannot be written.
+        With `overwrite`, an earlier result in the folder is replaced. Without it, an earlier result is replaced only if
+        model, weights, question and imputations are the same, as after a repeated command; for any other result,
+        InvalidOutput is raised. Files that are not part of a result are never replaced: InvalidOutput is raised, with
+        and without `overwrite`. Raises OSError if the folder cannot be written.
         """
         with output.staging(Path(folder)) as draft:
             self.write_arrays(draft)

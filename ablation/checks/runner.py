@@ -57,9 +57,9 @@ mean imputation replaces z by one number per row, the mean of z over the real to
 those that are not padding. The bare model is the model without an implementation on it. A clean run is a run with no
 head ablated. "Bit for bit" means that dtypes and values are equal; +0 equals -0, and NaN equals NaN. "Up to rounding"
 means within the tolerance in `ablation/checks/assertions.py`. A requirement is obligatory unless it is marked (should),
-or the adapter declares that it does not support what the requirement needs. To write an ablation into the weights of a
-model means to change W_O and its bias as an ablation of the head should act: for zero imputation, the weights that read
-the head become 0; for mean imputation, the constant that the head then contributes is also added to the bias.
+or the adapter declares that it does not support what the requirement needs. Some requirements refer to an ablation that
+is written into the weights. For zero imputation, this sets the weights of W_O that read the head to 0. For mean
+imputation, it also adds to the bias what these weights made of the mean.
 """
 
 Outcome = Literal["passed", "failed", "skipped", "expected failure", "unexpected pass"]
