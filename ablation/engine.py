@@ -53,17 +53,18 @@ def run(
 
     A guard computes the clean row and some of the ablations again, in ordinary forward passes: at least one ablation
     for each layer in which an ablation begins. The growing batch fails if its logits differ by more than the model's
-    own rounding (see `ablation.guard`), or if the model's own code fails. `run` then tries a growing batch that computes
-    all tokens in the last layer. If this one fails, too, each ablation runs in its own forward pass, and `run` warns.
-    It does so without trying a growing batch if the model's own code fails in the guard, or if the rows of a batch are
-    known to influence each other in this model. `provenance["method"]` says whether the result is from growing batches.
+    own rounding (see `ablation.guard`), or if the model's own code fails. `run` then tries a growing batch that
+    computes all tokens in the last layer. If this one fails, too, each ablation runs in its own forward pass, and `run`
+    warns. It does so without trying a growing batch if the model's own code fails in the guard, or if the rows of a
+    batch are known to influence each other in this model. `provenance["method"]` says whether the result is from
+    growing batches.
 
     Errors that are raised in this package, in an imputation or in `progress` propagate.
 
     token_ids: the prompt, one row without padding. watch: token ids whose probabilities are measured, by convention the
     target and the control; None stands for the most probable token of the clean run that is not watched yet.
     max_rows: the largest number of rows in a forward pass, at least 2; by default as many as fit in memory.
-    Ablations that do not fit run in further passes. progress: called with the share of the work that is done, in (0, 1].
+    Ablations that do not fit run in further passes. progress: called with the share of the work that is done, up to 1.
 
     Raises InvalidPrompt, InvalidHead, InvalidAblation, UnsupportedModel, AblationNotApplied, NonFiniteLogits.
     """

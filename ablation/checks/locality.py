@@ -53,8 +53,8 @@ def locality_sets(factory: Factory, case: Case) -> None:
 
 @check(
     "locality.user_hooks",
-    "If a hook of the user edits z, the imputed value is computed from the edited z, and the heads that are not ablated "
-    "keep the user's edit.",
+    "If a hook of the user edits z, the imputed value is computed from the edited z, and the heads that are not "
+    "ablated keep the user's edit.",
     cases=CaseSpec(dtypes=ALL_DTYPES),
     needs=("observable", "single_forward"),
 )
