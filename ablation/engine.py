@@ -51,13 +51,12 @@ def run(
     each row. Layers before an ablation's first head are thus computed once per batch, for the clean row. After the
     attention of the last layer, only the last token is computed, unless that layer has no heads.
 
-    A guard computes the clean row and some of the ablations again, in ordinary forward passes: at least one ablation
+    A guard also computes the clean row and some of the ablations in ordinary forward passes: at least one ablation
     for each layer in which an ablation begins. The growing batch fails if its logits differ by more than the model's
     own rounding (see `ablation.guard`), or if the model's own code fails. `run` then tries a growing batch that
     computes all tokens in the last layer. If this one fails, too, each ablation runs in its own forward pass, and `run`
-    warns. It does so without trying a growing batch if the model's own code fails in the guard, or if the rows of a
-    batch are known to influence each other in this model. `provenance["method"]` says whether the result is from
-    growing batches.
+    warns. Growing batches are not tried if the model's own code fails in the guard, or if the rows of a batch are known
+    to influence each other in this model. `provenance["method"]` says whether the result is from growing batches.
 
     Errors that are raised in this package, in an imputation or in `progress` propagate.
 

@@ -118,9 +118,10 @@ class SweepResult:
         """Write sweep.npz (the arrays) and sweep.json (the rest) into a folder, both or neither.
 
         With `overwrite`, an earlier result in the folder is replaced. Without it, an earlier result is replaced only if
-        model, weights, question and imputations are the same, as after a repeated command; for any other result,
-        InvalidOutput is raised. Files that are not part of a result are never replaced: InvalidOutput is raised, with
-        and without `overwrite`. Raises OSError if the folder cannot be written.
+        model, weights, question and imputations are recorded in both and the same, as after a repeated command; for any
+        other result, InvalidOutput is raised. Results of `sweep` record no question. Files that are not part of a
+        result are never replaced: InvalidOutput is raised, with and without `overwrite`. Raises OSError if the folder
+        cannot be written.
         """
         with output.staging(Path(folder)) as draft:
             self.write_arrays(draft)

@@ -58,8 +58,8 @@ those that are not padding. The bare model is the model without an implementatio
 head ablated. "Bit for bit" means that dtypes and values are equal; +0 equals -0, and NaN equals NaN. "Up to rounding"
 means within the tolerance in `ablation/checks/assertions.py`. A requirement is obligatory unless it is marked (should),
 or the adapter declares that it does not support what the requirement needs. Some requirements refer to an ablation that
-is written into the weights. For zero imputation, this sets the weights of W_O that read the head to 0. For mean
-imputation, it also adds to the bias what these weights made of the mean.
+is written into the weights. For zero imputation, the weights of W_O that read the head are set to 0. For mean
+imputation, the mean times the sum of these weights is added to the bias first.
 """
 
 Outcome = Literal["passed", "failed", "skipped", "expected failure", "unexpected pass"]
