@@ -176,7 +176,7 @@ class HeadAblation:
         self.set_edits({})
 
     def set_edits(self, edits: Mapping[int, Sequence[Edit]]) -> None:
-        """Put edits into force: {layer: edits}, each for one row or all rows. Raises AblationNotApplied like `ablate`."""
+        """Put edits into force: {layer: edits}, each of one row or of all. Raises AblationNotApplied like `ablate`."""
         problem = self._not_applied() if self._pending else None
         self.edits, self._forward, self.thread = edits, None, threading.get_ident()
         self._pending = any(edits.values())
