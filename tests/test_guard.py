@@ -40,7 +40,9 @@ def test_independent_rows_are_accepted_in_every_dtype(family: str, dtype: str) -
 
 
 @pytest.mark.parametrize(
-    ("dtype", "strength"), [("float32", 3e-3), ("float64", 1e-6), ("bfloat16", 1.0), ("float16", 0.3)]
+    ("dtype", "strength"),
+    # In 16 bits as strong as to be seen where the kernels of the tests round coarsely, too.
+    [("float32", 3e-3), ("float64", 1e-6), ("bfloat16", 30.0), ("float16", 10.0)],
 )
 def test_weak_influence_between_rows_is_noticed(dtype: str, strength: float) -> None:
     model = LLAMA.fresh().to(getattr(torch, dtype))
