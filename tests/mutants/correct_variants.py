@@ -333,6 +333,7 @@ class InPlaceSurgery(Reference):
         "mean": "weights do not depend on prompts",
         "observable": "z stays as it is",
         "non_finite": "NaN times 0 is NaN",
+        "adapters": "weights beside W_O stay as they are",
     }
 
     def install(self) -> None:
@@ -490,7 +491,10 @@ class Linears(TorchFunctionMode):
 class FunctionMode(Reference):
     """Edits the arguments of torch's linear functions in each run, and registers no hook."""
 
-    unsupported: ClassVar[dict[str, str]] = {"observable": "z changes within the projection's `forward`"}
+    unsupported: ClassVar[dict[str, str]] = {
+        "observable": "z changes within the projection's `forward`",
+        "adapters": "it edits what the weight of a projection multiplies, and nothing beside it",
+    }
 
     def install(self) -> None:
         pass
