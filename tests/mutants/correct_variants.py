@@ -225,6 +225,7 @@ class Subtracted(Reference):
     """Leaves z unchanged, and corrects the projection's output."""
 
     unsupported: ClassVar[dict[str, str]] = {
+        "adapters": "it subtracts what the weight of the projection makes of z, and nothing beside it",
         "observable": "it corrects the projection's output",
         "non_finite": "it subtracts what z contributes",
     }
