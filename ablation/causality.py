@@ -9,8 +9,9 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedModel
 
-from ablation.errors import InvalidPrompt, UnsupportedModel
-from ablation.forward import Request
+from ablation.errors import UnsupportedModel
+from ablation.forward import Request, embedding_weight, token_batch, verify_tokens
+from ablation.measure import coarsest_eps, logit_spread
 
 CHECKED_TOKENS = 8
 """Of a longer prompt, only this many tokens are checked."""
@@ -41,12 +42,12 @@ def verify_causal_lm(request: Request, max_rows: int = 4) -> None:
         raise UnsupportedModel(f"{name} is on the meta device, where it has no weights: load it first")
     if not getattr(model.config, "return_dict", True):
         raise UnsupportedModel(f"{name} returns tuples, in which logits have no name: set config.return_dict = True")
-    embedding: Tensor = model.get_input_embeddings().weight  # type: ignore[assignment]
+    embedding = embedding_weight(model)
     # The two differ in models whose embedding holds more than the tokens that are predicted (Mllama).
     stated = getattr(model.config.get_text_config(), "vocab_size", None)
     vocabulary = {len(embedding), stated or len(embedding)}
     rows, kept = _variants(request.token_ids, min(vocabulary), set(_special_tokens(model.config.to_dict())))
-    ids = torch.tensor(rows, device="cpu" if embedding.is_meta else embedding.device)
+    ids = token_batch(model, rows)
     with request.hook, torch.no_grad():
         outputs = _outputs(model, ids.split(4 if max_rows >= 4 else 2), ids.split(1))
     kind = "an encoder-decoder" if getattr(model.config, "is_encoder_decoder", False) else "bidirectional"
@@ -60,8 +61,7 @@ def verify_causal_lm(request: Request, max_rows: int = 4) -> None:
         )
     logits = torch.cat([output.logits for output in outputs])
     _check_shape(model, logits, ids, vocabulary)
-    if unknown := [token for token in request.watch if token is not None and token >= logits.shape[-1]]:
-        raise InvalidPrompt(f"no token {unknown[0]}: the model predicts {logits.shape[-1]} tokens")
+    verify_tokens(request.watch, logits.shape[-1], "predicts")
     leak, noise, rounding = _leak(logits[:, :kept], model.dtype)
     if leak > NOISE_FACTOR * noise + rounding:
         raise UnsupportedModel(
@@ -123,7 +123,7 @@ def _leak(logits: Tensor, dtype: torch.dtype) -> tuple[float, float, float]:
     measured to differ by 0, and in one by 1e-6 of the spread (float32). dtype: of the model, whose logits may have more
     digits.
     """
-    eps = max(torch.finfo(kind).eps for kind in (dtype, logits.dtype) if kind.is_floating_point)
+    eps = coarsest_eps(dtype, logits.dtype)
     logits = logits.float() if logits.dtype.itemsize < 4 else logits
     logits = logits.masked_fill(~logits.isfinite().all(dim=0), 0)
     one, other, other_again, one_again = logits
@@ -133,5 +133,4 @@ def _leak(logits: Tensor, dtype: torch.dtype) -> tuple[float, float, float]:
 
     leak = min(apart(a, b) for a in (one, one_again) for b in (other, other_again))
     noise = max(apart(one, one_again), apart(other, other_again))
-    spread = float((one - one.median()).abs().median())
-    return leak, noise, eps ** (2 / 3) * spread
+    return leak, noise, eps ** (2 / 3) * logit_spread(one)

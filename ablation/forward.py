@@ -60,9 +60,8 @@ def validated_request(
     if strangers := [ablation for ablation in wanted if not isinstance(ablation, Ablation)]:
         raise InvalidAblation(f"{strangers[0]!r} is not an Ablation: pass Ablation(heads, imputation)")
     predicted = _predicted_tokens(model)
-    for tokens, vocabulary, verb in ((ids, len(_embedding(model)), "has"), (watched, predicted, "predicts")):
-        if unknown := [token for token in tokens if token is not None and not 0 <= token < vocabulary]:
-            raise InvalidPrompt(f"no token {unknown[0]}: the model {verb} {vocabulary} tokens")
+    verify_tokens(ids, len(embedding_weight(model)), "has")
+    verify_tokens(watched, predicted, "predicts")
     if len(watched) > predicted:
         raise InvalidPrompt(f"{len(watched)} tokens cannot be watched: the model has {predicted}")
     longest = getattr(model.config.get_text_config(), "max_position_embeddings", None)
@@ -86,8 +85,14 @@ def _token_id(token: Any) -> int:
         raise InvalidPrompt(f"{token!r} is not a token id: a prompt is one flat list of integers") from None
 
 
-def _embedding(model: PreTrainedModel) -> Tensor:
-    """The input embedding, [vocabulary, channels]."""
+def verify_tokens(tokens: Sequence[int | None], vocabulary: int, verb: str) -> None:
+    """Raise InvalidPrompt for a token id that is not below the size of a vocabulary. verb: what the model does."""
+    if unknown := [token for token in tokens if token is not None and not 0 <= token < vocabulary]:
+        raise InvalidPrompt(f"no token {unknown[0]}: the model {verb} {vocabulary} tokens")
+
+
+def embedding_weight(model: PreTrainedModel) -> Tensor:
+    """Return the input embedding, [vocabulary, channels]."""
     weight: Tensor = model.get_input_embeddings().weight  # type: ignore[assignment]
     return weight
 
@@ -95,7 +100,7 @@ def _embedding(model: PreTrainedModel) -> Tensor:
 def _predicted_tokens(model: PreTrainedModel) -> int:
     """The number of tokens that the model predicts, which may differ from those that it reads."""
     unembedding = getattr(model.get_output_embeddings(), "weight", None)
-    return len(_embedding(model) if unembedding is None else unembedding)
+    return len(embedding_weight(model) if unembedding is None else unembedding)
 
 
 def rows_per_pass(request: Request, max_rows: int | None) -> int:
@@ -115,7 +120,7 @@ def rows_per_pass(request: Request, max_rows: int | None) -> int:
     shapes = [p.shape for layer in request.heads.layers for p in layer.block.parameters() if p.ndim > 1]
     widest = 4 * max((max(shape) for shape in shapes), default=1)
     scores = request.heads.shape[1] * tokens
-    logits = len(_embedding(request.model)) * (1 if _keeps_last_logits(request.model) else tokens)
+    logits = len(embedding_weight(request.model)) * (1 if _keeps_last_logits(request.model) else tokens)
     row_bytes = (tokens * (widest + scores) + logits) * request.model.dtype.itemsize
     return max(2, pass_bytes(_devices(request.model)) // row_bytes)
 
@@ -134,13 +139,17 @@ def _keeps_last_logits(model: PreTrainedModel) -> bool:
     return not hooked and "logits_to_keep" in inspect.signature(model.forward).parameters
 
 
+def token_batch(model: PreTrainedModel, rows: Sequence[Sequence[int]]) -> Tensor:
+    """Return token ids, [rows, tokens], on the device where the model takes them."""
+    weight = embedding_weight(model)
+    # An embedding on the meta device is loaded from elsewhere by accelerate, which also moves its input there.
+    return torch.tensor(rows, device="cpu" if weight.is_meta else weight.device)
+
+
 def _inputs(request: Request, rows: int) -> tuple[Tensor, dict[str, Any]]:
     """Return the arguments for the model: token ids [rows, tokens], and keyword arguments."""
-    embedding = _embedding(request.model)
-    # An embedding on the meta device is loaded from elsewhere by accelerate, which also moves its input there.
-    device = "cpu" if embedding.is_meta else embedding.device
     options: dict[str, Any] = {"logits_to_keep": 1} if _keeps_last_logits(request.model) else {}
-    return torch.tensor([request.token_ids] * rows, device=device), {"use_cache": False, **options}
+    return token_batch(request.model, [request.token_ids] * rows), {"use_cache": False, **options}
 
 
 def last_logits(request: Request, rows: int) -> Tensor:

@@ -14,6 +14,7 @@ from transformers import PreTrainedModel
 from ablation.edits import Ablation
 from ablation.forward import Request, last_logits
 from ablation.growing import BatchMismatch, first_layer
+from ablation.measure import coarsest_eps, logit_size, logit_spread
 
 # Differences up to this many eps of the logits' size are rounding; one eps of a dtype with fewer digits than float32,
 # whose kernels round a sum once. Measured between growing batch and ordinary forward pass: up to 3.2 eps in float32 and
@@ -63,14 +64,12 @@ class Guard:
         """The difference that rounding alone makes, in logits."""
         eps = working_eps(self.request.model, self.clean)
         short = eps > torch.finfo(torch.float32).eps
-        size = torch.maximum(self.clean.max().abs(), self.clean.abs().median())  # a masked token does not count
-        return float(size) * eps * (ROUNDING_EPS_OF_SHORT_DTYPES if short else ROUNDING_EPS)
+        return logit_size(self.clean) * eps * (ROUNDING_EPS_OF_SHORT_DTYPES if short else ROUNDING_EPS)
 
     @cached_property
     def _half_digits(self) -> float:
-        """Half of the digits of the logits' spread, which neither an offset nor masked tokens change."""
-        spread = (self.clean - self.clean.median()).abs().median()
-        return float(working_eps(self.request.model, self.clean) ** 0.5 * 4 * spread)
+        """Half of the digits of the logits' spread."""
+        return float(working_eps(self.request.model, self.clean) ** 0.5 * 4 * logit_spread(self.clean))
 
     @cached_property
     def _noise(self) -> float:
@@ -86,7 +85,7 @@ def working_eps(model: PreTrainedModel, logits: Tensor) -> float:
     dtypes = [logits.dtype, model.dtype]
     if torch.amp.is_autocast_available(logits.device.type) and torch.is_autocast_enabled(logits.device.type):
         dtypes.append(torch.get_autocast_dtype(logits.device.type))
-    return max(torch.finfo(dtype).eps for dtype in dtypes if dtype.is_floating_point)
+    return coarsest_eps(*dtypes)
 
 
 def choose_probes(model: PreTrainedModel, ablations: Sequence[Ablation]) -> list[Ablation]:

@@ -31,14 +31,28 @@ class LogitSummary(NamedTuple):
     finite: Tensor
 
 
+def logit_size(logits: Tensor) -> float:
+    """Return the size of logits, to which their rounding is relative. Masked tokens do not count."""
+    return float(torch.maximum(logits.max().abs(), logits.abs().median()))
+
+
+def logit_spread(logits: Tensor) -> float:
+    """Return the median absolute deviation of logits, which neither an offset nor masked tokens change."""
+    return float((logits - logits.median()).abs().median())
+
+
+def coarsest_eps(*dtypes: torch.dtype) -> float:
+    """Return the eps of the floating dtype that has the fewest digits."""
+    return max(torch.finfo(dtype).eps for dtype in dtypes if dtype.is_floating_point)
+
+
 def tie_tolerance(logits: Tensor) -> float:
     """Return the difference up to which two logits of a row are a tie, since rounding decides which is larger.
 
     logits: those of the clean run, [vocabulary]. `TIE_EPS` has the evidence.
     """
     eps, eps32 = torch.finfo(logits.dtype).eps, torch.finfo(torch.float32).eps
-    size = torch.maximum(logits.max().abs(), logits.abs().median())  # the median ignores masked tokens
-    return float(size) * (TIE_EPS * min(eps, eps32) + eps)
+    return logit_size(logits) * (TIE_EPS * min(eps, eps32) + eps)
 
 
 def lowest_best(logits: Tensor, tolerance: float) -> Tensor:
