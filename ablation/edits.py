@@ -176,6 +176,14 @@ def expected_elements(z: Tensor, layer: AttentionLayer, edits: Sequence[Edit]) -
     return [(rows if edit.row is None else 1) * tokens * layer.head_dim for edit in edits]
 
 
+def verify_shape(layer: AttentionLayer, z: Tensor, rows: int, tokens: int) -> None:
+    """Raise UnsupportedModel unless z, the input of the projection, has this many rows and tokens, and all heads."""
+    channels = layer.num_heads * layer.head_dim
+    if z.shape != (rows, tokens, channels):
+        expected = f"[{rows} rows, {tokens} tokens, {channels} channels]"
+        raise UnsupportedModel(f"{layer.projection_name} received {tuple(z.shape)}, not {expected}")
+
+
 def verify_called_once(layer: AttentionLayer, receipt: Receipt) -> None:
     """Raise AblationNotApplied unless the layer's projection was called exactly once."""
     if (calls := receipt.calls[layer.index]) != 1:

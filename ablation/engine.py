@@ -19,8 +19,8 @@ from transformers import PreTrainedModel
 
 from ablation import provenance
 from ablation.causality import verify_causal_lm
-from ablation.edits import Ablation, Receipt, verify_called_once
-from ablation.errors import NonFiniteLogits, UnsupportedModel
+from ablation.edits import Ablation, Receipt, verify_called_once, verify_shape
+from ablation.errors import NonFiniteLogits
 from ablation.forward import Request, batch_logits, last_logits, rows_per_pass, validated_request
 from ablation.growing import BatchMismatch, RowLayout, first_layer, growing_batch
 from ablation.guard import Guard, choose_probes, coupled_rows
@@ -161,12 +161,7 @@ def _run_plain(request: Request, probes: Sequence[Ablation]) -> _PlainRun:
 
     def look(layer: AttentionLayer, projection: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         (z, *_) = args or kwargs.values()
-        rows, tokens, channels = layout.num_rows, len(request.token_ids), layer.num_heads * layer.head_dim
-        if z.shape != (rows, tokens, channels):
-            raise UnsupportedModel(
-                f"{layer.projection_name} received {tuple(z.shape)}, not [{rows} rows, {tokens} tokens, "
-                f"{channels} channels]"
-            )
+        verify_shape(layer, z, layout.num_rows, len(request.token_ids))
         per_head = float64(z[layout.clean_row]).unflatten(-1, (layer.num_heads, layer.head_dim))
         means[layer] = per_head.mean(dim=(0, 2))  # on the device: nothing waits for it before the end
 

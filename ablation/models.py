@@ -21,6 +21,7 @@ from typing import Any, TypeVar
 
 import torch
 from platformdirs import user_cache_path
+from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 from transformers import (
     AutoConfig,
@@ -31,8 +32,9 @@ from transformers import (
     PreTrainedTokenizerBase,
 )
 
-from ablation.errors import ModelUnavailable, UnsupportedModel, one_line
-from ablation.heads import HeadMap
+from ablation.edits import Receipt, verify_called_once, verify_shape
+from ablation.errors import ModelUnavailable, one_line
+from ablation.heads import AttentionLayer, HeadMap
 from ablation.output import sha256
 from ablation.sources import NAMED_MODELS, Source, resolve
 
@@ -96,37 +98,32 @@ def architecture(name: str) -> PreTrainedModel:
 
 
 def check_projections(model: PreTrainedModel, heads: HeadMap) -> None:
-    """Raise UnsupportedModel if a forward pass does not give each projection the z of its heads, once.
+    """Raise AblationNotApplied or UnsupportedModel if a forward pass does not give each projection its z, once.
 
     model: of `architecture`. Families whose code needs values, which tensors on the meta device lack, are not checked.
     """
-    received: dict[str, list[tuple[int, ...]]] = {layer.projection_name: [] for layer in heads.layers}
+    receipt, received = Receipt(heads.num_layers), dict[AttentionLayer, Tensor]()
+
+    def look(layer: AttentionLayer, projection: nn.Module, args: tuple[Tensor, ...]) -> None:
+        receipt.calls[layer.index] += 1
+        received[layer] = args[0]
+
     with ExitStack() as hooks:
         for layer in heads.layers:
-            shapes = received[layer.projection_name]
-            handle = layer.projection.register_forward_pre_hook(lambda _, z, shapes=shapes: shapes.append(z[0].shape))
-            hooks.callback(handle.remove)
+            hooks.callback(layer.projection.register_forward_pre_hook(partial(look, layer)).remove)
         logger = logging.getLogger("torch._subclasses.fake_tensor")
         hooks.callback(logger.setLevel, logger.level)
         logger.setLevel(logging.CRITICAL)
         try:
             # bfloat16 is the only dtype of grouped experts. In this mode transformers asks for no values of a mask.
             with torch.no_grad(), FakeTensorMode(allow_non_fake_inputs=True):
-                model.bfloat16()(torch.zeros(1, 2, dtype=torch.long, device="meta"), use_cache=False)
+                ids = torch.zeros(1, 2, dtype=torch.long, device="meta")
+                model.bfloat16()(ids, use_cache=False)
         except Exception:
             return
     for layer in heads.layers:
-        shapes = received[layer.projection_name]
-        if len(shapes) != 1:
-            raise UnsupportedModel(
-                f"{layer.projection_name} was called {len(shapes)} times in one forward, not once: no head of it "
-                "can be ablated"
-            )
-        expected = (1, 2, layer.num_heads * layer.head_dim)
-        if shapes[0] != expected:
-            raise UnsupportedModel(
-                f"{layer.projection_name} received {tuple(shapes[0])}, not [rows, tokens, channels] = {expected}"
-            )
+        verify_called_once(layer, receipt)
+        verify_shape(layer, received[layer], *ids.shape)
 
 
 def _device(name: str | None) -> str:
@@ -184,7 +181,7 @@ def _load(source: Source, *, local_files_only: bool, device: str, dtype: torch.d
         source.name,
         model,
         tokenizer,
-        revision=_revision(source) if source.is_hub else None,
+        revision=source.revision() if source.is_hub else None,
         source=source.full,
         ignored_weights=tuple(sorted(info["unexpected_keys"])),
     )
@@ -285,14 +282,6 @@ def _from_hub(source: Source, load_from: Callable[..., T], download: bool) -> T:
         raise source.unknown("not on this machine")
     source.ask_hub()
     return load_from(source, local_files_only=False)
-
-
-def _revision(source: Source) -> str | None:
-    """Return the commit of a model in the hub's cache, or None if the model is not there."""
-    from huggingface_hub import try_to_load_from_cache
-
-    config = try_to_load_from_cache(source.place, "config.json")
-    return Path(config).parent.name if isinstance(config, str) else None  # .../snapshots/COMMIT/config.json
 
 
 # ---- GGUF

@@ -50,7 +50,7 @@ def check_output(name: str, asked: Mapping[str, Any], source: str, *, overwrite:
             _check_vacant(out, FILES, overwrite, is_same)
     except InvalidOutput:
         raise
-    except (OSError, RuntimeError) as error:  # RuntimeError: ~nobody, or a loop of links
+    except (OSError, RuntimeError) as error:  # RuntimeError: ~ of an unknown user, or a loop of links
         raise InvalidOutput(f"cannot write to {one_line(name)}: {getattr(error, 'strerror', None) or error}") from error
     return out
 

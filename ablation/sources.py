@@ -41,7 +41,7 @@ class Source:
 
     def locate(self) -> None:
         """Raise ModelUnavailable if `place` is a hub id and the model is not in the hub's cache on this machine."""
-        if self.is_hub and not self._is_cached():
+        if self.is_hub and not self.revision():
             raise ModelUnavailable(
                 f"{self.name} is not in the hub's cache: `pytest --models {self.name}` downloads it, "
                 f"{self.name}=FOLDER loads it"
@@ -49,7 +49,7 @@ class Source:
 
     def check_exists(self) -> None:
         """Raise ModelUnavailable unless the model is on this machine or on the hub. Downloads nothing."""
-        if self.is_hub and not self._is_cached():
+        if self.is_hub and not self.revision():
             self.ask_hub()
 
     def ask_hub(self) -> None:
@@ -72,10 +72,12 @@ class Source:
             "a folder, a .gguf file or a hub id."
         )
 
-    def _is_cached(self) -> bool:
+    def revision(self) -> str | None:
+        """Return the commit of a model in the hub's cache, or None if the model is not there."""
         from huggingface_hub import try_to_load_from_cache
 
-        return isinstance(try_to_load_from_cache(self.place, "config.json"), str)
+        config = try_to_load_from_cache(self.place, "config.json")
+        return Path(config).parent.name if isinstance(config, str) else None  # .../snapshots/COMMIT/config.json
 
 
 @dataclass(frozen=True)
@@ -119,7 +121,7 @@ def resolve(name: str | os.PathLike[str]) -> Source:
             return _folder_of_named_model(known, folder)
         if path.exists() or path.suffix == ".gguf" or not HUB_ID.fullmatch(name):
             return _path_source(path)
-    except (OSError, RuntimeError, ValueError) as error:  # ~nobody, a name that is too long, or a null byte
+    except (OSError, RuntimeError, ValueError) as error:  # ~ of an unknown user, a long name, or a null byte
         if isinstance(error, ModelUnavailable):
             raise
         reason = getattr(error, "strerror", None) or error
