@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING, Any
 import ablation
 from ablation import output, sources
 from ablation.checks.command import add_command
-from ablation.errors import AblationError, InvalidAblation, InvalidOutput, InvalidPrompt, one_line
+from ablation.errors import AblationError, InvalidAblation, InvalidOutput, InvalidPrompt, one_line, shortened
 from ablation.prompts import Question, check_prompt
 from ablation.terminal import (
     Interruptions,
@@ -39,6 +39,9 @@ examples:
   ablation sweep --model gpt2 --prompt "Paris is the capital of" --target " France" --control " Germany"
   ablation sweep --model path/to/a/folder --prompt "Two and two are" --imputation zero --json
 """
+LONGEST_PROMPT = 400
+"""Characters of a prompt that are printed."""
+
 MODEL_HELP = "capitals (default), smollm2, gpt2, NAME=FOLDER, a folder, a .gguf file or a hub id"
 
 
@@ -169,7 +172,8 @@ def _sweep(arguments: argparse.Namespace) -> int:
         if arguments.json:
             print_json(found | {"provenance": result.provenance})
         else:
-            print(f"{loaded.name}: {_shortened(question.prompt)!r}\n\n{report.render(found)}", flush=True)
+            prompt = shortened(question.prompt, LONGEST_PROMPT)
+            print(f"{loaded.name}: {prompt!r}\n\n{report.render(found)}", flush=True)
     except OSError as error:  # the output is closed, as by `| head`: the result is saved all the same
         unprinted = error
     out = _save(result, loaded, out, arguments)
@@ -249,10 +253,6 @@ def _file_name(text: str) -> str:
     return re.sub(r"[^\w.]+", "-", text, flags=re.ASCII)[:40].strip("-.").lower()
 
 
-def _shortened(prompt: str) -> str:
-    return prompt if len(prompt) <= 400 else f"{prompt[:200]} ... {prompt[-200:]}"
-
-
 def _heads(arguments: argparse.Namespace) -> int:
     sources.resolve(arguments.model)
     status_line(f"reading {arguments.model} ...")
@@ -302,7 +302,7 @@ def _utf8(text: Any, option: str) -> Any:
         try:
             text.encode("utf-8")
         except UnicodeError:
-            raise InvalidPrompt(f"{option} is not valid UTF-8: {_shortened(text)!a}") from None
+            raise InvalidPrompt(f"{option} is not valid UTF-8: {shortened(text, LONGEST_PROMPT)!a}") from None
         return text  # passed by a Python program, not by the shell
 
 

@@ -56,6 +56,9 @@ LONGEST_LINE = 500
 def one_line(text: object) -> str:
     """Return a text, or an error with its type, as one line; the middle of a long one is left out."""
     lines = (f"{type(text).__name__}: {text}" if isinstance(text, BaseException) else str(text)).splitlines()
-    line = " ".join(filter(None, map(str.strip, lines)))
-    half = LONGEST_LINE // 2
-    return line if len(line) <= LONGEST_LINE else f"{line[:half]} ... {line[-half:]}"
+    return shortened(" ".join(filter(None, map(str.strip, lines))), LONGEST_LINE)
+
+
+def shortened(text: str, longest: int) -> str:
+    """Return a text without its middle if it has more than `longest` characters."""
+    return text if len(text) <= longest else f"{text[: longest // 2]} ... {text[-(longest // 2) :]}"

@@ -6,7 +6,7 @@ import unicodedata
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
-from ablation.errors import InvalidPrompt
+from ablation.errors import InvalidPrompt, shortened
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -102,9 +102,7 @@ def _check_text(text: object, what: str) -> None:
 
 def _shown(text: object) -> str:
     """The repr of a text, shortened in its middle."""
-    shown = repr(text)
-    half = SHOWN_CHARACTERS // 2
-    return shown if len(shown) <= SHOWN_CHARACTERS else f"{shown[:half]} ... {shown[-half:]}"
+    return shortened(repr(text), SHOWN_CHARACTERS)
 
 
 def _rendered(tokenizer: PreTrainedTokenizerBase, message: str) -> str:
