@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import difflib
 import textwrap
+import warnings
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import partial
 from typing import Any, Literal
 
 import hypothesis
@@ -109,6 +111,16 @@ class Check:
         except BaseException as error:
             raise self.failure(factory, case, error) from (None if isinstance(error, AssertionError) else error)
 
+    def passes(self, factory: Factory, case: Case) -> bool:
+        """Return whether the check passes in one case. The implementation's warnings are not shown."""
+        try:
+            with warnings.catch_warnings(), isolated_process_state():
+                warnings.simplefilter("ignore")
+                self.run_case(factory, case)
+        except CheckFailure:
+            return False
+        return True
+
     def failure(self, factory: Factory, case: Case, error: BaseException, notes: Iterable[str] = ()) -> CheckFailure:
         """Return a CheckFailure that says what is wrong and in which case, and how to reproduce the failure."""
         name = adapter_name(factory)
@@ -125,15 +137,7 @@ class Check:
 
     def explained(self, factory: Factory, failure: CheckFailure, *, is_flaky: bool = False) -> CheckFailure:
         """Return a failure with remarks, for which the check runs on similar cases."""
-
-        def fails(case: Case) -> bool:
-            try:
-                self.run_case(factory, case)
-            except CheckFailure:
-                return True
-            return False
-
-        notes = [NOT_DETERMINISTIC] if is_flaky else remarks(fails, failure.case)
+        notes = [NOT_DETERMINISTIC] if is_flaky else remarks(partial(self.passes, factory), failure.case)
         return self.failure(factory, failure.case, failure.error, notes)
 
 

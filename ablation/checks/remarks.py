@@ -21,17 +21,17 @@ UNRELATED = (("rows", "layers"), ("layers", "channels per head"))
 """Lengths that no code mixes up: a layer is an index into a list, rows and channels are axes of z."""
 
 
-def remarks(fails: Callable[[Case], bool], case: Case) -> Iterator[str]:
-    """Yield a sentence for each peculiarity of a failing case that may be the reason. fails: runs the check."""
-    yield from _square(fails, case)
-    if _has_projection_bias(case) and not fails(_WithoutProjectionBias(**vars(case))):
+def remarks(passes: Callable[[Case], bool], case: Case) -> Iterator[str]:
+    """Yield a sentence for each peculiarity of a failing case that may be the reason. passes: runs the check."""
+    yield from _square(passes, case)
+    if _has_projection_bias(case) and passes(_WithoutProjectionBias(**vars(case))):
         released = BIAS_FREE.get(case.decoder.family)
         yield "only models whose projection has a bias are affected: if that bias is 0, the check passes" + (
             f"; most released {released} models have none" if released else ""
         )
 
 
-def _square(fails: Callable[[Case], bool], case: Case) -> Iterator[str]:
+def _square(passes: Callable[[Case], bool], case: Case) -> Iterator[str]:
     """Yield a sentence for each two axes of the same length, which are easily mixed up."""
     lengths = {
         "tokens": max(map(len, case.rows)),
@@ -43,7 +43,7 @@ def _square(fails: Callable[[Case], bool], case: Case) -> Iterator[str]:
     for one, other in combinations(lengths, 2):
         if (one, other) not in UNRELATED and lengths[one] == lengths[other] > 1:
             longer, length = _longer(case, one)
-            again = "it fails, too" if fails(longer) else "it passes, so they may be mixed up"
+            again = "it passes, so they may be mixed up" if passes(longer) else "it fails, too"
             yield f"the case has as many {one} as {other} ({lengths[one]}); with {length} {one} {again}"
 
 

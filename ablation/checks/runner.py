@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import textwrap
 import warnings
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, replace
@@ -36,7 +35,7 @@ from ablation.checks.check import (
 )
 from ablation.checks.protocol import Factory
 from ablation.checks.signature import adapter_problem
-from ablation.errors import InvalidDeclaration
+from ablation.errors import InvalidDeclaration, one_line
 
 CHAPTERS = (smoke, identity, locality, independence, masks, oracles, layouts, gradients, hygiene, refusal)
 
@@ -106,9 +105,7 @@ def run_check(
         cause = first_error(error)
         if isinstance(cause, KeyboardInterrupt):
             raise
-        problem = f"{type(cause).__name__}: {textwrap.shorten(str(cause), 500, placeholder=' ...')}"
-        if isinstance(cause, Flaky):
-            problem = NOT_DETERMINISTIC
+        problem = NOT_DETERMINISTIC if isinstance(cause, Flaky) else one_line(cause)
         return Record(check.id, "failed", f"{check.id} could not be run: {problem}")
     return Record(check.id, "passed") if expected is None else Record(check.id, "unexpected pass", expected)
 
@@ -146,16 +143,11 @@ def works_with_some_model(factory: Factory) -> bool:
     """Return whether the simplest case of the first check passes with any family and imputation."""
     first = CHECKS[0]
     cases = first.cases.restrict_to(unsupported_features(factory))
-    for family in cases.families:
-        for case in replace(cases, families=(family,)).simplest():
-            try:
-                with warnings.catch_warnings(), isolated_process_state():
-                    warnings.simplefilter("ignore")
-                    first.run_case(factory, case)
-            except CheckFailure:
-                continue
-            return True
-    return False
+    return any(
+        first.passes(factory, case)
+        for family in cases.families
+        for case in replace(cases, families=(family,)).simplest()
+    )
 
 
 def check_implementation(

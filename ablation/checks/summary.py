@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import warnings
 from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import replace
@@ -10,7 +9,7 @@ from functools import partial
 from typing import Any
 
 from ablation.checks.cases import Case, CaseSpec
-from ablation.checks.check import Check, CheckFailure, adapter_name, isolated_process_state, unsupported_features
+from ablation.checks.check import Check, adapter_name, unsupported_features
 from ablation.checks.decoders import DTYPES, FAMILIES
 from ablation.checks.protocol import Factory
 from ablation.checks.runner import CHECKS, Record, run_check, tries_nothing
@@ -93,14 +92,10 @@ def _is_cause(feature: str, restricted: Factory, failing: Mapping[Check, Case]) 
     for check, case in failing.items():
         if feature == "cache" and "cache" in check.needs:
             continue  # nothing could replace it
-        try:
-            with warnings.catch_warnings(), isolated_process_state():
-                warnings.simplefilter("ignore")
-                check.run_case(restricted, _exchanged(case, feature, restricted))
-        except CheckFailure:
-            fail += 1
-        else:
+        if check.passes(restricted, _exchanged(case, feature, restricted)):
             pass_ += 1
+        else:
+            fail += 1
         if 2 * fail >= len(failing):
             return False
     return pass_ > fail
