@@ -47,7 +47,7 @@ def check_output(name: str, asked: Mapping[str, Any], source: str, *, overwrite:
         with staging(out):
             pass
         if out.exists():
-            _check_vacant(out, FILES, overwrite, is_same)
+            _replaceable_files(out, FILES, overwrite, is_same)
     except InvalidOutput:
         raise
     except (OSError, RuntimeError) as error:  # RuntimeError: ~ of an unknown user, or a loop of links
@@ -96,8 +96,10 @@ def publish(draft: Path, out: Path, content: Mapping[str, Any], *, overwrite: bo
     identity = _identity(content)
     with _locked(out):
         new_files = [MANIFEST, *files]
-        _check_vacant(out, new_files, overwrite, lambda old: identity is not None and _identity(old) == identity)
-        _replace(draft, out)
+        earlier = _replaceable_files(
+            out, new_files, overwrite, lambda old: identity is not None and _identity(old) == identity
+        )
+        _replace(draft, out, earlier)
 
 
 def sha256(path: Path) -> str:
@@ -125,43 +127,38 @@ def read_manifest(folder: Path) -> dict[str, Any] | None:
     return content if list(map(type, parts)) == [list, dict, dict] else None
 
 
-def _own_files(folder: Path) -> list[str]:
-    """Return the names of the files of the result in a folder, sweep.json first."""
-    if (manifest := read_manifest(folder)) is None:
-        return []
-    files = {name: folder / name for name in manifest["files"] if Path(name).name == name}
-    unchanged = [name for name, path in files.items() if path.is_file() and sha256(path) == manifest["files"][name]]
-    return [MANIFEST, *unchanged]
-
-
-def _check_vacant(
+def _replaceable_files(
     out: Path, names: Iterable[str], overwrite: bool, is_same: Callable[[Mapping[str, Any]], bool]
-) -> None:
-    """Raise InvalidOutput if a new result would replace a result that differs, or a file that is not ours.
+) -> list[str]:
+    """Return the names of the files of the earlier result in `out`, sweep.json first; none if it holds no result.
 
     names: the files of the new result. is_same: whether the result with this sweep.json may be replaced without
-    `overwrite`.
+    `overwrite`. Raises InvalidOutput if the new result would replace a result that differs, or a file that is not ours.
     """
-    own = _own_files(out)
+    own, manifest = list[str](), read_manifest(out)
+    if manifest is not None:
+        files = {name: out / name for name in manifest["files"] if Path(name).name == name}
+        unchanged = [name for name, path in files.items() if path.is_file() and sha256(path) == manifest["files"][name]]
+        own = [MANIFEST, *unchanged]
     if foreign := [name for name in names if name not in own and _exists(out / name)]:
         raise InvalidOutput(
             f"cannot write to {out}: its {foreign[0]} is not, or no longer, the file that this program wrote there; "
             "move it away, or choose another folder"
         )
-    manifest = read_manifest(out)
     if manifest is not None and not overwrite and not is_same(manifest):
         raise InvalidOutput(
             f"{out} holds the result of another question, model, imputation or dtype, or does not say of which: choose "
             "another folder, or replace it with --overwrite (in Python, overwrite=True)"
         )
+    return own
 
 
-def _replace(draft: Path, out: Path) -> None:
-    """Put the files of `draft` in the place of the earlier result; after any exception, `out` is as before."""
+def _replace(draft: Path, out: Path, earlier: Iterable[str]) -> None:
+    """Put the files of `draft` in the place of the earlier ones; after any exception, `out` is as before."""
     old = draft.with_name("old")
     old.mkdir()
     # sweep.json goes first and comes last: if the process is killed in between, no result is there.
-    moves = [(out / name, old / name) for name in _own_files(out)]
+    moves = [(out / name, old / name) for name in earlier]
     new = sorted(draft.iterdir(), key=lambda path: path.name == MANIFEST)
     moves += [(path, out / path.name) for path in new]
     done = []
