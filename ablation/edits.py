@@ -240,11 +240,12 @@ def _is_packed(arguments: Mapping[str, Any], mask: Tensor | None) -> bool:
     positions = arguments.get("position_ids")
     if not isinstance(positions, Tensor) or positions.ndim not in (2, 3):
         return False
-    if positions.ndim == 3:  # [temporal, height, width], of which images repeat the last two
-        positions = positions[0]
+    step = 1  # by which positions have to grow
+    if positions.ndim == 3:  # [temporal, height, width]; tokens of an image share their temporal position
+        positions, step = positions[0], 0
     real = torch.ones_like(positions, dtype=torch.bool) if mask is None else mask.to(positions.device) != 0
     if real.shape[1] != positions.shape[1]:
         return False
-    seen = positions.expand_as(real).where(real, -1).cummax(dim=-1).values  # the largest position so far
-    repeats = 1 if arguments["position_ids"].ndim == 2 else 0  # tokens of an image share their temporal position
-    return bool((real[:, 1:] & (positions.expand_as(real)[:, 1:] < seen[:, :-1] + repeats)).any())
+    positions = positions.expand_as(real)
+    largest = positions.where(real, -1).cummax(dim=-1).values  # so far
+    return bool((real[:, 1:] & (positions[:, 1:] < largest[:, :-1] + step)).any())

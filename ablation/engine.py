@@ -255,18 +255,18 @@ def _in_passes(
     """Run ablations in passes of at most `max_rows` rows, in their order; a pass that runs out of memory is halved."""
     waiting = _chunks(ablations, max_rows - 1)
     while waiting:
-        chunk, *rest = waiting
+        chunk, found = waiting[0], None
         try:
             found = run_pass(chunk)
         except RuntimeError as error:
             if not is_out_of_memory(error) or len(chunk) == 1:
                 raise
-        else:
-            waiting = rest
+        if found is not None:
             yield found
-            continue
-        release()  # outside of `except`, where the error holds what the pass has allocated
-        waiting = _chunks([ablation for part in waiting for ablation in part], math.ceil(len(chunk) / 2))
+            waiting = waiting[1:]
+        else:
+            release()  # outside of `except`, where the error holds what the pass has allocated
+            waiting = _chunks([ablation for part in waiting for ablation in part], math.ceil(len(chunk) / 2))
 
 
 def _chunks(ablations: Sequence[Ablation], largest: int) -> list[Sequence[Ablation]]:
