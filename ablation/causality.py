@@ -24,8 +24,8 @@ def verify_causal_lm(request: Request, max_rows: int = 4) -> None:
     """Verify in a short forward pass that the model predicts each token from the tokens before it.
 
     The rows of the batch are two variants of the start of the prompt, each twice. The variants differ in the later
-    tokens, which must not move the logits of the earlier ones. The noise is measured between equal rows, so tokens that
-    a mixture of experts drops are not taken for a leak. If `max_rows` is smaller than 4, the batch is run in halves.
+    tokens, which must not move the logits of the earlier ones. The noise is measured between equal rows. In a mixture
+    of experts, it includes the effect of dropped tokens. If `max_rows` is smaller than 4, the batch is run in halves.
     Refused are:
 
     - encoders, encoder-decoders, and decoders with bidirectional attention over the prompt. A prefix language model is

@@ -76,7 +76,7 @@ def remove_owned_hooks(model: nn.Module) -> set[Owner]:
         found |= {hook.owner for hook in owned.values()}
         for table in _tables(vars(module)).values():
             for key in owned:
-                table.pop(key, None)  # in place: the handles of the user's hooks point to this table
+                table.pop(key, None)  # in place, since handles of the user's hooks refer to this table
         if owned:
             vars(module).pop("__reduce_ex__", None)
     return found

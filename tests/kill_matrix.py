@@ -120,7 +120,7 @@ WHY_KEPT = {
     "hygiene.global_state": "the only check of anything outside the model",
     "refusal.no_side_effect": "the only check that continues after a refusal",
     "refusal.type": "it is separate from `refusal.head`, since implementations differ in it",
-    "hygiene.lifecycle": "it tries orders of steps that nobody has thought of",
+    "hygiene.lifecycle": "it tries orders of steps that no other check tries",
 }
 
 

@@ -81,7 +81,8 @@ def test_documented_requirements_are_the_specification() -> None:
 def test_notebook_hook_fails_exactly_where_it_is_wrong() -> None:
     """It writes in place, takes the mean over the whole batch with its padding, and keeps its state in globals.
 
-    It also validates nothing, leaves hooks behind if it cannot register all of them, and ablates copies of the model.
+    It also validates nothing. If it cannot register all its hooks, those that it has registered remain, and copies of
+    the model keep its hooks.
     """
     assert broken(Notebook) == {
         "locality.padded",

@@ -17,6 +17,7 @@ from ablation import models, sources
 from ablation.cli import main
 from ablation.errors import ModelUnavailable
 from ablation.models import load
+from tests.benchmark.ways import SMOLLM2
 from tests.families.configurations import config_of
 from tests.test_models import folder  # noqa: F401 (fixture)
 
@@ -145,18 +146,7 @@ def write_config(place: Path, config: PretrainedConfig) -> Path:
         ("smollm2", LlamaConfig(num_hidden_layers=30), "num_attention_heads is 32, not 9"),
         ("capitals", GPT2Config(), "hidden_size is 768, not 96"),
         ("gpt2", GPT2Config(), None),
-        (
-            "smollm2",
-            LlamaConfig(
-                num_hidden_layers=30,
-                num_attention_heads=9,
-                num_key_value_heads=3,
-                hidden_size=576,
-                intermediate_size=1536,
-                vocab_size=49152,
-            ),
-            None,
-        ),
+        ("smollm2", SMOLLM2, None),
     ],
 )
 def test_famous_name_needs_the_shape_of_its_model(

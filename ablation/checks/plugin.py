@@ -128,7 +128,7 @@ class CheckItem(pytest.Item):
         return str(excinfo.value)
 
     def reportinfo(self) -> tuple[Path, None, str]:
-        """Return the name of the check, with a path that is not a file of the user's."""
+        """Return a path that pytest shows in place of a test file, no line number, and the name of the check."""
         return Path("specification"), None, self.name
 
 
