@@ -32,8 +32,8 @@ settings.load_profile("ci" if os.environ.get("CI") else "quick")
 
 from ablation import models, provenance  # noqa: E402
 from ablation.errors import ModelUnavailable  # noqa: E402
-from ablation.experiment import sweep_question  # noqa: E402
-from ablation.results import SweepResult  # noqa: E402
+from ablation.experiment import sweep_prompts  # noqa: E402
+from ablation.results import Result  # noqa: E402
 from ablation.sources import NAMED_MODELS  # noqa: E402
 from tests.golden import FOLDER, Golden  # noqa: E402
 from tests.kernels import batch_dependent_kernels  # noqa: E402
@@ -169,7 +169,7 @@ def capitals() -> models.LoadedModel:
 
 
 @pytest.fixture(scope="session")
-def swept() -> Callable[[models.LoadedModel], SweepResult]:
+def swept() -> Callable[[models.LoadedModel], Result]:
     """Return a function that sweeps a named model on its own question, once per session."""
     return _swept
 
@@ -180,8 +180,8 @@ def _loaded(source: str, download: bool) -> models.LoadedModel:
 
 
 @cache
-def _swept(loaded: models.LoadedModel) -> SweepResult:
-    return sweep_question(loaded, NAMED_MODELS[loaded.name].question)
+def _swept(loaded: models.LoadedModel) -> Result:
+    return sweep_prompts(loaded, [NAMED_MODELS[loaded.name].question])
 
 
 @pytest.fixture(scope="session")

@@ -12,12 +12,13 @@ if TYPE_CHECKING:
     from ablation.edits import Ablation
     from ablation.engine import run, run_sequential
     from ablation.errors import AblationError
+    from ablation.experiment import sweep_prompts
     from ablation.heads import HeadMap, find_heads
     from ablation.hook import HeadAblation
     from ablation.imputation import Imputation
     from ablation.models import LoadedModel, load
-    from ablation.results import RunResult, SweepResult
-    from ablation.sweeps import sweep, sweep_prompts, sweep_sequential
+    from ablation.results import Result
+    from ablation.sweeps import sweep, sweep_sequential
 
 _MODULES = {
     "Ablation": "edits",
@@ -26,14 +27,13 @@ _MODULES = {
     "HeadMap": "heads",
     "Imputation": "imputation",
     "LoadedModel": "models",
-    "RunResult": "results",
-    "SweepResult": "results",
+    "Result": "results",
     "find_heads": "heads",
     "load": "models",
     "run": "engine",
     "run_sequential": "engine",
     "sweep": "sweeps",
-    "sweep_prompts": "sweeps",
+    "sweep_prompts": "experiment",
     "sweep_sequential": "sweeps",
 }
 
@@ -44,8 +44,7 @@ __all__ = [
     "HeadMap",
     "Imputation",
     "LoadedModel",
-    "RunResult",
-    "SweepResult",
+    "Result",
     "find_heads",
     "load",
     "run",

@@ -61,7 +61,7 @@ def verify_causal_lm(request: Request, max_rows: int = 4) -> None:
         )
     logits = torch.cat([output.logits for output in outputs])
     _check_shape(model, logits, ids, vocabulary)
-    verify_tokens(request.watch, logits.shape[-1], "predicts")
+    verify_tokens([*(request.target or ()), *(request.control or ())], logits.shape[-1], "predicts")
     leak, noise, rounding = _leak(logits[:, :kept], model.dtype)
     if leak > NOISE_FACTOR * noise + rounding:
         raise UnsupportedModel(
@@ -81,12 +81,12 @@ def _check_shape(model: PreTrainedModel, logits: Tensor, ids: Tensor, vocabulary
         )
 
 
-def _variants(token_ids: list[int], vocabulary: int, special: set[int]) -> tuple[list[list[int]], int]:
+def _variants(token_ids: tuple[int, ...], vocabulary: int, special: set[int]) -> tuple[list[list[int]], int]:
     """Two variants of the start of a prompt, each twice. Returns the rows, and how many first tokens are common.
 
     special: tokens that a variant leaves out, since some stand for images or sounds.
     """
-    one = (token_ids * 2)[: max(2, min(len(token_ids), CHECKED_TOKENS))]
+    one = list(token_ids * 2)[: max(2, min(len(token_ids), CHECKED_TOKENS))]
     kept = len(one) // 2
     other = list(one)
     for place in range(kept, len(one)):

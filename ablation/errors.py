@@ -61,4 +61,4 @@ def one_line(text: object) -> str:
 
 def shortened(text: str, longest: int) -> str:
     """Return a text without its middle if it has more than `longest` characters."""
-    return text if len(text) <= longest else f"{text[: longest // 2]} ... {text[-(longest // 2) :]}"
+    return text if len(text) <= longest else f"{text[: longest // 2]} ... {text[len(text) - longest // 2 :]}"

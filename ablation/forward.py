@@ -5,7 +5,7 @@ from __future__ import annotations
 import inspect
 import os
 import traceback
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -19,7 +19,9 @@ from ablation.errors import InvalidAblation, InvalidPrompt, one_line
 from ablation.growing import BatchMismatch
 from ablation.heads import HeadMap, as_index
 from ablation.hook import HeadAblation
+from ablation.measure import Metric
 from ablation.memory import is_out_of_memory, pass_bytes
+from ablation.results import METRICS
 
 PACKAGE = f"{Path(__file__).parent}{os.sep}"
 
@@ -28,14 +30,18 @@ PACKAGE = f"{Path(__file__).parent}{os.sep}"
 class Request:
     """The validated arguments of a run.
 
-    hook: a `HeadAblation` of the model. token_ids: the prompt. watch: see `run`.
+    hook: a `HeadAblation` of the model. token_ids: the prompt. target, control, metrics: see `run`. scored: of how many
+    last tokens the logits are measured.
     """
 
     hook: HeadAblation
     model: PreTrainedModel
-    token_ids: list[int]
-    ablations: list[Ablation]
-    watch: list[int | None]
+    token_ids: tuple[int, ...]
+    ablations: tuple[Ablation, ...]
+    target: tuple[int, ...] | None
+    control: tuple[int, ...] | None
+    metrics: Mapping[str, Metric]
+    scored: int = 1
 
     @property
     def heads(self) -> HeadMap:
@@ -44,30 +50,63 @@ class Request:
 
 
 def validated_request(
-    model: PreTrainedModel, token_ids: Sequence[int], ablations: Sequence[Ablation], watch: Sequence[int | None]
+    model: PreTrainedModel,
+    token_ids: Sequence[int],
+    ablations: Sequence[Ablation],
+    target: int | Sequence[int] | None,
+    control: int | Sequence[int] | None,
+    metrics: Mapping[str, Metric] | None,
 ) -> Request:
     """Validate the arguments of a run. Raises UnsupportedModel, InvalidAblation, InvalidHead, InvalidPrompt."""
     hook = HeadAblation(model)
     if any(module.training for module in model.modules()):
         raise InvalidAblation("the model is in training mode, where dropout hides effects: call model.eval()")
-    ids = [_token_id(token) for token in _listed(token_ids, "a prompt")]
-    watched = [None if token is None else _token_id(token) for token in _listed(watch, "`watch`")]
+    ids = tuple(_token_id(token) for token in _listed(token_ids, "a prompt"))
     wanted = _listed(ablations, "`ablations`", InvalidAblation)
-    if not ids or not watched:
-        raise InvalidPrompt("a run needs at least one prompt token and one watched token")
+    if not ids:
+        raise InvalidPrompt("a run needs at least one prompt token")
     if not wanted:
         raise InvalidAblation("the list of ablations is empty")
     if strangers := [ablation for ablation in wanted if not isinstance(ablation, Ablation)]:
         raise InvalidAblation(f"{strangers[0]!r} is not an Ablation: pass Ablation(heads, imputation)")
-    predicted = _predicted_tokens(model)
+    continuations = _continuation(target, "target"), _continuation(control, "control")
     verify_tokens(ids, len(embedding_weight(model)), "has")
-    verify_tokens(watched, predicted, "predicts")
-    if len(watched) > predicted:
-        raise InvalidPrompt(f"{len(watched)} tokens cannot be watched: the model has {predicted}")
+    if (predicted := _predicted_tokens(model)) < 2:
+        raise InvalidPrompt(f"a target and a control are two tokens: the model has {predicted}")
+    for tokens in filter(None, continuations):
+        verify_tokens(tokens, predicted, "predicts")
     longest = getattr(model.config.get_text_config(), "max_position_embeddings", None)
-    if longest is not None and len(ids) > longest:
-        raise InvalidPrompt(f"the prompt has {len(ids)} tokens, the model takes at most {longest}")
-    return Request(hook, model, ids, [ablation.validated(hook.heads) for ablation in wanted], watched)
+    read = len(ids) + max(len(tokens or "1") - 1 for tokens in continuations)
+    if longest is not None and read > longest:
+        continued = " with its target or control" if read > len(ids) else ""
+        raise InvalidPrompt(f"the prompt{continued} has {read} tokens, the model takes at most {longest}")
+    ablated = tuple(ablation.validated(hook.heads) for ablation in wanted)
+    return Request(hook, model, ids, ablated, *continuations, _validated_metrics(metrics or {}))
+
+
+def _continuation(tokens: Any, name: str) -> tuple[int, ...] | None:
+    """Return a target or control as token ids. Raises InvalidPrompt."""
+    if tokens is None:
+        return None
+    try:
+        return (as_index(tokens),)
+    except TypeError:
+        ids = tuple(_token_id(token) for token in _listed(tokens, f"a {name} of several tokens"))
+    if not ids:
+        raise InvalidPrompt(f"the {name} has no tokens")
+    return ids
+
+
+def _validated_metrics(metrics: Mapping[str, Metric]) -> dict[str, Metric]:
+    """Return the metrics of the user. Raises InvalidAblation for names that are taken, and for what is no function."""
+    if not isinstance(metrics, Mapping):
+        raise InvalidAblation(f"`metrics` is a mapping of names to functions, not {metrics!r}")
+    for name, metric in metrics.items():
+        if not isinstance(name, str) or not name.isidentifier() or name in METRICS or name == "finite":
+            raise InvalidAblation(f"{name!r} cannot name a metric: take letters, digits and _, and no built-in name")
+        if not callable(metric):
+            raise InvalidAblation(f"the metric {name!r} is {metric!r}, not a function of the logits")
+    return dict(metrics)
 
 
 def _listed(values: Any, what: str, error: type[Exception] = InvalidPrompt) -> list[Any]:
@@ -85,9 +124,9 @@ def _token_id(token: Any) -> int:
         raise InvalidPrompt(f"{token!r} is not a token id: a prompt is one flat list of integers") from None
 
 
-def verify_tokens(tokens: Sequence[int | None], vocabulary: int, verb: str) -> None:
+def verify_tokens(tokens: Sequence[int], vocabulary: int, verb: str) -> None:
     """Raise InvalidPrompt for a token id that is not below the size of a vocabulary. verb: what the model does."""
-    if unknown := [token for token in tokens if token is not None and not 0 <= token < vocabulary]:
+    if unknown := [token for token in tokens if not 0 <= token < vocabulary]:
         raise InvalidPrompt(f"no token {unknown[0]}: the model {verb} {vocabulary} tokens")
 
 
@@ -120,7 +159,7 @@ def rows_per_pass(request: Request, max_rows: int | None) -> int:
     shapes = [p.shape for layer in request.heads.layers for p in layer.block.parameters() if p.ndim > 1]
     widest = 4 * max((max(shape) for shape in shapes), default=1)
     scores = request.heads.shape[1] * tokens
-    logits = len(embedding_weight(request.model)) * (1 if _keeps_last_logits(request.model) else tokens)
+    logits = len(embedding_weight(request.model)) * (request.scored if _keeps_last_logits(request.model) else tokens)
     row_bytes = (tokens * (widest + scores) + logits) * request.model.dtype.itemsize
     return max(2, pass_bytes(_devices(request.model)) // row_bytes)
 
@@ -148,14 +187,14 @@ def token_batch(model: PreTrainedModel, rows: Sequence[Sequence[int]]) -> Tensor
 
 def _inputs(request: Request, rows: int) -> tuple[Tensor, dict[str, Any]]:
     """Return the arguments for the model: token ids [rows, tokens], and keyword arguments."""
-    options: dict[str, Any] = {"logits_to_keep": 1} if _keeps_last_logits(request.model) else {}
+    options: dict[str, Any] = {"logits_to_keep": request.scored} if _keeps_last_logits(request.model) else {}
     return token_batch(request.model, [request.token_ids] * rows), {"use_cache": False, **options}
 
 
 def last_logits(request: Request, rows: int) -> Tensor:
-    """Run the model on `rows` copies of the prompt. Returns the logits of the last token, [rows, vocabulary]."""
+    """Run the model on copies of the prompt. Returns the logits of the last tokens, [rows, scored, vocabulary]."""
     ids, options = _inputs(request, rows)
-    return _of_last_token(request.model(ids, **options))
+    return _of_last_tokens(request, request.model(ids, **options))
 
 
 def batch_logits(request: Request, rows: int) -> Tensor:
@@ -167,13 +206,13 @@ def batch_logits(request: Request, rows: int) -> Tensor:
         if _raised_by_package(error) or is_out_of_memory(error):
             raise
         raise BatchMismatch(one_line(error)) from error
-    return _of_last_token(output)
+    return _of_last_tokens(request, output)
 
 
-def _of_last_token(output: Any) -> Tensor:
-    """The logits of the last token, [rows, vocabulary], from what a model returns."""
+def _of_last_tokens(request: Request, output: Any) -> Tensor:
+    """The logits of the last tokens, [rows, scored, vocabulary], from what a model returns."""
     logits: Tensor = output.logits
-    return logits[:, -1]
+    return logits[:, -request.scored :]
 
 
 def _raised_by_package(error: BaseException | None) -> bool:

@@ -35,8 +35,8 @@ PROBES_PER_LAYER = 4
 class Guard:
     """What growing batches are compared with: ordinary forward passes.
 
-    clean: logits of the clean run, [vocabulary]. probes: logits [vocabulary] of some ablations. max_rows: the largest
-    number of rows in a forward pass.
+    clean: logits of the clean run, [scored, vocabulary]. probes: those of some ablations, in the same shape. max_rows:
+    the largest number of rows in a forward pass.
     """
 
     request: Request
@@ -47,7 +47,8 @@ class Guard:
     def check(self, clean: Tensor, ablations: Sequence[Ablation], ablated: Tensor) -> None:
         """Raise BatchMismatch unless the clean row, and the probes among the ablated rows, agree with ordinary ones.
 
-        clean: [vocabulary]. ablated: [ablations, vocabulary]. No ablation may be entered: the bare model may run.
+        clean: [scored, vocabulary]. ablated: [ablations, scored, vocabulary]. No ablation may be entered: the bare
+        model may run.
         """
         rows, ordinary = [clean], [self.clean]
         for ablation, row in zip(ablations, ablated, strict=True):

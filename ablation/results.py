@@ -1,127 +1,218 @@
-"""The results of a run and of a sweep: arrays with documented dimensions, which are saved and loaded without loss.
+"""The one type of result: what each ablation of a list does to each prompt of a list. Does not import torch.
 
-Dimensions: A ablations, W watched tokens, I imputations, L decoder layers, H the largest number of heads in a layer.
-Floats are float64. All values are measured at the last token of the prompt: probabilities in [0, 1], log-probabilities
-in nats, and margins (top-1 logit - top-2 logit) in logits. A change is the ablated value - the clean value.
+Dimensions: P prompts, A ablations, I imputations, L decoder layers, H the largest number of heads in a layer. A metric
+is one number for each run, clean or ablated; `METRICS` lists them with their units.
 
 Logits that differ by no more than rounding are a tie (see `ablation.measure.tie_tolerance`). In a tie, the argmax is
-the lowest token id, and the margin is 0.
+the lowest token id, the margin is 0, and tied tokens have the same rank.
 
-A receipt proves that the ablation took place: how often a projection was called, and how many elements of z were
+A receipt proves that an ablation took place: how often a projection was called, and how many elements of z were
 replaced and changed.
 """
 
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping
-from dataclasses import dataclass, field, fields
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import asdict, dataclass, field, replace
+from functools import cached_property
 from pathlib import Path
-from typing import Any, Self
+from typing import TYPE_CHECKING, Any, NamedTuple, Self
 
 import numpy as np
 from numpy.typing import NDArray
 
 from ablation import output
-from ablation.edits import Ablation
 from ablation.errors import InvalidResult, one_line
 
+if TYPE_CHECKING:
+    import pandas
+
 ARRAYS = "sweep.npz"
-NOT_ARRAYS = ("imputations", "provenance")
+
+METRICS: dict[str, str] = {
+    "target_probability": "P(target), in [0, 1]",
+    "target_log_probability": "log P(target), in nats; the sum over the tokens of the target",
+    "control_probability": "P(control), in [0, 1]",
+    "control_log_probability": "log P(control), in nats; the sum over the tokens of the control",
+    "logit_difference": "log P(target) - log P(control): the difference of their logits if both are one token",
+    "kl": "KL(clean || ablated) of the next token, in nats",
+    "target_rank": "rank of the target's first token among the logits; 1 is the largest",
+    "margin": "top-1 logit - top-2 logit",
+    "correct": "1 if the greedy continuation equals the target, or else 0",
+    "argmax": "token id of the prediction",
+}
+"""{metric of every result: what it is}. All are measured at the last token of the prompt, those of a target or control
+of several tokens also at the tokens before their last one. In arrays, ranks and token ids are int64, the others
+float64."""
+LOSS = "loss"
+"""The only metric of a sweep of a text: the mean next-token loss over the scored tokens, in nats per token."""
+INTEGERS = ("target_rank", "argmax")
+LISTED = "for_each_prompt"
+"""The key of a provenance under which the keys are listed whose value is a list with an entry for each prompt."""
+RECEIPTS = ("calls", "replaced", "changed")
 
 
-@dataclass(frozen=True, eq=False)
-class RunResult:
-    """The effect of each ablation in a list."""
+class AblationKey(NamedTuple):
+    """Which ablation a number belongs to. heads: (layer, head) pairs. imputation: its name."""
 
-    ablations: tuple[Ablation, ...]
-    """[A]"""
-    watched: NDArray[np.int64]
-    """[W] token ids."""
-    clean_probability: NDArray[np.float64]
-    """[W]"""
-    clean_log_probability: NDArray[np.float64]
-    """[W]"""
-    clean_argmax: int
-    clean_margin: float
-    probability_change: NDArray[np.float64]
-    """[W, A]"""
-    log_probability_change: NDArray[np.float64]
-    """[W, A]"""
-    argmax: NDArray[np.int64]
-    """[A] token ids."""
-    margin: NDArray[np.float64]
-    """[A]"""
-    head_mean: NDArray[np.float64]
-    """[L, H] the mean of z over all tokens and channels in the clean run; NaN where there is no head."""
-    calls: NDArray[np.int64]
-    """[A] receipt: how often each projection that the ablation edits was called; always 1."""
-    replaced: NDArray[np.int64]
-    """[A] receipt: elements of z that hold the imputed value; always tokens x head_dim, summed over the heads."""
-    changed: NDArray[np.int64]
-    """[A] receipt: elements of z that the imputation changed; 0 if z already had the imputed values."""
-    provenance: Mapping[str, Any] = field(default_factory=dict)
-    """The tokens, versions and settings that the result was made with, as values that JSON can hold."""
-
-
-@dataclass(frozen=True, eq=False)
-class SweepResult:
-    """The effect of ablating each head alone. Cells without a head hold NaN in float arrays and -1 in int arrays."""
-
-    imputations: tuple[str, ...]
-    """[I] names."""
-    watched: NDArray[np.int64]
-    """[W] token ids."""
-    clean_probability: NDArray[np.float64]
-    """[W]"""
-    clean_log_probability: NDArray[np.float64]
-    """[W]"""
-    clean_argmax: int
-    clean_margin: float
-    probability_change: NDArray[np.float64]
-    """[W, I, L, H]"""
-    log_probability_change: NDArray[np.float64]
-    """[W, I, L, H]"""
-    argmax: NDArray[np.int64]
-    """[I, L, H] token ids."""
-    margin: NDArray[np.float64]
-    """[I, L, H]"""
-    head_mean: NDArray[np.float64]
-    """[L, H] the mean of z over all tokens and channels in the clean run."""
-    calls: NDArray[np.int64]
-    """[I, L, H] receipt: how often the edited projection was called in that ablation's forward pass; always 1."""
-    replaced: NDArray[np.int64]
-    """[I, L, H] receipt: elements of z that hold the imputed value; always tokens x head_dim."""
-    changed: NDArray[np.int64]
-    """[I, L, H] receipt: elements of z that the imputation changed; 0 if z already had the imputed value."""
-    provenance: Mapping[str, Any] = field(default_factory=dict)
-    """The tokens, versions and settings that the sweep was made with, as values that JSON can hold."""
+    heads: tuple[tuple[int, int], ...]
+    imputation: str
 
     @property
-    def has_head(self) -> NDArray[np.bool_]:
-        """[L, H] whether the head exists."""
-        exists: NDArray[np.bool_] = self.argmax[0] >= 0
-        return exists
+    def label(self) -> str:
+        """The heads as text, such as L0H8+L0H9."""
+        return "+".join(f"L{layer}H{head}" for layer, head in self.heads)
+
+    def __str__(self) -> str:
+        return f"{self.label or 'no head'}, {self.imputation}"
+
+
+@dataclass(frozen=True)
+class PromptRecord:
+    """One prompt of a result: token ids, and texts where they are known.
+
+    target, control: the token ids of the two continuations. group: any name, by which results can be summarised.
+    """
+
+    token_ids: tuple[int, ...]
+    target: tuple[int, ...]
+    control: tuple[int, ...]
+    prompt: str | None = None
+    target_text: str | None = None
+    control_text: str | None = None
+    group: str | None = None
+
+
+@dataclass(frozen=True, eq=False)
+class Result:
+    """What each ablation of a list does to the predictions of a model for each prompt of a list."""
+
+    ablations: tuple[AblationKey, ...]
+    """[A]"""
+    prompts: tuple[PromptRecord, ...]
+    """[P]"""
+    clean: Mapping[str, NDArray[Any]]
+    """{metric: [P]} without ablation: those of `METRICS`, and metrics of one's own; of a text, only `LOSS`."""
+    ablated: Mapping[str, NDArray[Any]]
+    """{metric: [P, A]} with each ablation."""
+    head_mean: NDArray[np.float64]
+    """[P, L, H] the mean of z over all tokens and channels in the clean run; NaN where there is no head."""
+    calls: NDArray[np.int64]
+    """[P, A] receipt: how often each projection that the ablation edits was called; always 1."""
+    replaced: NDArray[np.int64]
+    """[P, A] receipt: elements of z that hold the imputed value; always tokens x head_dim, summed over the heads."""
+    changed: NDArray[np.int64]
+    """[P, A] receipt: elements of z that the imputation changed; 0 if z already had the imputed values."""
+    provenance: Mapping[str, Any] = field(default_factory=dict)
+    """Versions and settings that the result was made with, as values that JSON can hold. rounding: the difference up to
+    which two logits are a tie. A value that differs between the prompts is a list, with an entry for each prompt;
+    `for_each_prompt` names these."""
+
+    # ---- what the arrays say
+
+    def change(self, metric: str) -> NDArray[np.float64]:
+        """Return the ablated value - the clean value of a metric, [P, A]. Raises KeyError for an unknown metric."""
+        clean: NDArray[np.float64] = self.clean[metric][:, None].astype(np.float64)
+        return self.ablated[metric] - clean
 
     @property
     def kept(self) -> NDArray[np.bool_]:
-        """[I, L, H] whether the argmax is that of the clean run; False where there is no head."""
-        return np.equal(self.argmax, self.clean_argmax)
+        """[P, A] whether the argmax is that of the clean run."""
+        kept: NDArray[np.bool_] = np.equal(self.ablated["argmax"], self.clean["argmax"][:, None])
+        return kept
+
+    @cached_property
+    def imputations(self) -> tuple[str, ...]:
+        """[I] the names of the imputations, in the order of the ablations."""
+        return tuple(dict.fromkeys(key.imputation for key in self.ablations))
+
+    @cached_property
+    def _places(self) -> tuple[NDArray[np.int64], ...]:
+        """The imputation, layer and head of each ablation, three times [A]. Raises InvalidResult for sets of heads."""
+        if any(len(key.heads) != 1 for key in self.ablations):
+            raise InvalidResult("ablations of several heads, or of none, cannot be arranged as a map of heads")
+        index = {name: number for number, name in enumerate(self.imputations)}
+        return tuple(np.array([(index[key.imputation], *key.heads[0]) for key in self.ablations], dtype=np.int64).T)
+
+    def grid(self, values: NDArray[Any]) -> NDArray[Any]:
+        """Arrange the values of one-head ablations as maps of all heads, [..., A] -> [..., I, L, H].
+
+        Where there is no head, a map holds NaN if it is of floats, -1 if of integers, and False if of booleans. Raises
+        InvalidResult if an ablation has several heads, or none.
+        """
+        missing: Any = {"f": np.nan, "b": False}.get(values.dtype.kind, -1)
+        maps = np.full((*values.shape[:-1], len(self.imputations), *self.head_mean.shape[1:]), missing, values.dtype)
+        places: Any = (..., *self._places)
+        maps[places] = values
+        return maps
 
     @property
-    def flipped(self) -> NDArray[np.bool_]:
-        """[I, L, H] whether the argmax differs from that of the clean run; False where there is no head."""
-        flipped: NDArray[np.bool_] = self.has_head & ~self.kept
-        return flipped
+    def has_head(self) -> NDArray[np.bool_]:
+        """[L, H] whether an ablation of this head is in the result. Raises InvalidResult as `grid` does."""
+        exists: NDArray[np.bool_] = np.any(self.grid(np.ones(len(self.ablations), dtype=bool)), axis=0)
+        return exists
+
+    def to_frame(self) -> pandas.DataFrame:
+        """Return a long table as a pandas frame; see `ablation.tables`. Raises AblationError if pandas is missing."""
+        from ablation import tables
+
+        return tables.to_frame(self)
+
+    # ---- parts and wholes
+
+    def of_prompt(self, index: int) -> Self:
+        """Return the result of one prompt. index: from 0, or from the end if negative."""
+        at = [index]
+        alone = {key: value for key, value in self.provenance.items() if key not in (*self._listed, LISTED)}
+        own = {key: self.provenance[key][index] for key in self._listed}  # None for a key that the prompt lacks
+        return replace(
+            self,
+            prompts=(self.prompts[index],),
+            clean={name: values[at] for name, values in self.clean.items()},
+            ablated={name: values[at] for name, values in self.ablated.items()},
+            head_mean=self.head_mean[at],
+            **{name: getattr(self, name)[at] for name in RECEIPTS},
+            provenance=alone | {key: value for key, value in own.items() if value is not None},
+        )
+
+    @property
+    def _listed(self) -> tuple[str, ...]:
+        """The keys of the provenance whose value is a list with an entry for each prompt."""
+        return tuple(self.provenance.get(LISTED, ()))
+
+    @classmethod
+    def joined(cls, results: Sequence[Result]) -> Self:
+        """Return the results of several lists of prompts as one.
+
+        Raises InvalidResult if there are none, or if their ablations, metrics or models differ.
+        """
+        if not results:
+            raise InvalidResult("there are no results to join")
+        first = results[0]
+        for other in results[1:]:
+            same = (other.ablations, other.clean.keys(), other.head_mean.shape[1:])
+            if same != (first.ablations, first.clean.keys(), first.head_mean.shape[1:]):
+                raise InvalidResult("results of other ablations, metrics or models cannot be joined")
+        return cls(
+            ablations=first.ablations,
+            prompts=tuple(prompt for result in results for prompt in result.prompts),
+            clean={name: np.concatenate([result.clean[name] for result in results]) for name in first.clean},
+            ablated={name: np.concatenate([result.ablated[name] for result in results]) for name in first.ablated},
+            head_mean=np.concatenate([result.head_mean for result in results]),
+            **{name: np.concatenate([getattr(result, name) for result in results]) for name in RECEIPTS},
+            provenance=_common_provenance(results),
+        )
+
+    # ---- files
 
     def save(self, folder: Path | str, *, overwrite: bool = False) -> None:
         """Write sweep.npz (the arrays) and sweep.json (the rest) into a folder, both or neither.
 
         With `overwrite`, an earlier result in the folder is replaced. Without it, an earlier result is replaced only if
-        model, weights, question and imputations are recorded in both and the same, as after a repeated command; for any
-        other result, InvalidOutput is raised. Results of `sweep` record no question. Files that are not part of a
-        result are never replaced: InvalidOutput is raised, with and without `overwrite`. Raises OSError if the folder
-        cannot be written.
+        model, weights, prompts and ablations are recorded in both and the same, as after a repeated command; for any
+        other result, InvalidOutput is raised. Files that are not part of a result are never replaced: InvalidOutput is
+        raised, with and without `overwrite`. Raises OSError if the folder cannot be written.
         """
         with output.staging(Path(folder)) as draft:
             self.write_arrays(draft)
@@ -129,14 +220,22 @@ class SweepResult:
 
     def write_arrays(self, folder: Path) -> None:
         """Write sweep.npz into an existing folder. Raises OSError."""
-        names = [f.name for f in fields(self) if f.name not in NOT_ARRAYS]
-        arrays: dict[str, Any] = {name: np.asarray(getattr(self, name)) for name in names}
+        arrays: dict[str, Any] = {f"clean.{name}": values for name, values in self.clean.items()}
+        arrays |= {f"ablated.{name}": values for name, values in self.ablated.items()}
+        arrays |= {name: getattr(self, name) for name in ("head_mean", *RECEIPTS)}
         np.savez(folder / ARRAYS, **arrays)
+
+    def manifest(self) -> dict[str, Any]:
+        """Return what sweep.json holds besides the list of files."""
+        return {
+            "ablations": [{"heads": key.heads, "imputation": key.imputation} for key in self.ablations],
+            "prompts": [asdict(prompt) for prompt in self.prompts],
+            "provenance": self.provenance,
+        }
 
     def publish(self, draft: Path, folder: Path, *, overwrite: bool) -> None:
         """Move the files of `draft` into a folder, with sweep.json; see `ablation.output.publish`."""
-        content = {"imputations": self.imputations, "provenance": self.provenance}
-        output.publish(draft, folder, content, overwrite=overwrite)
+        output.publish(draft, folder, self.manifest(), overwrite=overwrite)
 
     @classmethod
     def load(cls, folder: Path | str) -> Self:
@@ -144,12 +243,19 @@ class SweepResult:
         folder = Path(folder)
         try:
             rest = json.loads((folder / output.MANIFEST).read_text(encoding="utf-8"))
-            digest = rest.get("files", {}).get(ARRAYS)
-            if digest is not None and output.sha256(folder / ARRAYS) != digest:
+            digest = rest["files"].get(ARRAYS)
+            if output.sha256(folder / ARRAYS) != digest:
                 raise ValueError(f"{ARRAYS} is not the file that was saved")
             with (folder / ARRAYS).open("rb") as file, np.load(file, allow_pickle=False) as arrays:
-                values = {name: array if array.ndim else array.item() for name, array in arrays.items()}
-            result = cls(imputations=tuple(rest["imputations"]), provenance=rest["provenance"], **values)
+                values = dict(arrays)
+            result = cls(
+                ablations=tuple(map(_key_from_json, rest["ablations"])),
+                prompts=tuple(map(_prompt_from_json, rest["prompts"])),
+                clean=_part(values, "clean."),
+                ablated=_part(values, "ablated."),
+                provenance=rest["provenance"],
+                **{name: array for name, array in values.items() if not name.startswith(("clean.", "ablated."))},
+            )
             result._check_shapes()
         except Exception as error:  # a damaged file makes json, zipfile, zlib and numpy raise many kinds of errors
             raise InvalidResult(f"no result can be read from {folder}: {one_line(error)}") from error
@@ -157,21 +263,53 @@ class SweepResult:
 
     def _check_shapes(self) -> None:
         """Raise ValueError or TypeError unless all fields have the types and dimensions documented above."""
-        if not all(isinstance(name, str) for name in self.imputations) or not isinstance(self.provenance, dict):
-            raise TypeError("the imputations or the provenance have the wrong type")
-        if type(self.clean_argmax) is not int or type(self.clean_margin) is not float:
-            raise TypeError("the clean argmax or its margin have the wrong type")
-        watched, grid = self.watched.shape, (len(self.imputations), *self.head_mean.shape)
-        floats, ints = np.dtype(np.float64), np.dtype(np.int64)
-        expected: dict[str, tuple[tuple[int, ...], np.dtype[Any]]] = {
-            "watched": ((self.watched.size,), ints),
-            "head_mean": (self.head_mean.shape[:2], floats),
-            **dict.fromkeys(("clean_probability", "clean_log_probability"), (watched, floats)),
-            **dict.fromkeys(("probability_change", "log_probability_change"), ((*watched, *grid), floats)),
-            **dict.fromkeys(("argmax", "calls", "replaced", "changed"), (grid, ints)),
-            "margin": (grid, floats),
+        if not isinstance(self.provenance, dict):
+            raise TypeError("the provenance has the wrong type")
+        if missing := [name for name in METRICS if name not in self.clean and LOSS not in self.clean]:
+            raise ValueError(f"the metric {missing[0]} is missing")
+        if self.clean.keys() != self.ablated.keys():
+            raise ValueError("clean and ablated runs have different metrics")
+        prompts, ablations, rest = len(self.prompts), len(self.ablations), self.head_mean.ndim - 1
+        expected: dict[str, tuple[NDArray[Any], tuple[int, ...], type]] = {
+            "head_mean": (self.head_mean, (prompts, *self.head_mean.shape[1:3], *[-1] * (2 - rest)), np.float64),
+            **{name: (getattr(self, name), (prompts, ablations), np.int64) for name in RECEIPTS},
         }
-        for name, (shape, dtype) in expected.items():
-            array = getattr(self, name)
+        for name in self.clean:
+            kind = np.int64 if name in INTEGERS else np.float64
+            expected[f"clean {name}"] = (self.clean[name], (prompts,), kind)
+            expected[f"ablated {name}"] = (self.ablated[name], (prompts, ablations), kind)
+        for name, (array, shape, dtype) in expected.items():
             if array.shape != shape or array.dtype != dtype:
                 raise ValueError(f"{name} has the dimensions {array.shape} and the dtype {array.dtype}")
+
+
+def _common_provenance(results: Sequence[Result]) -> dict[str, Any]:
+    """Return the provenance of joined results: a value that differs between prompts becomes a list, [P]."""
+    keys = dict.fromkeys(key for result in results for key in result.provenance if key != LISTED)
+    common: dict[str, Any] = {}
+    listed = []
+    for key in keys:
+        values = [value for result in results for value in _for_each_prompt(result, key)]
+        common[key] = values[0]
+        if any(value != values[0] for value in values):
+            common[key] = values
+            listed.append(key)
+    return common | ({LISTED: listed} if listed else {})
+
+
+def _for_each_prompt(result: Result, key: str) -> Iterable[Any]:
+    value = result.provenance.get(key)
+    return value if value is not None and key in result._listed else [value] * len(result.prompts)
+
+
+def _part(arrays: Mapping[str, NDArray[Any]], prefix: str) -> dict[str, NDArray[Any]]:
+    return {name.removeprefix(prefix): array for name, array in arrays.items() if name.startswith(prefix)}
+
+
+def _key_from_json(value: Mapping[str, Any]) -> AblationKey:
+    return AblationKey(tuple((int(layer), int(head)) for layer, head in value["heads"]), str(value["imputation"]))
+
+
+def _prompt_from_json(value: Mapping[str, Any]) -> PromptRecord:
+    ids = {name: tuple(map(int, value[name])) for name in ("token_ids", "target", "control")}
+    return PromptRecord(**{**value, **ids})

@@ -1,4 +1,4 @@
-"""Golden arrays: what is pinned, with which tolerance, and how a mismatch reads."""
+"""Golden arrays: what is pinned, with which tolerance, and how a mismatch reads. A sweep here has one prompt."""
 
 from __future__ import annotations
 
@@ -14,47 +14,63 @@ import numpy as np
 from numpy.typing import NDArray
 
 from ablation.report import trend
-from ablation.results import SweepResult
+from ablation.results import Result
 
 FOLDER = Path(__file__).parent.parent / "golden"
 SHOWN = 10
 """The number of cells that a mismatch lists, the worst first."""
 
 
-def sensitivity_arrays(sweep: SweepResult, token: int, name: str) -> dict[str, Any]:
-    """Return what every ablation does to one watched token."""
+def sensitivity_arrays(sweep: Result, name: str) -> dict[str, Any]:
+    """Return what every ablation does to the target or the control. name: target or control."""
+    maps = {metric: sweep.grid(sweep.change(f"{name}_{metric}")[0]) for metric in ("probability", "log_probability")}
     return {
-        f"{name}_clean_probability": sweep.clean_probability[token],
-        f"{name}_probability_change": sweep.probability_change[token],
-        f"{name}_log_probability_change": sweep.log_probability_change[token],
+        f"{name}_clean_probability": sweep.clean[f"{name}_probability"][0],
+        f"{name}_probability_change": maps["probability"],
+        f"{name}_log_probability_change": maps["log_probability"],
     }
 
 
-def robustness_arrays(sweep: SweepResult, noise: float) -> dict[str, Any]:
+def robustness_arrays(sweep: Result, noise: float) -> dict[str, Any]:
     """Return what every ablation does to the prediction. noise: the tolerance of a margin.
 
     If the margin is within the noise of both logits, rounding decides the argmax, which is then pinned as -1.
     """
-    decided = sweep.margin > 2 * noise
+    margin, argmax = (sweep.grid(sweep.ablated[name][0]) for name in ("margin", "argmax"))
+    decided = margin > 2 * noise
     return {
-        "clean_argmax": sweep.clean_argmax,
-        "clean_margin": sweep.clean_margin,
-        "argmax": np.where(decided, sweep.argmax, -1),
-        "margin": sweep.margin,
-        "kept": (sweep.kept & decided).sum(axis=(1, 2)),  # [imputation]
+        "clean_argmax": sweep.clean["argmax"][0],
+        "clean_margin": sweep.clean["margin"][0],
+        "argmax": np.where(decided, argmax, -1),
+        "margin": margin,
+        "kept": (sweep.grid(sweep.kept[0]) & decided).sum(axis=(1, 2)),  # [imputation]
         "near_ties": (sweep.has_head & ~decided).sum(axis=(1, 2)),  # [imputation]
     }
 
 
-def agreement_arrays(sweep: SweepResult) -> dict[str, Any]:
-    """Return the effect of mean minus that of zero imputation, [watched, layer, head]."""
+def agreement_arrays(sweep: Result) -> dict[str, Any]:
+    """Return the effect of mean minus that of zero imputation, [target and control, layer, head]."""
     zero, mean = (sweep.imputations.index(name) for name in ("zero", "mean"))
-    return {"mean_minus_zero": sweep.probability_change[:, mean] - sweep.probability_change[:, zero]}
+    change = probability_change(sweep)
+    return {"mean_minus_zero": change[:, mean] - change[:, zero]}
 
 
-def head_mean_arrays(sweep: SweepResult) -> dict[str, Any]:
+def probability_change(sweep: Result) -> NDArray[np.float64]:
+    """Return the changes of the probabilities of target and control, [2, imputation, layer, head]."""
+    return np.stack([sweep.grid(sweep.change(f"{name}_probability")[0]) for name in ("target", "control")])
+
+
+def made_with(sweep: Result) -> dict[str, Any]:
+    """Return what the arrays of a sweep were made with, for golden/MODEL/NAME.json."""
+    (prompt,) = sweep.prompts
+    watched = [prompt.target_text, prompt.control_text]
+    return {**sweep.provenance, "prompt": prompt.prompt, "watched": watched, "token_ids": list(prompt.token_ids)}
+
+
+def head_mean_arrays(sweep: Result) -> dict[str, Any]:
     """Return the head means, and their trend with depth."""
-    return {"head_mean": sweep.head_mean, "trend_slope": trend(sweep.head_mean).slope}
+    (head_mean,) = sweep.head_mean
+    return {"head_mean": head_mean, "trend_slope": trend(head_mean).slope}
 
 
 @cache

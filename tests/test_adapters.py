@@ -20,7 +20,8 @@ from ablation.errors import AblationError, ModelUnavailable, UnsupportedModel
 from ablation.heads import find_heads
 from ablation.hook import HeadAblation
 from ablation.models import architecture, load
-from ablation.sweeps import SweepResult, sweep, sweep_sequential
+from ablation.results import Result
+from ablation.sweeps import sweep, sweep_sequential
 from tests.comparing import ATOL, assert_results_equal
 from tests.test_models import folder  # noqa: F401 (fixture)
 
@@ -95,7 +96,7 @@ def logits(model: nn.Module) -> Tensor:
         return model(T, use_cache=False).logits
 
 
-def assert_ablated_as_merged(model: Any, merged: PreTrainedModel, name: str) -> SweepResult:
+def assert_ablated_as_merged(model: Any, merged: PreTrainedModel, name: str) -> Result:
     """Assert that the heads of a model with adapters are those of the merged model, in the hook and in sweeps."""
     found = find_heads(model)
     assert (found.shape, found.layer(1).projection_name) == ((3, 4), name)
@@ -120,8 +121,9 @@ def test_low_rank_wrapper_is_ablated_as_its_merged_weights(disabled: bool) -> No
     model, merged = low_rank(disabled)
     inner = assert_ablated_as_merged(model, merged, "model.layers.1.self_attn.o_proj")
     outer = assert_ablated_as_merged(Wrapped(model).eval(), merged, "base_model.model.layers.1.self_attn.o_proj")
-    assert np.array_equal(inner.argmax, outer.argmax)
-    assert (np.abs(sweep(llama(), IDS).margin - inner.margin).max() > 1e-3) == (not disabled)
+    assert np.array_equal(inner.ablated["argmax"], outer.ablated["argmax"])
+    moved = np.abs(sweep(llama(), IDS).ablated["margin"] - inner.ablated["margin"]).max()
+    assert (moved > 1e-3) == (not disabled)
 
 
 @pytest.mark.parametrize(
@@ -263,7 +265,7 @@ def test_folder_of_an_adapter_is_loaded_with_its_base(peft: Any, folder: Path, a
     result = sweep(loaded.model, IDS)
     assert_results_equal(result, sweep(merged, IDS), ATOL["float32"])
     assert result.provenance["architecture"] == "PeftModelForCausalLM"
-    assert np.abs(result.margin - sweep(base.model, IDS).margin).max() > 1e-3
+    assert np.abs(result.ablated["margin"] - sweep(base.model, IDS).ablated["margin"]).max() > 1e-3
     assert find_heads(architecture(str(adapter))).shape == (2, 3)
 
 

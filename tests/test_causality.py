@@ -163,17 +163,18 @@ def unmasked(forward: Callable[..., Any]) -> Callable[..., Any]:
 @pytest.mark.parametrize("tokens", [[7], [7, 7, 7], IDS, list(range(30))])
 def test_causal_model_is_accepted(family: str, dtype: str, tokens: list[int]) -> None:
     model = Decoder(family, 3, 4, 8, dtype=dtype).shared()
-    assert run(model, tokens, [Ablation([])]).clean_argmax >= 0
+    assert run(model, tokens, [Ablation([])]).clean["argmax"] >= 0
 
 
 @pytest.mark.parametrize("attention", ["eager", "sdpa"])
 def test_encoder_family_as_a_decoder_is_accepted(attention: str) -> None:
     model = randomised(BertConfig(**SHAPE, is_decoder=True), 1, attention)
-    assert sweep(model, IDS).margin.shape == (2, 2, 4)
+    result = sweep(model, IDS)
+    assert result.grid(result.ablated["margin"]).shape == (1, 2, 2, 4)
 
 
 def test_second_head_beside_the_language_model_is_accepted() -> None:
-    assert run_sequential(GPT2DoubleHeadsModel(GPT2).eval(), IDS, [Ablation([])]).clean_margin > 0
+    assert run_sequential(GPT2DoubleHeadsModel(GPT2).eval(), IDS, [Ablation([])]).clean["margin"] > 0
 
 
 def test_noise_between_equal_rows_is_no_leak() -> None:
@@ -186,7 +187,7 @@ def test_noise_between_equal_rows_is_no_leak() -> None:
         return output
 
     model.model.layers[1].mlp.register_forward_hook(drop)
-    assert run_sequential(model, IDS, [Ablation([])]).clean_margin > 0
+    assert run_sequential(model, IDS, [Ablation([])]).clean["margin"] > 0
 
 
 def test_tokens_that_are_never_predicted_are_accepted() -> None:
@@ -198,9 +199,11 @@ def test_tokens_that_are_never_predicted_are_accepted() -> None:
     config = MllamaTextConfig(**SHAPE, num_key_value_heads=2, cross_attention_layers=[])
     mllama = MllamaForCausalLM(config).eval()
     assert len(mllama.get_input_embeddings().weight) > 41
-    assert run(mllama, IDS, [Ablation([])], [40]).watched.tolist() == [40]
+    assert run(mllama, IDS, [Ablation([])], 40).prompts[0].target == (40,)
     with pytest.raises(InvalidPrompt, match="^no token 41: the model predicts 41 tokens$"):
-        run(mllama, IDS, [Ablation([])], [41])
+        run(mllama, IDS, [Ablation([])], 41)
+    with pytest.raises(InvalidPrompt, match="^no token 41: the model predicts 41 tokens$"):
+        run(mllama, IDS, [Ablation([])], None, [3, 41])
 
 
 @pytest.mark.parametrize("is_causal", [True, False])
@@ -213,7 +216,7 @@ def test_model_that_takes_single_rows_is_verified_by_them(is_causal: bool) -> No
 
     model.register_forward_pre_hook(single)
     if is_causal:
-        assert run_sequential(model, IDS, [Ablation([])]).clean_margin > 0
+        assert run_sequential(model, IDS, [Ablation([])]).clean["margin"] > 0
     else:
         with pytest.raises(UnsupportedModel, match=BIDIRECTIONAL):
             run_sequential(model, IDS, [Ablation([])])

@@ -50,9 +50,10 @@ def test_offloaded_weights_give_identical_results(family: str, tmp_path: Path) -
 
 def test_sweep_ignores_the_default_device() -> None:
     model = Decoder("llama", num_layers=2, num_heads=3, head_dim=2).shared()
-    expected = sweep(model, IDS)
-    with torch.device("meta"):
-        assert_results_equal(sweep(model, IDS), expected, atol=0)
+    for target, control in ((None, None), ([7, 3], [3, 1, 4])):
+        expected = sweep(model, IDS, target, control)
+        with torch.device("meta"):
+            assert_results_equal(sweep(model, IDS, target, control), expected, atol=0)
 
 
 AVAILABLE = models._device(None)
@@ -96,13 +97,15 @@ def test_provenance_holds_arithmetic_settings() -> None:
     finally:
         torch.set_float32_matmul_precision("highest")
     assert (cast.provenance["autocast"], cast.provenance["float32_matmul"]) == ("bfloat16", "medium")
-    assert cast.provenance["dtype"] == "float32" and not np.array_equal(cast.margin, exact.margin)
+    assert cast.provenance["dtype"] == "float32" and not np.array_equal(cast.ablated["margin"], exact.ablated["margin"])
 
 
 def test_half_precision_sweep_is_within_its_rounding() -> None:
     """Noise scales with the dtype: bfloat16 has 16 mantissa digits fewer than float32."""
     model = Decoder("llama", num_layers=3, num_heads=4, head_dim=4).fresh()
     exact = sweep(model, IDS)
-    half = sweep(model.bfloat16(), IDS, [*exact.watched])
+    (prompt,) = exact.prompts
+    half = sweep(model.bfloat16(), IDS, prompt.target, prompt.control)
     assert half.provenance["method"] == "growing batch"
-    assert np.abs(half.probability_change - exact.probability_change).max() < 30 * torch.finfo(torch.bfloat16).eps
+    for name in ("target_probability", "control_probability"):
+        assert np.abs(half.change(name) - exact.change(name)).max() < 30 * torch.finfo(torch.bfloat16).eps

@@ -22,6 +22,7 @@ from ablation.errors import AblationNotApplied, InvalidAblation, InvalidHead, Un
 from ablation.heads import find_heads
 from ablation.hook import HeadAblation
 from ablation.imputation import Imputation
+from ablation.results import AblationKey
 from ablation.sweeps import sweep, sweep_sequential
 from tests.comparing import ATOL, IDS, assert_falls_back, assert_results_equal
 from tests.test_hook import Twice, hooks_of, logits
@@ -53,7 +54,9 @@ def test_sets_of_heads_equal_one_hooked_forward_each(
 ) -> None:
     decoder, ablations = drawn
     model, atol = decoder.shared(), ATOL[decoder.dtype]
-    result = run(model, ids, ablations, [7, 11], max_rows=max_rows)
+    result = run(model, ids, ablations, 7, 11, max_rows=max_rows)
+    changes = np.stack([result.change(f"{name}_log_probability")[0] for name in ("target", "control")])
+    margin, argmax = (result.ablated[name][0] for name in ("margin", "argmax"))
     assert result.provenance["method"] == "growing batch"
     clean = logits(model, torch.tensor([ids]))[0, -1].double().log_softmax(-1)
     with HeadAblation(model) as hook:
@@ -61,26 +64,29 @@ def test_sets_of_heads_equal_one_hooked_forward_each(
             hook.ablate(ablation.heads, ablation.imputation)
             alone = logits(model, torch.tensor([ids]))[0, -1].double()
             change = (alone.log_softmax(-1) - clean)[[7, 11]]
-            np.testing.assert_allclose(result.log_probability_change[:, index], change, rtol=0, atol=2 * atol)
+            np.testing.assert_allclose(changes[:, index], change, rtol=0, atol=2 * atol)
             counts = [count for layer in hook.receipt.counts.values() for count in layer]
-            assert result.replaced[index] == sum(count.replaced for count in counts)
-            assert result.margin[index] == pytest.approx(float(-alone.topk(2).values.diff()), abs=2 * atol)
-            if result.margin[index] > 4 * atol:
-                assert result.argmax[index] == alone.argmax()
-    assert_results_equal(result, run_sequential(model, ids, ablations, [7, 11]), atol)
+            assert result.replaced[0, index] == sum(count.replaced for count in counts)
+            assert margin[index] == pytest.approx(float(-alone.topk(2).values.diff()), abs=2 * atol)
+            if margin[index] > 4 * atol:
+                assert argmax[index] == alone.argmax()
+    assert_results_equal(result, run_sequential(model, ids, ablations, 7, 11), atol)
 
 
 def test_heads_of_a_result_are_distinct_and_in_order() -> None:
     result = run(GPT2.shared(), IDS, [Ablation(((np.int64(1), 2), (0, 1), [1, 2]))])  # type: ignore[arg-type]
-    assert result.ablations == (Ablation([(1, 2), (0, 1)]),)
-    assert result.replaced.tolist() == [2 * 5 * 2]  # heads x tokens x head_dim
+    assert result.ablations == (AblationKey(((1, 2), (0, 1)), "zero"),)
+    assert result.replaced.tolist() == [[2 * 5 * 2]]  # heads x tokens x head_dim
 
 
 def test_ablation_without_heads_is_a_clean_run() -> None:
     result = run(GPT2.shared(), IDS, [Ablation([]), Ablation([(0, 0)])], max_rows=2)
-    assert (result.replaced.tolist(), result.calls.tolist()) == ([0, 10], [1, 1])
-    assert np.abs(result.log_probability_change[:, 0]).max() < ATOL["float32"] < np.abs(result.margin[1])
-    assert result.argmax[0] == result.clean_argmax
+    assert (result.replaced.tolist(), result.calls.tolist()) == ([[0, 10]], [[1, 1]])
+    for name in ("target_log_probability", "control_log_probability"):
+        assert np.abs(result.change(name)[0, 0]) < ATOL["float32"] < np.abs(result.change(name)[0, 1])
+    assert np.abs(result.ablated["margin"][0, 1]) > ATOL["float32"]
+    assert result.ablated["argmax"][0, 0] == result.clean["argmax"][0]
+    assert result.ablations == (AblationKey((), "zero"), AblationKey(((0, 0),), "zero"))
 
 
 @pytest.mark.parametrize(
@@ -364,6 +370,7 @@ def test_weights_may_be_buffers() -> None:
 
 
 def test_model_without_logits_to_keep_gives_all_logits() -> None:
-    result = sweep(without_logits_to_keep(GPT2), IDS)
-    assert result.provenance["method"] == "growing batch"
-    assert_results_equal(result, sweep(GPT2.shared(), IDS), ATOL["float32"])
+    for target in (None, [7, 3, 9]):
+        result = sweep(without_logits_to_keep(GPT2), IDS, target)
+        assert result.provenance["method"] == "growing batch"
+        assert_results_equal(result, sweep(GPT2.shared(), IDS, target), ATOL["float32"])

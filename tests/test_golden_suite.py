@@ -12,7 +12,7 @@ import numpy as np
 import pytest
 
 from tests import golden as golden_module
-from tests.golden import Golden, agreement_arrays, differences, robustness_arrays
+from tests.golden import Golden, agreement_arrays, differences, probability_change, robustness_arrays
 from tests.noise import FACTOR, as_toml
 from tests.test_claims import as_published, changed
 
@@ -211,6 +211,5 @@ def test_tolerances_follow_from_the_measured_noise(model: str) -> None:
 
 def test_agreement_is_mean_minus_zero() -> None:
     sweep = as_published()
-    assert np.array_equal(
-        agreement_arrays(sweep)["mean_minus_zero"], sweep.probability_change[:, 1] - sweep.probability_change[:, 0]
-    )
+    change = probability_change(sweep)
+    assert np.array_equal(agreement_arrays(sweep)["mean_minus_zero"], change[:, 1] - change[:, 0])

@@ -93,18 +93,23 @@ def test_probes_are_more_where_rows_may_couple() -> None:
 
 
 def guard(clean: Tensor, noise: float = 0.0, dtype: torch.dtype = torch.float32) -> Guard:
-    """A guard with given clean logits, whose noise need not be measured."""
-    made = Guard(cast(Request, SimpleNamespace(model=SimpleNamespace(dtype=dtype))), clean, {}, max_rows=16)
+    """A guard with given clean logits, [vocabulary], of one scored token, whose noise need not be measured."""
+    made = Guard(cast(Request, SimpleNamespace(model=SimpleNamespace(dtype=dtype))), clean[None], {}, max_rows=16)
     vars(made)["_noise"] = noise
     return made
+
+
+def check(guarded: Guard, row: Tensor) -> None:
+    """Check a clean row of a growing batch, [vocabulary], without probes."""
+    guarded.check(row[None], [], row.new_empty(0, 1, len(row)))
 
 
 @pytest.mark.parametrize("size", [1e-3, 1.0, 1e3])
 def test_row_may_differ_by_rounding_or_by_measured_noise(size: float) -> None:
     clean = torch.tensor([0.0, -size, size / 2, size / 4])
     eps = torch.finfo(torch.float32).eps
-    guard(clean).check(clean * (1 + 16 * eps), [], torch.empty(0, 4))
-    guard(clean, noise=1e-5 * size).check(clean * (1 + 7e-5), [], torch.empty(0, 4))
+    check(guard(clean), clean * (1 + 16 * eps))
+    check(guard(clean, noise=1e-5 * size), clean * (1 + 7e-5))
     for noise, row in (
         (0.0, clean * (1 + 128 * eps)),
         (1e-5 * size, clean * (1 + 9e-5)),
@@ -112,7 +117,7 @@ def test_row_may_differ_by_rounding_or_by_measured_noise(size: float) -> None:
         (0.0, clean * torch.nan),
     ):
         with pytest.raises(BatchMismatch, match=r"^a row differs from the same row of an ordinary forward by [^ ]+$"):
-            guard(clean, noise).check(row, [], torch.empty(0, 4))
+            check(guard(clean, noise), row)
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
@@ -122,20 +127,20 @@ def test_offset_or_masked_tokens_do_not_hide_a_mismatch(dtype: torch.dtype) -> N
     different[7] += 1
     masked = [row.index_fill(-1, torch.arange(20, 50), torch.finfo(dtype).min) for row in (different, ordinary)]
     for one, other in ((different, ordinary), (different + 50, ordinary + 50), masked):
-        guard(other, dtype=dtype).check(other, [], torch.empty(0, 4))
+        check(guard(other, dtype=dtype), other)
         with pytest.raises(BatchMismatch):
-            guard(other, dtype=dtype).check(one, [], torch.empty(0, 4))
+            check(guard(other, dtype=dtype), one)
 
 
 def test_shortest_dtype_decides() -> None:
     """Some models compute in bfloat16 and give logits of float32; so does autocast."""
     clean = torch.tensor([0.0, -1.0, 0.5, 0.25])
     row = clean * (1 + torch.finfo(torch.bfloat16).eps)
-    guard(clean, dtype=torch.bfloat16).check(row, [], torch.empty(0, 4))
+    check(guard(clean, dtype=torch.bfloat16), row)
     with torch.autocast("cpu", dtype=torch.bfloat16):
-        guard(clean).check(row, [], torch.empty(0, 4))
+        check(guard(clean), row)
     with pytest.raises(BatchMismatch):
-        guard(clean).check(row, [], torch.empty(0, 4))
+        check(guard(clean), row)
 
 
 # ---- kinds of quantisation

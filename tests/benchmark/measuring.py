@@ -16,7 +16,7 @@ from transformers.pytorch_utils import Conv1D
 
 from ablation.heads import find_heads
 from ablation.imputation import IMPUTATIONS
-from ablation.results import SweepResult
+from ablation.results import Result
 from ablation.sweeps import sweep
 from tests.benchmark.ways import WAYS, Cell, double_loop, input_ids, installed, watched
 
@@ -26,13 +26,13 @@ NOISE_EPS = 16
 """The same in a shorter dtype, in eps."""
 
 
-def largest_difference(swept: SweepResult, cells: Sequence[Cell], rows: Iterable[Tensor]) -> float:
+def largest_difference(model: PreTrainedModel, swept: Result, cells: Sequence[Cell], rows: Iterable[Tensor]) -> float:
     """Return the largest difference between a sweep and the logits of a way, in log-probabilities of watched tokens."""
-    worst = 0.0
+    worst, metrics = 0.0, watched(model)
+    maps = {name: swept.grid(swept.ablated[name])[0] for name in metrics}
     for (imputation, layer, head), logits in zip(cells, rows, strict=True):
-        change = swept.log_probability_change[:, swept.imputations.index(imputation), layer, head]
-        found = logits.double().log_softmax(dim=-1)[swept.watched].cpu().numpy()
-        worst = max(worst, abs(found - swept.clean_log_probability - change).max())
+        cell = (swept.imputations.index(imputation), layer, head)
+        worst = max(worst, *(abs(float(metric(logits[None])) - maps[name][cell]) for name, metric in metrics.items()))
     return worst
 
 
@@ -41,7 +41,8 @@ def difference_on_one_thread(model: PreTrainedModel, ids: list[int], cells: Sequ
     threads = torch.get_num_threads()
     torch.set_num_threads(1)  # with more, MKL uses another kernel for the few rows of one prompt
     try:
-        return largest_difference(sweep(model, ids, watched(model)), cells, double_loop(model, ids, cells))
+        swept = sweep(model, ids, metrics=watched(model))
+        return largest_difference(model, swept, cells, double_loop(model, ids, cells))
     finally:
         torch.set_num_threads(threads)
 
@@ -139,7 +140,7 @@ def timed(model: PreTrainedModel, ids: list[int], rounds: int, parts: int, patte
         ways.pop("`sweep_sequential`: one forward per ablation", None)  # it cannot run in part
     times: dict[str, list[float]] = {name: [] for name in ways}
     least = []
-    swept = sweep(model, ids, watched(model))
+    swept = sweep(model, ids, metrics=watched(model))
     for turn in range(rounds):
         least.append(multiplication_time(model, len(ids)))
         for name, way in ways.items():
@@ -150,6 +151,6 @@ def timed(model: PreTrainedModel, ids: list[int], rounds: int, parts: int, patte
             seconds = seconds_of(lambda way=way, logits=logits: logits.extend(way(model, ids, some)))  # type: ignore[misc]
             times[name].append(seconds * len(cells) / len(some) if logits else seconds)
             if logits:
-                off = largest_difference(swept, some, logits)
+                off = largest_difference(model, swept, some, logits)
                 assert off < max(NOISE, NOISE_EPS * torch.finfo(model.dtype).eps), f"{name} differs by {off}"
     return Timed({name: min(seconds) for name, seconds in times.items()}, min(least), cells)

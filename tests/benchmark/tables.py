@@ -129,9 +129,9 @@ def growth() -> Iterator[str]:
     base = dict(layers=12, heads=12, tokens=6)
     for change in (
         {},
-        {"tokens": 12},
-        {"tokens": 24},
         {"tokens": 48},
+        {"tokens": 128},
+        {"tokens": 512},
         {"layers": 6},
         {"layers": 24},
         {"heads": 6},

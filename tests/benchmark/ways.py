@@ -13,6 +13,7 @@ from torch import Tensor
 from transformers import AutoModelForCausalLM, GPT2Config, LlamaConfig, PretrainedConfig, PreTrainedModel
 
 from ablation.heads import find_heads
+from ablation.measure import Metric
 from ablation.sweeps import sweep, sweep_sequential
 
 SMOLLM2 = LlamaConfig(
@@ -51,9 +52,15 @@ def prompt(model: PreTrainedModel, tokens: int, seed: int = 0) -> list[int]:
     return ids
 
 
-def watched(model: PreTrainedModel) -> list[int]:
-    """Return tokens whose probabilities are compared, spread over the vocabulary."""
-    return list(range(0, model.config.vocab_size, model.config.vocab_size // 16))
+def watched(model: PreTrainedModel) -> dict[str, Metric]:
+    """Return metrics that are compared: the log-probabilities of tokens that are spread over the vocabulary."""
+
+    def log_probability(logits: Tensor, token: int) -> Tensor:
+        logits = logits.double()
+        return logits[:, token] - logits.logsumexp(dim=-1)
+
+    vocabulary = model.config.vocab_size
+    return {f"token_{token}": partial(log_probability, token=token) for token in range(0, vocabulary, vocabulary // 16)}
 
 
 def input_ids(model: PreTrainedModel, ids: list[int], rows: int = 1) -> Tensor:

@@ -143,13 +143,15 @@ def check_sweeps(model: PreTrainedModel, heads: HeadMap) -> str:
     assert_results_equal(
         swept, sweep_sequential(model, IDS), ATOL["float32"] * max(1.0, float(logits(model).abs().max()))
     )
+    calls, replaced = swept.grid(swept.calls)[0], swept.grid(swept.replaced)[0]
+    margin = swept.grid(swept.ablated["margin"])[0]
     for layer in range(heads.num_layers):
         for head in range(heads.shape[1]):
             here = (layer, head) in set(heads)
             head_dim = heads.layer(layer).head_dim if here else 0
-            assert (swept.calls[:, layer, head] == (1 if here else -1)).all()
-            assert (swept.replaced[:, layer, head] == (len(IDS) * head_dim if here else -1)).all()
-            assert (np.isnan(swept.margin[:, layer, head]) != here).all()
+            assert (calls[:, layer, head] == (1 if here else -1)).all()
+            assert (replaced[:, layer, head] == (len(IDS) * head_dim if here else -1)).all()
+            assert (np.isnan(margin[:, layer, head]) != here).all()
     method = swept.provenance["method"]
     fell_back = [str(note.message) for note in notes if "growing batch" in str(note.message)]
     assert bool(fell_back) == (method == "sequential")

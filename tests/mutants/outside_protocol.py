@@ -73,7 +73,7 @@ OUTSIDE_PROTOCOL = (
     Bug(
         "TransposedFigure",
         "Draws the map with layers and heads exchanged.",
-        "tests/test_figures.py::test_sensitivity_maps_share_a_symmetric_scale_in_points",
+        "tests/test_figures.py::test_target_and_control_have_a_scale_each",
     ),
     Bug(
         "AblatedBaseline",
@@ -121,7 +121,7 @@ OUTSIDE_PROTOCOL = (
     Bug(
         "FirstOfSeveralTokens",
         "Uses the first token of a target of several tokens.",
-        "tests/test_prompts.py::test_target_that_is_not_one_token_is_refused_with_a_hint",
+        "tests/test_metrics.py::test_every_metric_equals_one_hooked_forward_each",
         "kanishkamisra/minicons#2",
     ),
     Bug(
