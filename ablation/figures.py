@@ -1,33 +1,46 @@
 """Figures of a sweep. They stay legible at the size of a paper, for colour-blind readers, and printed in grey.
 
-The first watched token is called the target and the second the control; any further ones are called tokens.
+Figures of several prompts show means over the prompts; `figures_of_prompts` computes the values that are drawn.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
-from functools import cache
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
 from pathlib import Path
-from textwrap import fill
 from typing import Any, NamedTuple
 
 import numpy as np
 from matplotlib import style
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
-from matplotlib.font_manager import findfont, get_font
 from matplotlib.lines import Line2D
 from matplotlib.patches import Patch
-from matplotlib.patheffects import withStroke
-from matplotlib.ticker import MaxNLocator
-from numpy.typing import NDArray
+from matplotlib.ticker import FuncFormatter, MaxNLocator
 
-from ablation.report import token_labels, trend
-from ablation.results import SweepResult
+from ablation.figures_of_prompts import (
+    FONT,
+    LARGEST_CELL,
+    MINUS,
+    RIM,
+    Drawn,
+    Flags,
+    Floats,
+    add_title,
+    cell_size,
+    largest_magnitude,
+    name_heads,
+    printable,
+    rounded,
+    say_nothing,
+    strongest,
+    tick_label,
+    tick_step,
+    wrapped,
+)
+from ablation.report import trend
+from ablation.results import Result
 
-Floats = NDArray[np.float64]
-
-FONT = "DejaVu Sans"  # ships with matplotlib, so figures look the same everywhere
 STYLE: dict[Any, Any] = {
     "font.family": FONT,
     "font.size": 8,
@@ -44,200 +57,290 @@ STYLE: dict[Any, Any] = {
     "text.parse_math": False,  # a token may contain $
     "figure.dpi": 200,
 }
-DIVERGING, SEQUENTIAL = "RdBu_r", "cividis"  # distinguishable by the colour-blind; white is 0
+DIVERGING, SEQUENTIAL = "RdBu_r", "Greys"  # distinguishable by the colour-blind; white is 0
 ACCENT = "#D55E00"
 ABSENT: dict[str, Any] = {"facecolor": "0.85", "edgecolor": "0.55", "hatch": "/////", "linewidth": 0}
-MINUS = "\N{MINUS SIGN}"
 RING: dict[str, Any] = {"marker": "o", "mfc": "none", "mec": "black", "linestyle": "none", "mew": 0.8}
 DASH: dict[str, Any] = {"marker": "_", "linestyle": "none", "mew": 0.5}
-RIM = [withStroke(linewidth=2, foreground="white")]  # makes a ring visible on a dark cell
-INCHES_PER_LETTER = 0.066
+DOT: dict[str, Any] = {"marker": "o", "mec": "white", "mew": 0.25, "color": "black", "linestyle": "none"}
+NARROWEST = 4.2
+"""Width of a figure in inches, at least."""
+TREND_FROM = 0.1
+"""The trend line is drawn if depth explains at least this share of the variance."""
 
 
 class Panel(NamedTuple):
     """One map of all heads.
 
     values: [layer, head]. title: lines. flipped: [layer, head], the heads to mark by a ring because their ablation
-    changes the argmax; None for a map without rings.
+    changes the argmax. certain: [layer, head], the heads whose interval excludes 0. None: without such marks.
     """
 
     values: Floats
     title: Sequence[str]
-    flipped: NDArray[np.bool_] | None = None
+    flipped: Flags | None = None
+    certain: Flags | None = None
 
 
-def draw(sweep: SweepResult, folder: Path | str, *, title: str, token_texts: Mapping[int, str]) -> list[Path]:
-    """Draw a sweep as PNG files in an existing folder, and return their paths. Raises OSError.
+class Group(NamedTuple):
+    """Maps with one colour scale and one colour bar.
 
-    title: the title of every figure, such as the model and the prompt. token_texts: {token id: text}, for the watched
-    tokens and the clean argmax.
+    label: of the bar. nothing: words that stand for the bar if all values are 0. shares: whether the scale starts at 0.
     """
-    texts = token_labels(token_texts, quoted)
-    drawings: list[Callable[[SweepResult, Mapping[int, str]], Figure]]
-    drawings = [sensitivity, *([difference] if len(sweep.imputations) > 1 else []), histograms, head_means, margins]
+
+    panels: Sequence[Panel]
+    label: str
+    nothing: str = "no change"
+    shares: bool = False
+
+
+@dataclass
+class Drawing:
+    """A figure, the finding for its title, and its maps whose strongest heads are to be named."""
+
+    figure: Figure
+    finding: str
+    maps: list[tuple[Axes, Panel]] = field(default_factory=list)
+
+
+def draw(result: Result, folder: Path | str, *, title: str, decode: Callable[..., str]) -> list[Path]:
+    """Draw a result of one-head ablations as PNG files in an existing folder, and return their paths. Raises OSError.
+
+    title: the model and the prompt; for several prompts, the model. decode: returns the text of token ids.
+    """
+    drawn = Drawn(result, decode)
+    heading = f"{title.rstrip(': ')}: {drawn.prompts} prompts" if drawn.many else title
+    drawings: dict[str, Callable[[Drawn], Drawing]] = {"sensitivity": sensitivity}
+    if len(drawn.imputations) > 1:
+        drawings["difference"] = difference
+    drawings |= {"histograms": histograms, "head_means": head_means, "margins": margins}
+    if drawn.many:
+        drawings["strongest"] = lambda drawn: Drawing(*strongest(drawn))
     paths = []
     with style.context(["default", STYLE]):  # ignores matplotlib settings of the user, and leaves them unchanged
-        for drawing in drawings:
-            figure = drawing(sweep, texts)
-            figure.suptitle(
-                truncate(escape_undrawable(title), int(figure.get_figwidth() / INCHES_PER_LETTER / 1.3)), fontsize=9
-            )
-            paths.append(Path(folder, f"{drawing.__name__}.png"))
-            figure.savefig(paths[-1], backend="agg")
+        for name, drawing in drawings.items():
+            composed = drawing(drawn)
+            add_title(composed.figure, composed.finding, heading)
+            for axes, panel in composed.maps:
+                name_heads(axes, panel.values, panel.flipped)
+            paths.append(Path(folder, f"{name}.png"))
+            composed.figure.savefig(paths[-1], backend="agg")
     return paths
 
 
-def sensitivity(sweep: SweepResult, texts: Mapping[int, str]) -> Figure:
-    """Draw maps of the change in probability, in percentage points: a row per watched token, a column per imputation.
-
-    texts, here and below: {token id: quoted text}.
-    """
-    panels = [
-        [
-            Panel(100 * changes[i], [f"{role}, {name}", kept_label(sweep, i, texts)], sweep.flipped[i])
-            for i, name in enumerate(sweep.imputations)
+def sensitivity(drawn: Drawn) -> Drawing:
+    """Draw maps of the change in probability, in percentage points: of the target and of the control."""
+    groups = []
+    for role, metric in ((drawn.target, "target_probability"), (drawn.control, "control_probability")):
+        change = drawn.change(metric)
+        panels = [
+            Panel(change.mean[i], [f"{role}, {printable(name)}", drawn.kept_line(i)], drawn.flips(i), change.certain(i))
+            for i, name in enumerate(drawn.imputations)
         ]
-        for role, changes in zip(roles(sweep, texts), sweep.probability_change, strict=True)
-    ]
-    return maps(panels, "change in probability (percentage points)", texts[sweep.clean_argmax])
+        groups.append(Group(panels, f"{drawn.averaged}change in P({role.split()[0]}) (pp)"))
+    return maps(drawn.has_head, groups, f"{drawn.kept_line()}; {drawn.strongest_line()}", drawn.argmax)
 
 
-def difference(sweep: SweepResult, texts: Mapping[int, str]) -> Figure:
-    """Draw a map per watched token: the change in probability under the second imputation minus that under the first.
+def difference(drawn: Drawn) -> Drawing:
+    """Draw a map of the target and one of the control: the change under the second imputation - that under the first.
 
-    Changes are in percentage points.
+    Changes are of probabilities, in percentage points.
     """
-    first, second = sweep.imputations[:2]
-    change = 100 * (sweep.probability_change[:, 1] - sweep.probability_change[:, 0])
-    panels = [
-        Panel(values, [role, f"{second} {MINUS} {first}"])
-        for role, values in zip(roles(sweep, texts), change, strict=True)
+    first, second = map(printable, drawn.imputations[:2])
+    changes = [drawn.difference(metric) for metric in ("target_probability", "control_probability")]
+    groups = [
+        Group(
+            [Panel(change.mean[0], [role, f"{second} {MINUS} {first}"], None, change.certain(0))],
+            f"{drawn.averaged}difference in P({role.split()[0]}) (pp)",
+            "no difference",
+        )
+        for role, change in zip((drawn.target, drawn.control), changes, strict=True)
     ]
-    return maps([panels], "difference in probability (percentage points)")
+    place = changes[0].strongest
+    if place is None:
+        return maps(drawn.has_head, groups, f"{second} and {first} change {drawn.probability} alike")
+    _, layer, head = place
+    more = "more" if changes[0].mean[place] > 0 else "less"
+    finding = f"L{layer}H{head}: {drawn.probability} is {changes[0].amount(place, 'pp')} {more} under {second} than"
+    return maps(drawn.has_head, groups, f"{finding} under {first}, the largest difference")
 
 
-def margins(sweep: SweepResult, texts: Mapping[int, str]) -> Figure:
-    """Draw a map per imputation: the margin in logits, with a minus sign if the ablation changes the argmax."""
-    signed = np.where(sweep.kept, sweep.margin, -sweep.margin)
-    panels = [
-        Panel(values, [name, kept_label(sweep, i, texts)], sweep.flipped[i])
-        for i, (name, values) in enumerate(zip(sweep.imputations, signed, strict=True))
-    ]
-    argmax = texts[sweep.clean_argmax]
-    label = f"top-1 - top-2 logit, negative where top-1 is not {argmax} ({sweep.clean_margin:.2f} in the clean run)"
-    return maps([panels], label, argmax)
+def margins(drawn: Drawn) -> Drawing:
+    """Draw maps of the change of the margin in logits, and for several prompts of the share that an ablation flips.
+
+    The margin, top-1 logit - top-2 logit, counts as negative if the ablation changes the argmax.
+    """
+    change = drawn.change("signed_margin")
+    kept = [[printable(name), drawn.kept_line(i)] for i, name in enumerate(drawn.imputations)]
+    panels = [Panel(change.mean[i], title, drawn.flips(i), change.certain(i)) for i, title in enumerate(kept)]
+    clean = rounded(float(drawn.result.clean["margin"].mean()))
+    label = f"{drawn.averaged}change of top-1 {MINUS} top-2 logit (clean {clean}; counts as negative if flipped)"
+    groups = [Group(panels, label)]
+    if drawn.many:
+        shares = [
+            Panel(of, [printable(n), "share flipped"]) for n, of in zip(drawn.imputations, drawn.flipped, strict=True)
+        ]
+        groups.append(Group(shares, "prompts whose argmax changes (%)", "no flips", True))
+    place = change.strongest
+    if place is None:
+        return maps(drawn.has_head, groups, f"No ablation changes the margin of {clean} logits", drawn.argmax)
+    verb = "raises" if change.mean[place] > 0 else "lowers"
+    finding = f"{drawn.head(place)} {verb} the margin of {clean} logits most, by {change.amount(place, 'logits')}"
+    return maps(drawn.has_head, groups, f"{finding}; {drawn.kept_line()}", drawn.argmax)
 
 
-def histograms(sweep: SweepResult, texts: Mapping[int, str]) -> Figure:
-    """Draw histograms of the change in probability, in percentage points. Each tick below the axis is one head."""
-    change = 100 * sweep.probability_change  # [watched, imputation, layer, head]
-    bins = np.linspace(-largest_magnitude(change), largest_magnitude(change), 42)  # 41 bins: one is centred on 0
-    watched, imputations = change.shape[:2]
-    figure = Figure(figsize=(0.6 + 2.5 * imputations, 0.8 + 1.5 * watched))
-    grid = figure.subplots(watched, imputations, sharex=True, sharey="row", squeeze=False)
-    for row, role, changes in zip(grid, roles(sweep, texts), change, strict=True):
-        for axes, name, values in zip(row, sweep.imputations, changes, strict=True):
+def histograms(drawn: Drawn) -> Drawing:
+    """Draw histograms of the change in probability, in percentage points, of all heads."""
+    columns = len(drawn.imputations)
+    figure = Figure(figsize=(max(0.6 + 2.5 * columns, NARROWEST), 0.7 + 2 * 1.75))
+    rows = ((drawn.target, "target_probability"), (drawn.control, "control_probability"))
+    for row, (role, metric) in zip(
+        figure.subplots(2, columns, sharex="row", sharey="row", squeeze=False), rows, strict=True
+    ):
+        change = drawn.change(metric).mean
+        for axes, name, values in zip(row, drawn.imputations, change, strict=True):
             heads = values[np.isfinite(values)]
-            counts, *_ = axes.hist(heads, bins=bins, color="0.5")
-            axes.plot(heads, np.full_like(heads, -0.07 * counts.max()), "|", color="black", markersize=4, mew=0.4)
-            axes.set_title(f"{role}, {name}\nstandard deviation {heads.std():.2g}")
+            title = wrapped(f"{role}, {printable(name)}", 2.3, 8)
+            axes.set_title("\n".join([*title, f"standard deviation {rounded(heads.std())} pp"]))
             axes.spines[["top", "right"]].set_visible(False)
+            if not change[np.isfinite(change)].any():
+                say_nothing(axes, "no change")
+                axes.set(xticks=[], yticks=[])
+                continue
+            end = largest_magnitude(change)
+            counts, *_ = axes.hist(heads, bins=list(np.linspace(-end, end, 42)), color="0.5")  # one is centred on 0
+            axes.plot(heads, np.full_like(heads, -0.07 * counts.max()), "|", color="black", markersize=4, mew=0.4)
             axes.yaxis.set_major_locator(MaxNLocator(4, integer=True))
-    figure.supxlabel("change in probability (percentage points)", fontsize=8)
+            axes.xaxis.set_major_locator(MaxNLocator(5))
+            axes.xaxis.set_major_formatter(FuncFormatter(tick_label))
+    figure.supxlabel(f"{drawn.averaged}change in probability (pp); each tick below is one head", fontsize=8)
     figure.supylabel("heads", fontsize=8)
-    return figure
+    size = np.abs(drawn.change("target_probability").mean)
+    half = rounded(float(np.median(size[np.isfinite(size)])))
+    if not size[np.isfinite(size)].any():
+        return Drawing(figure, drawn.strongest_line())
+    spread = f"Half of the {drawn.total} ablations change {drawn.probability} by at most {half} pp"
+    return Drawing(figure, f"{spread}; {drawn.strongest_line()}")
 
 
-def head_means(sweep: SweepResult, texts: Mapping[int, str]) -> Figure:
-    """Draw the mean of each head's z in the clean run: as a map, and over depth with a least-squares line."""
-    means, bound = sweep.head_mean, 1.05 * largest_magnitude(sweep.head_mean)
-    layers, heads = means.shape
+def head_means(drawn: Drawn) -> Drawing:
+    """Draw the mean of each head's z in the clean run: as a map, and over depth.
+
+    A least-squares line is drawn if depth explains at least `TREND_FROM` of the variance of at least three layers.
+    """
+    means = drawn.head_mean
+    (layers, heads), there, bound = means.shape, np.isfinite(means), 1.05 * largest_magnitude(means)
     cell = cell_size(layers, 2 * heads)
-    across = max(heads * cell, 1.2)
-    figure = Figure(figsize=(1.6 + across + 2.4, 1.2 + max(layers * cell, 1.2)))
+    across, down = max(heads * cell, 1.2), max(layers * cell, 1.2)
+    figure = Figure(figsize=(1.6 + across + 2.4, 1.2 + down))
     left, right = figure.subplots(1, 2, width_ratios=[across, 2.4], sharey=True)
-    image = heat_map(left, Panel(means, ""), (-bound, bound), cell)
+    shown = Panel(means, "")
+    image = heat_map(left, shown, (-bound, bound), across / heads, down / layers)
     depth = np.arange(layers)
-    slope, _, r_squared = trend(means)
     right.axvline(0, color="black", linewidth=0.5, linestyle=":")
     right.plot(means, depth, ".", color="0.6", markersize=3)
-    there = np.isfinite(means)
-    some = there.any(axis=1)  # layers that have heads
     # NaN where a layer has no heads, so that no line is drawn through it.
     averages = [layer[head].mean() if head.any() else np.nan for layer, head in zip(means, there, strict=True)]
     right.plot(averages, depth, "o-", color="black", markersize=3, linewidth=0.8)
-    runs = np.split(depth[some], np.flatnonzero(np.diff(depth[some]) > 1) + 1)
-    along = np.concatenate([[run[0] - 0.5, run[-1] + 0.5, np.nan] for run in runs])
-    centre = np.nonzero(there)[0].mean()
-    right.plot(means[there].mean() + slope * (along - centre), along, "--", color=ACCENT)
     right.set(xlim=(-bound, bound), xlabel="mean of z")
-    right.xaxis.set_major_locator(MaxNLocator(5))
+    right.xaxis.set_major_locator(MaxNLocator(4))
     right.tick_params(labelleft=False)
-    figure.colorbar(image, ax=right, label="mean of z", aspect=30, fraction=0.05, pad=0.03)
-    label = f"trend {slope:+.2g} per layer (r² {r_squared:.2f})".replace("-", MINUS)
-    handles = [
+    handles: list[Line2D | Patch] = [
         Line2D([], [], marker=".", color="0.6", linestyle="none", label="head"),
         Line2D([], [], marker="o", color="black", markersize=3, linewidth=0.8, label="layer average"),
-        Line2D([], [], linestyle="--", color=ACCENT, label=label),
-        *missing_heads_legend(means),
-        *negative_legend(means, -bound),
     ]
-    add_legend(figure, handles)
-    return figure
+    slope, _, r_squared = trend(means)
+    some = depth[there.any(axis=1)]  # layers that have heads
+    words = f"depth explains {r_squared:.0%} of the variance"
+    if len(some) < 3:
+        words = "too few layers for a trend"
+    elif r_squared >= TREND_FROM:
+        runs = np.split(some, np.flatnonzero(np.diff(some) > 1) + 1)
+        along = np.concatenate([[run[0] - 0.5, run[-1] + 0.5, np.nan] for run in runs])
+        right.plot(means[there].mean() + slope * (along - np.nonzero(there)[0].mean()), along, "--", color=ACCENT)
+        label = f"trend {slope:+.2g} per layer (r² {r_squared:.2f})".replace("-", MINUS)
+        handles.append(Line2D([], [], linestyle="--", color=ACCENT, label=label))
+    if not means[there].any():
+        say_nothing(left, "all 0")
+        right.set_xticks([])
+        finding = "The mean of z is 0 for every head"
+    else:
+        figure.colorbar(image, ax=right, label="mean of z", aspect=30, fraction=0.05, pad=0.03)
+        low, high = (np.unravel_index(of(means), means.shape) for of in (np.nanargmin, np.nanargmax))
+        ends = [f"{rounded(float(means[at]))} (L{at[0]}H{at[1]})" for at in (low, high)]
+        finding = f"The mean of z is between {ends[0]} and {ends[1]}; {words}"
+    add_legend(figure, [*handles, *missing_heads_legend(means), *negative_legend(means, -bound)])
+    return Drawing(figure, finding, [(left, shown)])
 
 
-def maps(panels: Sequence[Sequence[Panel]], label: str, argmax: str | None = None) -> Figure:
-    """Draw a grid of maps with one colour scale.
+# ---- maps
 
-    panels: rows of the grid. The scale is symmetric about 0, or starts at 0 if no value is negative. label: of the
-    scale. argmax: the text of the clean argmax, for the legend of the rings; None for maps without rings.
+
+def maps(has_head: Flags, groups: Sequence[Group], finding: str, argmax: str = "") -> Drawing:
+    """Draw groups of maps, in the arrangement in which cells are largest. Each colour scale is symmetric about 0.
+
+    has_head: [layer, head]. argmax: the clean one, as text, for the legend of flips.
     """
-    layers, heads = panels[0][0].values.shape
-    if layers > 1.5 * heads:  # tall grids side by side
-        panels = [[panel for row in panels for panel in row]]
-    flat = [panel for row in panels for panel in row]
-    values = np.stack([panel.values for panel in flat])
-    low = -largest_magnitude(values) if (values < 0).any() or not values.any() else 0.0
-    rows, columns = len(panels), len(panels[0])
-    cell = cell_size(layers * rows, heads * columns)
-    across, down = max(heads * cell, 1.15), max(layers * cell, 0.9)  # inches; room for the titles and the colour bar
-    titles = [
-        [line for part in p.title for line in fill(part, int(across / INCHES_PER_LETTER)).splitlines()] for p in flat
+    layers, heads = has_head.shape
+    numbered = [(index, panel) for index, group in enumerate(groups) for panel in group.panels]
+    grids = [  # a row for each group, a row for all, a column for all
+        [[cell for cell in numbered if cell[0] == index] for index in range(len(groups))],
+        [numbered],
+        [[cell] for cell in numbered],
     ]
-    lines = max(map(len, titles))
-    size = (1.35 + columns * (across + 0.15), 1.25 + rows * (down + 0.2 + 0.13 * lines))
-    figure = Figure(figsize=size)
-    grid = figure.subplots(rows, columns, sharex=True, sharey=True, squeeze=False)
-    for axes, panel, title in zip(grid.flat, flat, titles, strict=True):
-        image = heat_map(axes, panel, (low, largest_magnitude(values)), cell)
-        axes.set_title("\n".join(title))
-        axes.label_outer()
-    bar = figure.colorbar(image, ax=grid, aspect=30, fraction=0.05, pad=0.02)
-    bar.set_label(fill(label, max(18, int(rows * down / INCHES_PER_LETTER))))
-    handles: list[Line2D | Patch] = missing_heads_legend(values[0])
-    if argmax is not None and any(panel.flipped is not None and panel.flipped.any() for panel in flat):
-        handles.append(Line2D([], [], markersize=6, label=f"the argmax is not {argmax}", **RING))
-    add_legend(figure, [*handles, *negative_legend(values, low)])
-    return figure
+    sizes = [cell_size(layers * len(grid), heads * len(grid[0])) for grid in grids]
+    cell = max(sizes)
+    grid = grids[sizes.index(cell)]
+    rows, columns = len(grid), len(grid[0])
+    bars = len({index for index, _ in grid[0]})  # side by side
+    across = max(heads * cell, 1.15, (NARROWEST - 0.6 - 0.75 * bars) / columns - 0.15)  # inches
+    down = max(layers * cell, 0.65)
+    titles = [[line for part in panel.title for line in wrapped(part, across, 8)] for _, panel in numbered]
+    room = 0.2 + 0.13 * max(map(len, titles))  # above a row
+    figure = Figure(figsize=(0.6 + columns * (across + 0.15) + 0.75 * bars, 0.9 + rows * (down + room)))
+    places = list(figure.subplots(rows, columns, sharex=True, sharey=True, squeeze=False).flat)
+    drawing = Drawing(figure, finding)
+    legend = missing_heads_legend(numbered[0][1].values)
+    dashes: list[Line2D | Patch] = []
+    certain = [panel.certain for _, panel in numbered if panel.certain is not None]
+    dotted = 2 * np.sum(certain) <= len(certain) * has_head.sum()  # those cells get a dot that are fewer
+    for index, group in enumerate(groups):
+        values = np.stack([panel.values for panel in group.panels])
+        end = largest_magnitude(values)
+        low = 0.0 if group.shares else -end
+        own = []
+        for (at, panel), axes, title in zip(numbered, places, titles, strict=True):
+            if at == index:
+                dots = None if panel.certain is None else (panel.certain == dotted) & has_head
+                image = heat_map(axes, panel, (low, end), across / heads, down / layers, dots)
+                axes.set_title("\n".join(title))
+                axes.label_outer()
+                own.append(axes)
+                drawing.maps.append((axes, panel))
+        if not np.nan_to_num(values).any():
+            for axes in own:
+                say_nothing(axes, group.nothing)
+            continue
+        bar = figure.colorbar(image, ax=own, aspect=30, fraction=0.05, pad=0.02, format=FuncFormatter(tick_label))
+        bar.locator = MaxNLocator(4)
+        bar.set_label("\n".join(wrapped(group.label, max(1.2, len(own) / columns * down if bars == 1 else down), 8)))
+        dashes = dashes or negative_legend(values, low, None if len(groups) == 1 else "20% of the scale")
+    if any(panel.flipped is not None and panel.flipped.any() for _, panel in numbered):
+        legend.append(Line2D([], [], markersize=6, label=f"the argmax is not {argmax}", **RING))
+    if any(of is not None and ((of == dotted) & has_head).any() for of in certain):
+        words = "excludes" if dotted else "includes"
+        legend.append(Line2D([], [], markersize=2.5, label=f"95% interval {words} 0", **DOT))
+    add_legend(figure, [*legend, *dashes])
+    return drawing
 
 
-def add_legend(figure: Figure, handles: Sequence[Line2D | Patch]) -> None:
-    """Add a legend below the panels, with as many columns as fit; a figure that is too narrow becomes wider."""
-    for columns in range(len(handles), 0, -1):
-        legend = figure.legend(handles=handles, loc="outside lower center", ncols=columns, columnspacing=1)
-        inches = legend.get_window_extent().width / figure.dpi
-        if inches <= figure.get_figwidth():
-            return
-        if columns > 1:
-            legend.remove()
-        else:
-            figure.set_figwidth(inches)
+def heat_map(
+    axes: Axes, panel: Panel, scale: tuple[float, float], across: float, down: float, dots: Flags | None = None
+) -> Any:
+    """Draw one map. scale: the values at both ends of the colour scale. across, down: sides of a cell in inches.
 
-
-def heat_map(axes: Axes, panel: Panel, scale: tuple[float, float], cell: float) -> Any:
-    """Draw one map. scale: the values at both ends of the colour scale. cell: the side of a cell in inches.
-
-    A dash marks clearly negative cells, which would look like positive ones in a grey print.
+    dots: [layer, head], the cells to mark by a dot. A dash marks clearly negative cells, which would look like positive
+    ones in a grey print.
     """
     low, high = scale
     layers, heads = panel.values.shape
@@ -246,75 +349,51 @@ def heat_map(axes: Axes, panel: Panel, scale: tuple[float, float], cell: float) 
     if missing_heads_legend(panel.values):
         axes.patch.set(**ABSENT)  # shows where there is no head
     axes.set(xlabel="head", ylabel="layer")
-    axes.set_xticks(range(0, heads, tick_step(cell, 0.18)))
-    axes.set_yticks(range(0, layers, tick_step(cell, 0.14)))
-    side = 72 * cell  # points
+    axes.set_xticks(range(0, heads, tick_step(across, 0.18)))
+    axes.set_yticks(range(0, layers, tick_step(down, 0.14)))
+    side = 72 * min(across, down, LARGEST_CELL)  # points
     for colour, dark in (("black", False), ("white", True)):
         y, x = np.nonzero((panel.values < low / 5) & ((panel.values < low / 2) == dark))
         axes.plot(x, y, markersize=0.4 * side, color=colour, **DASH)
+    if dots is not None:
+        y, x = np.nonzero(dots)
+        beside = 0.28 * (panel.values[y, x] < low / 5)  # of a dash
+        axes.plot(x + beside, y + beside, markersize=max(1.2, 0.14 * side), **DOT)
     if panel.flipped is not None:
         y, x = np.nonzero(panel.flipped)
         axes.plot(x, y, markersize=0.65 * side, path_effects=RIM, **RING)
     return image
 
 
-def negative_legend(values: Floats, low: float) -> list[Line2D | Patch]:
-    """Return the legend of the dashes in clearly negative cells, if there are any. low: the end of the scale."""
+# ---- parts of figures
+
+
+def add_legend(figure: Figure, handles: Sequence[Line2D | Patch]) -> None:
+    """Add a legend below the panels, with as many columns as fit; a figure that is too narrow becomes wider."""
+    for columns in range(len(handles), 0, -1):
+        legend = figure.legend(handles=handles, loc="outside lower center", ncols=columns, columnspacing=1)
+        inches = legend.get_window_extent().width / figure.dpi
+        if inches <= figure.get_figwidth():
+            figure.set_figheight(figure.get_figheight() + 0.13 * -(-len(handles) // columns))
+            return
+        if columns > 1:
+            legend.remove()
+        else:
+            figure.set_figwidth(inches)
+
+
+def negative_legend(values: Floats, low: float, fifth: str | None = None) -> list[Line2D | Patch]:
+    """Return the legend of the dashes in clearly negative cells, if there are any.
+
+    low: the end of the scale. fifth: the name of a fifth of it; by default its value.
+    """
     if not (values < low / 5).any():
         return []
-    return [Line2D([], [], markersize=4, label=f"below {MINUS}{-low / 5:.2g}", color="black", **DASH)]
+    return [Line2D([], [], markersize=4, label=f"below {MINUS}{fifth or rounded(-low / 5)}", color="black", **DASH)]
 
 
 def missing_heads_legend(values: Floats) -> list[Line2D | Patch]:
     """Return the legend for cells without a head: one entry, or none if no value [layer, head] is NaN."""
     missing = np.isnan(values)
-    if not missing.any():
-        return []
-    return [Patch(label="no heads" if missing.all(axis=1).any() else "no such head", **ABSENT)]
-
-
-def tick_step(cell: float, inches: float) -> int:
-    """Return the smallest step between tick labels at which they do not overlap. inches: the size of a label."""
-    return next(step for step in (1, 2, 4, 8, 16, 32, 64) if step * cell >= inches or step == 64)
-
-
-def cell_size(layers: int, heads: int) -> float:
-    """Return the side of a cell in inches: small enough for all cells to fit on a page."""
-    return min(0.22, 6.5 / layers, 5.2 / heads)
-
-
-def largest_magnitude(values: Floats) -> float:
-    """Return the largest magnitude of the finite values, or 1 if it is 0 or there are none, for use as a scale."""
-    finite = np.abs(values[np.isfinite(values)])
-    return float(finite.max()) if finite.any() else 1.0
-
-
-def roles(sweep: SweepResult, texts: Mapping[int, str]) -> list[str]:
-    """Return the role (target, control or token) and the text of each watched token."""
-    names = ["target", "control", *["token"] * len(sweep.watched)]
-    return [f"{name} {texts[int(token)]}" for name, token in zip(names, sweep.watched, strict=False)]
-
-
-def kept_label(sweep: SweepResult, imputation: int, texts: Mapping[int, str]) -> str:
-    """Return a title line that says how many ablations keep the clean argmax. imputation: its index."""
-    return f"{sweep.kept[imputation].sum()} of {sweep.has_head.sum()} keep {texts[sweep.clean_argmax]}"
-
-
-def quoted(token: str) -> str:
-    """Return a token in quotes, shortened if need be, with visible spaces."""
-    return f"“{truncate(escape_undrawable(token).replace(' ', '␣'), 20)}”"
-
-
-def truncate(text: str, letters: int) -> str:
-    """Return a text, shortened to at most that many characters."""
-    return text if len(text) <= letters else text[: letters - 1] + "…"
-
-
-def escape_undrawable(text: str) -> str:
-    """Replace characters that the font cannot draw by their Python escapes."""
-    return "".join(c if c.isprintable() and _glyphs().get_char_index(ord(c)) else ascii(c)[1:-1] for c in text)
-
-
-@cache
-def _glyphs() -> Any:
-    return get_font(findfont(FONT))
+    label = "no heads" if missing.all(axis=1).any() else "no such head"
+    return [Patch(label=label, **ABSENT)] if missing.any() else []

@@ -21,7 +21,8 @@ from ablation.checks.decoders import Decoder, randomised
 from ablation.errors import InvalidHead, UnsupportedModel
 from ablation.heads import find_heads
 from ablation.hook import HeadAblation
-from ablation.sweeps import SweepResult, sweep, sweep_sequential
+from ablation.results import INTEGERS, METRICS, RECEIPTS, Result
+from ablation.sweeps import sweep, sweep_sequential
 from tests.comparing import ATOL, IDS, assert_falls_back, assert_results_equal
 from tests.families.configurations import build, logits, tiny
 from tests.families.evidence import check_heads, check_zero_oracle
@@ -38,7 +39,7 @@ def model_of(family: str) -> PreTrainedModel:
 
 
 @cache
-def swept(family: str) -> SweepResult:
+def swept(family: str) -> Result:
     return sweep(model_of(family), IDS)
 
 
@@ -126,21 +127,29 @@ def test_missing_heads_have_no_values(family: str) -> None:
     assert result.provenance["method"] == "growing batch"
     assert_results_equal(result, sweep_sequential(model_of(family), IDS), ATOL["float32"])
     assert np.array_equal(result.has_head, has_head)
-    for name in ("probability_change", "log_probability_change", "margin"):
-        array = getattr(result, name)
-        assert np.isfinite(array[..., has_head]).all() and np.isnan(array[..., ~has_head]).all()
-    assert np.array_equal(np.isfinite(result.head_mean), has_head)
-    for name in ("argmax", "calls", "replaced", "changed"):
-        assert (getattr(result, name)[:, ~has_head] == -1).all()
-    assert (result.calls[:, has_head] == 1).all()
-    assert np.array_equal(result.kept | result.flipped, np.stack([has_head] * 2))
+    assert len(result.ablations) == 2 * has_head.sum()
+    changes = {f"change of {name}": result.change(name) for name in METRICS}
+    receipts = {name: getattr(result, name) for name in RECEIPTS}
+    for name, values in (changes | dict(result.ablated) | receipts).items():
+        array = result.grid(values)
+        assert array.shape == (1, 2, *has_head.shape), name
+        assert np.isfinite(array[..., has_head]).all(), name
+        if values.dtype.kind == "f":
+            assert np.isnan(array[..., ~has_head]).all(), name
+        else:
+            assert (array[..., ~has_head] == -1).all(), name
+    assert {name for name in METRICS if result.ablated[name].dtype.kind == "i"} == set(INTEGERS)
+    assert np.array_equal(np.isfinite(result.head_mean[0]), has_head)
+    assert (result.calls == 1).all()
+    kept, flipped = result.grid(result.kept)[0], result.grid(~result.kept)[0]
+    assert np.array_equal(kept | flipped, np.stack([has_head] * 2)) and not (kept & flipped).any()
 
 
 @pytest.mark.parametrize("family", [HYBRID, RAGGED])
 def test_loaded_result_equals_the_saved_one_of_a_hybrid(family: str, tmp_path: Path) -> None:
     swept(family).save(tmp_path)
-    loaded = SweepResult.load(tmp_path)
-    assert np.array_equal(loaded.margin, swept(family).margin, equal_nan=True)
+    loaded = Result.load(tmp_path)
+    assert_results_equal(loaded, swept(family), atol=0)
     assert np.array_equal(loaded.has_head, swept(family).has_head)
 
 
@@ -150,10 +159,11 @@ def test_findings_cover_existing_heads_only(family: str) -> None:
     found = report.findings(result, str)
     assert json.loads(json.dumps(found, allow_nan=False)) == found
     assert found["heads"] == len(heads)
-    assert found["head_means"]["mean"] == pytest.approx(np.mean([result.head_mean[pair] for pair in heads]))
+    assert found["head_means"]["mean"] == pytest.approx(np.mean([result.head_mean[0][pair] for pair in heads]))
+    change = result.grid(result.change("target_probability"))[0]
     for index, of in enumerate(found["imputations"].values()):
         assert of["kept"] + len(of["flips"]) == len(heads)
-        changes = {pair: result.probability_change[(0, index, *pair)] for pair in heads}
+        changes = {pair: change[(index, *pair)] for pair in heads}
         for key, best in (("target_raised", max), ("target_lowered", min)):
             if of[key]:
                 assert of[key][0]["change"] == best(changes.values())
@@ -164,12 +174,11 @@ def test_findings_cover_existing_heads_only(family: str) -> None:
 
 def test_figures_mark_missing_heads(tmp_path: Path, drawn: list[Figure]) -> None:  # noqa: F811
     result = swept(HYBRID)
-    tokens = {int(token): "a" for token in (*result.watched, result.clean_argmax)}
-    paths = figures.draw(result, tmp_path, title="a hybrid", token_texts=tokens)
+    paths = figures.draw(result, tmp_path, title="a hybrid", decode=lambda *_: "a")
     for path, figure in zip(paths, drawn, strict=True):
         assert_composed(figure)
         assert ("no heads" in {text.get_text() for text in texts_of(figure)}) == (path.stem != "histograms")
-    assert [patch.get_label() for patch in figures.missing_heads_legend(swept(RAGGED).head_mean)] == ["no such head"]
+    assert [patch.get_label() for patch in figures.missing_heads_legend(swept(RAGGED).head_mean[0])] == ["no such head"]
 
 
 def test_rows_mixed_up_in_one_layer_are_noticed() -> None:
