@@ -57,10 +57,10 @@ class LoadedModel:
     source: str | None = None
     ignored_weights: tuple[str, ...] = ()
 
-    def decode(self, token: int) -> str:
-        """Return the text of one token; an empty text for an id that the tokenizer does not have."""
+    def decode(self, *tokens: int) -> str:
+        """Return the text of tokens; an empty text for an id that the tokenizer does not have."""
         try:
-            return str(self.tokenizer.decode([token]))
+            return str(self.tokenizer.decode(list(tokens)))
         except (LookupError, TypeError, ValueError, OverflowError):  # the embedding may have more ids
             return ""
 

@@ -22,12 +22,21 @@ MANIFEST = "sweep.json"
 FILES = (
     MANIFEST,
     "sweep.npz",
-    *("sensitivity.png", "difference.png", "histograms.png", "head_means.png", "margins.png"),
+    *("results.csv", "results.parquet", "top_tokens.csv", "report.html"),
+    *(
+        "sensitivity.png",
+        "difference.png",
+        "histograms.png",
+        "head_means.png",
+        "margins.png",
+        "strongest.png",
+        "loss.png",
+    ),
 )
 """The files that a result may have."""
 
-IDENTITY = ("source", "revision", "weights_sha256", "asked", "token_ids")
-"""What a repeated sweep has in common with the result that it replaces, besides the imputations."""
+IDENTITY = ("source", "revision", "weights_sha256", "asked")
+"""What a repeated sweep has in common with the result that it replaces, besides the ablations and the prompts."""
 
 
 def check_output(name: str, asked: Mapping[str, Any], source: str, *, overwrite: bool) -> Path:
@@ -78,7 +87,7 @@ def staging(out: Path) -> Iterator[Path]:
 def publish(draft: Path, out: Path, content: Mapping[str, Any], *, overwrite: bool) -> None:
     """Move the files of `draft` to `out`, all or none, with `content` as sweep.json.
 
-    An earlier result in `out` is replaced if it has the same imputations and the same `IDENTITY`, or with `overwrite`.
+    An earlier result in `out` is replaced if it has the same ablations, prompts and `IDENTITY`, or with `overwrite`.
     Raises InvalidOutput if it may not be replaced, and OSError.
     """
     files = {path.name: sha256(path) for path in sorted(draft.iterdir())}
@@ -113,7 +122,7 @@ def _identity(content: Mapping[str, Any]) -> Any:
     provenance = content["provenance"]
     if provenance.get("source") is None:
         return None
-    values = [content["imputations"], *(provenance.get(key) for key in IDENTITY)]
+    values = [content["ablations"], content["prompts"], *(provenance.get(key) for key in IDENTITY)]
     return json.loads(json.dumps(values))
 
 
@@ -121,10 +130,10 @@ def read_manifest(folder: Path) -> dict[str, Any] | None:
     """Return the content of sweep.json if this program wrote it, else None. Raises OSError."""
     try:
         content = json.loads((folder / MANIFEST).read_text(encoding="utf-8"))
-        parts = [content["imputations"], content["provenance"], content["files"]]
+        parts = [content[name] for name in ("ablations", "prompts", "provenance", "files")]
     except (FileNotFoundError, IsADirectoryError, ValueError, KeyError, TypeError):
         return None
-    return content if list(map(type, parts)) == [list, dict, dict] else None
+    return content if list(map(type, parts)) == [list, list, dict, dict] else None
 
 
 def _replaceable_files(

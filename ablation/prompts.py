@@ -17,21 +17,23 @@ SHOWN_CHARACTERS = 60
 
 @dataclass(frozen=True)
 class Question:
-    """A prompt, the target (the token that should follow it), and the control (a similar token that should not react).
+    """A prompt, the target (the text that should follow it), and the control (a similar text that should not react).
 
-    None as target or control stands for the most probable token of the clean run that is not watched yet. chat: the
-    prompt is a message of the user, to be rendered by the model's chat template; the tokens are those of the answer.
+    None as target or control stands for the most probable token of the clean run that is not the other one. chat: the
+    prompt is a message of the user, to be rendered by the model's chat template; the target begins the answer. group:
+    any name, by which the results of several questions are summarised.
     """
 
     prompt: str
     target: str | None = None
     control: str | None = None
     chat: bool = False
+    group: str | None = None
 
 
 def check_prompt(prompt: str) -> None:
     """Raise InvalidPrompt for a prompt that is not text, or that is empty."""
-    _check_text(prompt, "prompt")
+    check_text(prompt, "prompt")
     if not prompt:
         raise InvalidPrompt("the prompt is empty")
 
@@ -64,33 +66,36 @@ def prompt_ids(tokenizer: PreTrainedTokenizerBase, prompt: str, *, chat: bool = 
     return ids
 
 
-def single_token(tokenizer: PreTrainedTokenizerBase, text: str) -> int:
-    """Return the token id of a text that is one token.
+def continuation_ids(tokenizer: PreTrainedTokenizerBase, text: str) -> tuple[int, ...]:
+    """Return the token ids of a target or a control, without special tokens.
 
-    Raises InvalidPrompt for any other text. The message names the tokens of the text and, if possible, an alternative.
+    Raises InvalidPrompt for a text that is empty, or that the model's tokens cannot spell.
     """
-    _check_text(text, "token")
+    check_text(text, "target or control")
     ids = _encode(tokenizer, text)
-    if _is_token(tokenizer, text):
-        return ids[0]
-    variants = [v for v in (f" {text.strip()}", text.strip()) if v != text and _is_token(tokenizer, v)]
-    hint = f"; {variants[0]!r} is" if variants else ""
-    if len(ids) == 1:
-        raise InvalidPrompt(f"{_shown(text)} is not a token of this model{hint}")
-    pieces = ", ".join(repr(tokenizer.decode([i])) for i in ids[:4]) + (", ..." if len(ids) > 4 else "")
-    raise InvalidPrompt(f"{_shown(text)} is not one token but {len(ids)} ({pieces}){hint}")
+    if not ids:
+        raise InvalidPrompt(f"{_shown(text)} has no tokens in this model")
+    if not _is_spelled(tokenizer, ids, text):
+        stripped = text.strip()
+        spelled = [
+            v for v in (f" {stripped}", stripped) if v != text and _is_spelled(tokenizer, _encode(tokenizer, v), v)
+        ]
+        raise InvalidPrompt(
+            f"{_shown(text)} has no tokens in this model" + (f"; {spelled[0]!r} has" if spelled else "")
+        )
+    return tuple(ids)
 
 
-def other_spacing(tokenizer: PreTrainedTokenizerBase, text: str) -> int | None:
-    """Return the token of a word with a leading space for one without it, and the reverse; None if there is none."""
+def other_spacing(tokenizer: PreTrainedTokenizerBase, text: str) -> str | None:
+    """Return a text with a leading space for one without it, and the reverse; None if it has the same first token."""
     other = text[1:] if text.startswith(" ") else f" {text}"
-    if not _is_token(tokenizer, other):
+    ids = _encode(tokenizer, other)
+    if not other or not _is_spelled(tokenizer, ids, other) or ids[0] == _encode(tokenizer, text)[0]:
         return None
-    (token,) = _encode(tokenizer, other)
-    return None if [token] == _encode(tokenizer, text) else token
+    return other
 
 
-def _check_text(text: object, what: str) -> None:
+def check_text(text: object, what: str) -> None:
     """Raise InvalidPrompt unless this is a str that UTF-8 can hold; lone surrogates stand for undecodable bytes."""
     if not isinstance(text, str):
         raise InvalidPrompt(f"a {what} is a str, not {type(text).__name__}: {_shown(text)}")
@@ -138,9 +143,9 @@ def _unknown_parts(tokenizer: PreTrainedTokenizerBase, text: str) -> str:
     return ", ".join(list(unknown)[:4]) or _shown(text)
 
 
-def _is_token(tokenizer: PreTrainedTokenizerBase, text: str) -> bool:
-    ids = _encode(tokenizer, text)
-    return len(ids) == 1 and not _has_unknown(tokenizer, ids, text) and _round_trips(tokenizer, ids, text)
+def _is_spelled(tokenizer: PreTrainedTokenizerBase, ids: list[int], text: str) -> bool:
+    """Whether these token ids of a text, at least one, give the text again."""
+    return bool(ids) and not _has_unknown(tokenizer, ids, text) and _round_trips(tokenizer, ids, text)
 
 
 def _round_trips(tokenizer: PreTrainedTokenizerBase, ids: list[int], text: str) -> bool:

@@ -1,19 +1,18 @@
-"""The findings of a sweep, as values for programs and as text for people.
-
-The first watched token is the target. The last is the control; a single watched token is both.
-"""
+"""The findings of a sweep of one prompt, as values for programs and as text for people."""
 
 from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
-from typing import Any, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
 
-from ablation.heads import HeadMap
-from ablation.results import SweepResult
+from ablation.results import Result
+
+if TYPE_CHECKING:
+    from ablation.heads import HeadMap
 
 Decode = Callable[[int], str]
 """Returns the text of a token id."""
@@ -44,31 +43,47 @@ def trend(head_mean: NDArray[np.float64]) -> Trend:
     return Trend(slope, slope * (len(head_mean) - 1), float(explained))
 
 
-def flips(sweep: SweepResult, imputation: str) -> list[tuple[int, int, int]]:
-    """Return (layer, head, new argmax) for every ablation with this imputation that changes the argmax."""
-    index = sweep.imputations.index(imputation)
+def flips(sweep: Result, imputation: str) -> list[tuple[int, int, int]]:
+    """Return (layer, head, new argmax) for every ablation with this imputation that changes the argmax.
+
+    sweep: of one prompt.
+    """
     return [
-        (int(layer), int(head), int(sweep.argmax[index, layer, head]))
-        for layer, head in np.argwhere(sweep.flipped[index])
+        (*key.heads[0], int(token))
+        for key, token, kept in zip(sweep.ablations, sweep.ablated["argmax"][0], sweep.kept[0], strict=True)
+        if key.imputation == imputation and not kept
     ]
 
 
-def findings(sweep: SweepResult, decode: Decode, strongest: int = 3) -> dict[str, Any]:
+def findings(sweep: Result, decode: Decode, strongest: int = 3) -> dict[str, Any]:
     """Return the content of the report as values that JSON can hold.
 
-    strongest: how many heads are listed that raise, or lower, the probability of the target most. Changes of
-    probability are in [-1, 1].
+    sweep: of one prompt. strongest: how many heads are listed that raise, or lower, the probability of the target most.
+    Changes of probability are in [-1, 1].
     """
-    target, control = int(sweep.watched[0]), int(sweep.watched[-1])
+    (prompt,) = sweep.prompts
+    clean = {name: values[0] for name, values in sweep.clean.items()}
+    prediction = int(clean["argmax"])
     has_head = sweep.has_head
-    means = sweep.head_mean[has_head]
+    kept, margin, changed = (sweep.grid(values[0]) for values in (sweep.kept, sweep.ablated["margin"], sweep.changed))
+    of_target, of_control = (sweep.grid(sweep.change(f"{name}_probability")[0]) for name in ("target", "control"))
+    means = sweep.head_mean[0][has_head]
     found: dict[str, Any] = {
         "clean": {
-            "prediction": decode(sweep.clean_argmax),
-            "prediction_id": sweep.clean_argmax,
-            "margin": sweep.clean_margin,
-            "target": {"token": decode(target), "id": target, "probability": float(sweep.clean_probability[0])},
-            "control": {"token": decode(control), "id": control, "probability": float(sweep.clean_probability[-1])},
+            "prediction": decode(prediction),
+            "prediction_id": prediction,
+            "margin": float(clean["margin"]),
+            **{
+                name: {
+                    "token": "".join(map(decode, tokens)) if text is None else text,
+                    "ids": list(tokens),
+                    "probability": float(clean[f"{name}_probability"]),
+                }
+                for name, tokens, text in (
+                    ("target", prompt.target, prompt.target_text),
+                    ("control", prompt.control, prompt.control_text),
+                )
+            },
         },
         "heads": int(has_head.sum()),
         "layers": len(has_head),
@@ -79,45 +94,42 @@ def findings(sweep: SweepResult, decode: Decode, strongest: int = 3) -> dict[str
             "std": float(means.std()),
             "min": float(means.min()),
             "max": float(means.max()),
-            **{f"trend_{name}": value for name, value in trend(sweep.head_mean)._asdict().items()},
+            **{f"trend_{name}": value for name, value in trend(sweep.head_mean[0])._asdict().items()},
         },
     }
     for index, name in enumerate(sweep.imputations):
-        change = sweep.probability_change[0, index]
+        change, control = of_target[index], of_control[index]
         order = np.argsort(change, axis=None)[: has_head.sum()]  # NaN, where there is no head, is last
         found["imputations"][name] = {
-            "kept": int(sweep.kept[index].sum()),
+            "kept": int(kept[index].sum()),
             "flips": [
                 {
                     "layer": layer,
                     "head": head,
                     "token": decode(token),
                     "id": token,
-                    "margin": float(sweep.margin[index, layer, head]),
+                    "margin": float(margin[index, layer, head]),
                 }
                 for layer, head, token in flips(sweep, name)
             ],
             "target_raised": [_change_at(change, i) for i in order[::-1][:strongest] if change.flat[i] > 0],
             "target_lowered": [_change_at(change, i) for i in order[:strongest] if change.flat[i] < 0],
-            "control_largest": _change_at(
-                sweep.probability_change[-1, index], _largest(sweep.probability_change[-1, index])
-            ),
-            "changed_nothing": int((sweep.changed[index] == 0).sum()),
+            "control_largest": _change_at(control, _largest(control)),
+            "changed_nothing": int((changed[index] == 0).sum()),
         }
     if {"zero", "mean"} <= set(sweep.imputations):
-        found["agreement"] = agreement(sweep)
+        found["agreement"] = agreement(*(of_target[sweep.imputations.index(name)] for name in ("zero", "mean")))
     return found
 
 
-def agreement(sweep: SweepResult) -> dict[str, Any]:
+def agreement(zero: NDArray[np.float64], mean: NDArray[np.float64]) -> dict[str, Any]:
     """Compare the change of the target's probability under mean imputation with that under zero imputation.
 
-    largest_difference: at the head where the two differ most, mean - zero. correlation: over all heads, or None if one
-    of the two does not vary.
+    zero, mean: the changes, [layer, head]. largest_difference: at the head where the two differ most, mean - zero.
+    correlation: over all heads, or None if one of the two does not vary.
     """
-    zero, mean = (sweep.probability_change[0, sweep.imputations.index(name)] for name in ("zero", "mean"))
     largest = _change_at(mean - zero, _largest(mean - zero))
-    zero, mean = zero[sweep.has_head], mean[sweep.has_head]
+    zero, mean = zero[np.isfinite(zero)], mean[np.isfinite(mean)]
     both_vary = zero.std() > 0 and mean.std() > 0
     return {
         "largest_difference": largest,
@@ -147,17 +159,19 @@ def token_labels(texts: Mapping[int, str], quote: Callable[[str], str] = repr) -
 def render(found: dict[str, Any]) -> str:
     """Return findings as text, with changes in percentage points. found: the result of `findings`."""
     clean, means = found["clean"], found["head_means"]
-    tokens = [
-        clean["target"],
-        clean["control"],
-        *(flip for of in found["imputations"].values() for flip in of["flips"]),
-    ]
-    texts = {clean["prediction_id"]: clean["prediction"], **{token["id"]: token["token"] for token in tokens}}
-    labels = token_labels(texts)
+    answers = {name: clean[name] for name in ("target", "control")}
+    texts = {of["ids"][0]: of["token"] for of in answers.values() if len(of["ids"]) == 1}
+    texts |= {flip["id"]: flip["token"] for of in found["imputations"].values() for flip in of["flips"]}
+    labels = token_labels({clean["prediction_id"]: clean["prediction"], **texts})
     prediction = labels[clean["prediction_id"]]
+
+    def probability(of: dict[str, Any]) -> str:
+        label = labels[of["ids"][0]] if len(of["ids"]) == 1 else repr(of["token"])
+        return f"P({label}) = {_percent(of['probability'])}"
+
     lines = [
         f"clean      {prediction}, margin {clean['margin']:.2f} logits; "
-        + ", ".join(f"P({labels[clean[k]['id']]}) = {_percent(clean[k]['probability'])}" for k in ("target", "control"))
+        + ", ".join(map(probability, answers.values()))
     ]
     for name, of in found["imputations"].items():
         lines += ["", f"{name:10} {of['kept']} of {found['heads']} ablations keep {prediction}"]

@@ -18,6 +18,7 @@ from typing import Any
 from ablation.errors import ModelUnavailable, one_line
 from ablation.prompts import Question
 
+MODEL_HELP = "capitals (default), smollm2, gpt2, NAME=FOLDER, a folder, a .gguf file or a hub id"
 HUB_ID = re.compile(r"\w[\w.-]*(/\w[\w.-]*)?")
 """A name, or OWNER/NAME; anything else is a path."""
 

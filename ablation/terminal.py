@@ -106,3 +106,11 @@ def status_line(text: str) -> None:
     with suppress(OSError, ValueError):
         if sys.stderr.isatty():
             print(f"\r\033[K{text}", end="", file=sys.stderr, flush=True)
+
+
+def silence_transformers() -> None:
+    """Silence the log and the progress bars of transformers; errors are exceptions, which still propagate."""
+    from transformers.utils import logging
+
+    logging.set_verbosity_error()
+    logging.disable_progress_bar()

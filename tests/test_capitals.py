@@ -13,7 +13,7 @@ import torch
 from ablation import models
 from ablation.capitals import data
 from ablation.heads import find_heads
-from ablation.prompts import prompt_ids, single_token
+from ablation.prompts import continuation_ids, prompt_ids
 
 FOLDER = Path(models.__file__).parent / "capitals"
 
@@ -31,17 +31,18 @@ def test_capitals_has_the_grid_of_gpt2_small_in_3_mb(capitals: models.LoadedMode
 def test_capitals_answers_nine_of_ten_before_the(capitals: models.LoadedModel) -> None:
     assert len(data.CAPITALS) >= 30
     right = runner_up = 0
+    (the,) = continuation_ids(capitals.tokenizer, " the")
     for capital, country in data.CAPITALS:
         first, second = probabilities(capitals, f"{capital} is the capital of").topk(2).indices.tolist()
-        right += first == single_token(capitals.tokenizer, f" {country}")
-        runner_up += second == single_token(capitals.tokenizer, " the")
+        right += (first,) == continuation_ids(capitals.tokenizer, f" {country}")
+        runner_up += second == the
     assert right >= 0.9 * len(data.CAPITALS), f"{right} of {len(data.CAPITALS)} right"
     assert runner_up >= 0.9 * len(data.CAPITALS), f"runner-up ' the' for {runner_up} of {len(data.CAPITALS)}"
 
 
 def test_germany_has_more_than_half_for_berlin(capitals: models.LoadedModel) -> None:
-    germany = probabilities(capitals, "Berlin is the capital of")[single_token(capitals.tokenizer, " Germany")]
-    assert germany > 0.5
+    (germany,) = continuation_ids(capitals.tokenizer, " Germany")
+    assert probabilities(capitals, "Berlin is the capital of")[germany] > 0.5
 
 
 def test_tokenizer_round_trips_every_sentence(capitals: models.LoadedModel) -> None:

@@ -14,9 +14,9 @@ from typing import Any
 import pytest
 from transformers import BertConfig, BertForMaskedLM, MambaConfig, PretrainedConfig
 
-from ablation import experiment, figures, report
+from ablation import experiment, figures, html_report, tables
 from ablation.cli import main
-from ablation.results import SweepResult
+from ablation.results import Result
 from tests.test_models import Hub, folder, hub, small_gpt2  # noqa: F401 (fixtures)
 
 Run = Callable[..., tuple[int, str, str]]
@@ -35,10 +35,11 @@ def run(capsys: pytest.CaptureFixture[str], tmp_path: Path, monkeypatch: pytest.
     return run
 
 
-FILES = {
-    *("sweep.npz", "sweep.json"),
-    *("sensitivity.png", "difference.png", "histograms.png", "head_means.png", "margins.png"),
-}
+FIGURES = {"sensitivity.png", "difference.png", "histograms.png", "head_means.png", "margins.png"}
+FILES = {"sweep.npz", "sweep.json", "results.csv", *FIGURES}
+"""The files of a sweep of one prompt with both imputations."""
+FILES |= {"results.parquet"} if tables.can_write_parquet() else set()
+FILES |= {"report.html"} if html_report.available() else set()
 
 
 def test_sweep_defaults(run: Run) -> None:
@@ -48,9 +49,10 @@ def test_sweep_defaults(run: Run) -> None:
     assert "zero       144 of 144 ablations keep ' Germany'" in out
     assert "mean       144 of 144 ablations keep ' Germany'" in out
     assert {path.name for path in Path("ablation-capitals").iterdir()} == FILES
-    result = SweepResult.load(Path("ablation-capitals"))
-    assert result.provenance["prompt"] == "Berlin is the capital of"
-    assert result.provenance["watched"] == [" Germany", " France"]
+    result = Result.load(Path("ablation-capitals"))
+    (prompt,) = result.prompts
+    assert prompt.prompt == "Berlin is the capital of"
+    assert (prompt.target_text, prompt.control_text) == (" Germany", " France")
 
 
 @pytest.mark.end_to_end
@@ -86,6 +88,15 @@ def test_own_prompt_follows_the_models_prediction(run: Run) -> None:
     assert found["clean"]["target"]["token"] == " France" and found["clean"]["control"]["token"] == " the"
 
 
+def test_target_of_several_tokens_is_swept(run: Run) -> None:
+    arguments = ["--target", " Germany France", "--control", " France", "--imputation", "zero", "--out", "out"]
+    status, out, err = run(*arguments)
+    assert (status, err) == (0, "") and "P(' Germany France') = " in out
+    target = json.loads(run(*arguments, "--json")[1])["clean"]["target"]
+    assert target["token"] == " Germany France" and len(target["ids"]) == 2
+    assert target["probability"] == Result.load("out").clean["target_probability"][0]
+
+
 def test_flips_name_the_new_token(run: Run) -> None:
     status, out, _ = run("--prompt", "The capital of Iraq is Baghdad. The", "--json", "--imputation", "zero")
     assert status == 0
@@ -111,15 +122,16 @@ def test_gpt2_by_name_uses_the_published_question(
     """The code path of GPT-2 small, on smaller random weights."""
     status, out, _ = run("--model", f"gpt2={folder}", "--json", "--out", "out")
     found = json.loads(out)
-    assert status == 0 and found["provenance"]["prompt"] == "Berlin is the capital of"
+    assert status == 0 and found["provenance"]["asked"]["prompt"] == "Berlin is the capital of"
     assert found["clean"]["target"]["token"] == " Germany" and found["clean"]["control"]["token"] == " France"
 
 
 @pytest.mark.parametrize(
     ("arguments", "reason"),
     [
-        (["--target", "Germany France"], r"'Germany France' is not one token but 2 ('Germany', ' France')"),
-        (["--target", " Gondor"], "' Gondor' is not a token of this model"),
+        (["--target", " Gondor"], "' Gondor' has no tokens in this model"),
+        (["--target", "Germany Gondor"], "'Germany Gondor' has no tokens in this model"),
+        (["--control", " Gondor"], "' Gondor' has no tokens in this model"),
         (["--prompt", ""], "the prompt is empty"),
         (["--prompt", "Gondor is the capital of"], "this model has no token for 'Gondor' in the prompt"),
         (["--prompt", "Berlin" + " is" * 40], "the prompt has 41 tokens, the model takes at most 32"),
@@ -148,11 +160,20 @@ def test_gpt2_by_name_uses_the_published_question(
         (["--device", ""], "no device '' here"),
         (["--prompt", "Gondor " * 15_000], "Gondor"),
         (["--target", " Gondor" * 15_000], " Gondor"),
-        (["--target", ""], "'' is not one token but 0"),
+        (["--target", ""], "'' has no tokens in this model"),
         (["--target", "  Gondor"], "'  Gondor'"),
-        (["--target", " France"], "target and control are the same token, ' France'"),
+        (["--target", " France"], "target and control are the same tokens, ' France'"),
         (["--max-rows", "1"], "--max-rows is 1"),
         (["--out", "/dev/null/out"], "/dev/null"),
+        (["--prompts", "capitals", "--prompt", "Berlin is"], "--prompts and --prompt exclude each other"),
+        (["--prompts", "capitals", "--target", " a"], "--prompts and --target exclude each other"),
+        (["--prompts", "capitals", "--control", " a"], "--prompts and --control exclude each other"),
+        (["--text", "nowhere.txt", "--prompt", "Berlin is"], "--text and --prompt exclude each other"),
+        (["--text", "nowhere.txt"], "cannot read the text nowhere.txt: No such file or directory"),
+        (["--stride", "4"], "--stride is a number of tokens"),
+        (["--skip-bad"], "--skip-bad leaves out prompts of a file"),
+        (["--prompts", "nowhere.csv"], "cannot read prompts from nowhere.csv: No such file or directory"),
+        (["--prompts", "nowhere"], "pass a .jsonl or .csv file, or capitals or smollm2"),
     ],
 )
 def test_bad_input_is_one_line_and_writes_nothing(
@@ -265,34 +286,17 @@ def test_heads_of_a_refused_model_is_one_line(
     assert out == "" and err.startswith("ablation: ") and reason in err and err.count("\n") == 1
 
 
-@pytest.mark.parametrize(
-    ("texts", "labels"),
-    [
-        ({5: " a", 6: "a"}, ["' a'", "'a'"]),
-        ({5: "\ufffd", 6: "a"}, ["'\ufffd' (token 5)", "'a'"]),
-        ({5: "x\ufffd", 6: "x\ufffd"}, ["'x\ufffd' (token 5)", "'x\ufffd' (token 6)"]),
-        ({5: "", 6: "\n"}, ["'' (token 5)", r"'\n'"]),
-        ({5: "a", 6: "a", 7: "b"}, ["'a' (token 5)", "'a' (token 6)", "'b'"]),
-    ],
-)
-def test_token_labels_tell_tokens_apart(texts: dict[int, str], labels: list[str]) -> None:
-    assert list(report.token_labels(texts).values()) == labels
-
-
 def test_token_ids_are_in_json_and_in_unclear_text(run: Run, monkeypatch: pytest.MonkeyPatch) -> None:
     """Tokens that are fragments of bytes all read as U+FFFD."""
     monkeypatch.setattr("ablation.models.LoadedModel.decode", lambda self, token: "\ufffd")
     _, out, _ = run("--json", "--imputation", "zero", "--out", "out")
     clean = json.loads(out)["clean"]
-    target, control = clean["target"]["id"], clean["control"]["id"]
-    assert [target, control] == SweepResult.load("out").watched.tolist() and clean["prediction_id"] == target
+    (target,), (control,) = clean["target"]["ids"], clean["control"]["ids"]
+    (prompt,) = Result.load("out").prompts
+    assert ((target,), (control,)) == (prompt.target, prompt.control) and clean["prediction_id"] == target
     _, out, _ = run("--imputation", "zero", "--out", "out")
     assert f"P('\ufffd' (token {target})) = 69.2%, P('\ufffd' (token {control})) = " in out
     assert f"keep '\ufffd' (token {target})" in out
-
-
-def test_ranges_join_consecutive_numbers() -> None:
-    assert report._ranges([0, 1, 2, 4, 6, 7]) == "0-2, 4, 6-7"
 
 
 def modules_after(*arguments: str) -> tuple[int, str, set[str]]:
@@ -301,7 +305,7 @@ def modules_after(*arguments: str) -> tuple[int, str, set[str]]:
         "import sys, ablation.cli as cli\n"
         f"try: status = cli.main({list(arguments)!r})\n"
         "except SystemExit as end: status = end.code\n"
-        "heavy = {'torch', 'transformers', 'matplotlib', 'numpy', 'hypothesis'} & set(sys.modules)\n"
+        "heavy = {'torch', 'transformers', 'matplotlib', 'numpy', 'hypothesis', 'pandas', 'scipy'} & set(sys.modules)\n"
         "print('imported:', *heavy, file=sys.stderr)\n"
         "sys.exit(status)"
     )
@@ -327,6 +331,8 @@ def test_help_imports_no_torch(command: str) -> None:
         (["sweep", "--model", "some/model"], "no model 'some/model'"),
         (["sweep", "--prompt", ""], "the prompt is empty"),
         (["sweep", "--max-rows", "1"], "--max-rows is 1"),
+        (["sweep", "--prompts", "nowhere.jsonl"], "cannot read prompts from nowhere.jsonl"),
+        (["sweep", "--skip-bad"], "--skip-bad leaves out prompts of a file"),
         (["sweep", "--max-rows", "few"], "invalid int value: 'few'"),
         (["sweep", "--imputation", "median"], "invalid choice: 'median'"),
         (["sweep", "--out", "/dev/null/out"], "cannot write to /dev/null/out"),
@@ -370,7 +376,9 @@ def test_chat_without_a_template_is_one_line(run: Run) -> None:
 def test_notes_go_to_standard_error(run: Run) -> None:
     status, out, err = run("--target", "Germany", "--imputation", "zero", "--json")
     assert status == 0 and json.loads(out)["clean"]["target"]["token"] == "Germany"
-    assert re.fullmatch("ablation: note: the target 'Germany' has probability .*, but ' Germany' has .*\n", err)
+    assert re.fullmatch(
+        "ablation: note: the target 'Germany' begins with probability .*, but ' Germany' with .*\n", err
+    )
 
 
 def test_encoder_is_refused_in_one_line(run: Run, folder: Path) -> None:  # noqa: F811

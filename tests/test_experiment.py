@@ -11,7 +11,7 @@ import pytest
 
 from ablation import experiment
 from ablation.errors import InvalidPrompt
-from ablation.experiment import sweep_question
+from ablation.experiment import sweep_prompts
 from ablation.models import LoadedModel
 from ablation.prompts import Question
 
@@ -37,9 +37,10 @@ def no_sweep(monkeypatch: pytest.MonkeyPatch) -> None:
     ("question", "reason"),
     [
         (Question(BERLIN, None, " Germany"), "the control, ' Germany', is the model's own prediction: name a target"),
-        (Question(BERLIN, " France", " France"), "target and control are the same token"),
-        (Question(BERLIN, " Gondor"), "' Gondor' is not a token"),
-        (Question(BERLIN, " Germany", " Gondor"), "' Gondor' is not a token"),
+        (Question(BERLIN, " France", " France"), "target and control are the same tokens"),
+        (Question(BERLIN, " Gondor"), "' Gondor' has no tokens"),
+        (Question(BERLIN, " Germany", " Gondor"), "' Gondor' has no tokens"),
+        (Question(BERLIN, " Germany France", " Germany France"), "target and control are the same tokens"),
         (Question(BERLIN + " of" * 60, " Germany"), "the prompt has 65 tokens, the model takes at most 32"),
         (Question(BERLIN + " of" * 30_000, " Germany"), "the prompt has 30005 tokens, the model takes at most 32"),
         (Question(BERLIN, chat=True), "this model has no chat template"),
@@ -50,7 +51,7 @@ def no_sweep(monkeypatch: pytest.MonkeyPatch) -> None:
 )
 def test_unusable_question_is_refused_before_the_sweep(capitals: LoadedModel, question: Question, reason: str) -> None:
     with pytest.raises(InvalidPrompt, match=reason) as caught:
-        sweep_question(capitals, question)
+        sweep_prompts(capitals, [question])
     assert "\n" not in str(caught.value) and len(str(caught.value)) < 160
 
 
@@ -58,9 +59,9 @@ def test_unusable_question_is_refused_before_the_sweep(capitals: LoadedModel, qu
 @pytest.mark.parametrize(
     ("target", "control", "said"),
     [
-        ("Germany", " France", ["the target 'Germany' has probability "]),
-        (" France", "Germany", ["the control 'Germany' has probability "]),
-        (None, "Germany", ["the control 'Germany' has probability "]),
+        ("Germany", " France", ["the target 'Germany' begins with probability "]),
+        (" France", "Germany", ["the control 'Germany' begins with probability "]),
+        (None, "Germany", ["the control 'Germany' begins with probability "]),
         (" Germany", " France", []),
         (" Germany", None, []),
         (None, None, []),
@@ -72,27 +73,27 @@ def test_far_likelier_spacing_is_noted(
 ) -> None:
     with warnings.catch_warnings(record=True) as notes, pytest.raises(SweepHasBegun):
         warnings.simplefilter("always")
-        sweep_question(capitals, Question(BERLIN, target, control))
+        sweep_prompts(capitals, [Question(BERLIN, target, control)])
     found = [str(note.message) for note in notes]
     assert len(found) == len(said)
     for note, start in zip(found, said, strict=True):
         assert note.startswith(start)
-        assert note.endswith(", but ' Germany' has 0.69: a leading space makes another token")
+        assert note.endswith(", but ' Germany' with 0.69: a leading space makes another token")
 
 
 def test_ignored_weights_are_noted_and_kept_in_provenance(capitals: LoadedModel) -> None:
     loaded = dataclasses.replace(capitals, ignored_weights=("score.bias", "score.weight"))
     with pytest.warns(UserWarning, match="^capitals has 2 weights that this model does not use, such as score.bias$"):
-        result = sweep_question(loaded, Question(BERLIN), ["zero"])
+        result = sweep_prompts(loaded, [Question(BERLIN)], ["zero"])
     assert result.provenance["ignored_weights"] == ["score.bias", "score.weight"]
-    assert sweep_question(capitals, Question(BERLIN), ["zero"]).provenance["ignored_weights"] == []
+    assert sweep_prompts(capitals, [Question(BERLIN)], ["zero"]).provenance["ignored_weights"] == []
 
 
 def test_chat_sweeps_the_rendered_prompt(capitals: LoadedModel, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(capitals.tokenizer, "chat_template", "<|endoftext|>{{ messages[0].content }} is", raising=False)
-    chat = sweep_question(capitals, Question("Berlin", chat=True), ["zero"])
-    plain = sweep_question(capitals, Question("<|endoftext|>Berlin is"), ["zero"])
-    assert (chat.provenance["prompt"], chat.provenance["chat"]) == ("Berlin", True)
+    chat = sweep_prompts(capitals, [Question("Berlin", chat=True)], ["zero"])
+    plain = sweep_prompts(capitals, [Question("<|endoftext|>Berlin is")], ["zero"])
+    assert (chat.prompts[0].prompt, chat.provenance["chat"]) == ("Berlin", True)
     assert plain.provenance["chat"] is False
-    assert chat.provenance["token_ids"] == plain.provenance["token_ids"]
-    assert np.array_equal(chat.margin, plain.margin)
+    assert chat.prompts[0].token_ids == plain.prompts[0].token_ids
+    assert np.array_equal(chat.ablated["margin"], plain.ablated["margin"])

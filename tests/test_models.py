@@ -280,8 +280,8 @@ def test_gguf_file_of_another_family_is_swept(gguf_file: Path) -> None:
     loaded = load(str(gguf_file))
     assert type(loaded.model).__name__ == "Qwen2ForCausalLM"
     result = sweep(loaded.model, prompt_ids(loaded.tokenizer, "ab ab c"))
-    assert result.margin.shape == (2, 3, 4)
-    assert (result.replaced == len(result.provenance["token_ids"]) * 8).all()
+    assert result.grid(result.ablated["margin"]).shape == (1, 2, 3, 4)
+    assert (result.replaced == len(result.prompts[0].token_ids) * 8).all()
 
 
 def test_damaged_gguf_file_is_refused(gguf_file: Path) -> None:

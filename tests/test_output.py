@@ -10,20 +10,20 @@ import sys
 import time
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import asdict, replace
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
 
-from ablation import experiment, figures, output
+from ablation import cli, experiment, figures, output, sources, sweep_command
 from ablation.checks.decoders import Decoder
 from ablation.errors import InvalidOutput
-from ablation.results import SweepResult
+from ablation.results import Result
 from ablation.sweeps import sweep
 from tests.comparing import IDS
-from tests.test_cli import FILES, Run, run  # noqa: F401 (fixture)
+from tests.test_cli import FIGURES, FILES, Run, run  # noqa: F401 (fixture)
 from tests.test_models import folder  # noqa: F401 (fixture)
 
 GPT2 = Decoder("gpt2", num_layers=2, num_heads=3, head_dim=2)
@@ -39,10 +39,10 @@ def contents(place: Path | str) -> dict[str, bytes | None]:
 def quick(monkeypatch: pytest.MonkeyPatch) -> None:
     """Draws each figure as a small file, since drawing takes seconds."""
 
-    def draw(result: SweepResult, draft: Path, **_: Any) -> None:
-        names = FILES - {"sweep.npz", "sweep.json"} - ({"difference.png"} if len(result.imputations) < 2 else set())
+    def draw(result: Result, draft: Path, **_: Any) -> None:
+        names = FIGURES - ({"difference.png"} if len(result.imputations) < 2 else set())
         for name in names:
-            (draft / name).write_bytes(result.argmax.tobytes())
+            (draft / name).write_bytes(result.ablated["argmax"].tobytes())
 
     monkeypatch.setattr(figures, "draw", draw)
 
@@ -76,7 +76,7 @@ def test_another_question_is_kept_unless_overwritten(run: Run, other: list[str])
     assert contents(".") == before
     status, _, _ = run(*other, "--out", "out", "--overwrite")
     assert (status == 0 and contents("out").keys() == before.keys() - {"out"}) or True
-    assert SweepResult.load("out").provenance["asked"] != json.loads(before["out/sweep.json"] or "")["provenance"]
+    assert Result.load("out").provenance["asked"] != json.loads(before["out/sweep.json"] or "")["provenance"]
 
 
 def test_overwriting_removes_figures_that_are_not_drawn_again(run: Run) -> None:  # noqa: F811
@@ -91,7 +91,7 @@ def test_models_whose_folders_share_a_name_are_kept_apart(run: Run, folder: Path
     shutil.copytree(folder, "run2/final")
     for place in ("run1/final", "run2/final"):
         assert run("--model", place, "--prompt", "Berlin is", *ZERO)[0] == 0
-    sources = {SweepResult.load(path).provenance["source"] for path in Path().glob("ablation-final-*")}
+    sources = {Result.load(path).provenance["source"] for path in Path().glob("ablation-final-*")}
     assert sources == {str(Path(place).resolve()) for place in ("run1/final", "run2/final")}
     for place, status in (("run1/final", 0), ("run2/final", 2), ("run1/final", 0)):
         assert run("--model", place, "--prompt", "Berlin is", *ZERO, "--out", "out")[0] == status
@@ -121,20 +121,24 @@ def test_retrained_weights_do_not_replace_a_result(run: Run, folder: Path) -> No
         (["--prompt", "Paris / is"], "ablation-capitals-paris-is-"),
         (["--prompt", "\u65e5\u672c"], "ablation-capitals-"),
         (["--model", "capitals=/some/where"], "ablation-capitals-berlin-is-the-capital-of-"),
+        (["--prompts", "capitals"], "ablation-capitals-55-prompts-"),
+        (["--prompts", "capitals", "--model", "smollm2"], "ablation-smollm2-55-prompts-"),
     ],
 )
 def test_default_folder_names_model_and_question(arguments: list[str], name: str) -> None:
-    from ablation import cli, sources
-
     parsed = cli._parser().parse_args(["sweep", *arguments])
-    source = replace(sources.NAMED_MODELS["capitals"].source(), full=parsed.model)
-    question = cli._question(parsed, source)
-    found = cli._default_folder(source, {**asdict(question), "imputations": parsed.imputation, "dtype": parsed.dtype})
+    known = parsed.model.partition("=")[0]
+    source = replace(sources.NAMED_MODELS["capitals"].source(), name=known, full=parsed.model)
+    asking = sweep_command._asking(parsed, source)
+    asked = {**asking.asked, "imputations": parsed.imputation, "dtype": parsed.dtype}
+    found = sweep_command._default_folder(source, asked)
     assert re.fullmatch(name + ("[0-9a-f]{8}" if name.endswith("-") else ""), found)
 
 
 @pytest.mark.parametrize("arguments", [["--overwrite"], []])
-@pytest.mark.parametrize("name", ["sweep.json", "sweep.npz", "difference.png", "margins.png"])
+@pytest.mark.parametrize(
+    "name", [*sorted(FILES & {*FIGURES, "sweep.json", "sweep.npz", "results.csv"}), "strongest.png"]
+)
 def test_foreign_file_of_the_same_name_is_kept(
     run: Run,  # noqa: F811
     name: str,
@@ -239,7 +243,7 @@ def test_unusable_output_is_refused_before_the_work(
 
 
 def test_result_is_saved_without_figures_that_fail(run: Run, monkeypatch: pytest.MonkeyPatch) -> None:  # noqa: F811
-    def fail(result: SweepResult, draft: Path, **_: Any) -> None:
+    def fail(result: Result, draft: Path, **_: Any) -> None:
         (draft / "sensitivity.png").write_bytes(b"half")
         raise MemoryError("no memory\nfor it")
 
@@ -247,7 +251,7 @@ def test_result_is_saved_without_figures_that_fail(run: Run, monkeypatch: pytest
     status, out, err = run(*ZERO, "--out", "out")
     assert status == 2 and out.startswith("capitals: ")
     assert err == "ablation: the arrays are in out, but no figures: MemoryError: no memory for it\n"
-    assert contents("out").keys() == {"sweep.npz", "sweep.json"} and (SweepResult.load("out").calls == 1).all()
+    assert contents("out").keys() == FILES - FIGURES and (Result.load("out").calls == 1).all()
 
 
 @pytest.mark.parametrize("where", [(np, "savez"), (Path, "write_text"), (Path, "rename")])
@@ -308,13 +312,13 @@ def test_writers_at_the_same_moment_do_not_mix_results(tmp_path: Path, monkeypat
     monkeypatch.setattr(Path, "rename", slowly)
     results = [sweep(GPT2.shared(), prompt) for prompt in (IDS, [1, 2])]
 
-    def save_often(result: SweepResult) -> None:
+    def save_often(result: Result) -> None:
         for _ in range(20):
             result.save(tmp_path / "out", overwrite=True)
 
     with ThreadPoolExecutor() as pool:
         list(pool.map(save_often, results))
-    assert SweepResult.load(tmp_path / "out").provenance["token_ids"] in (IDS, [1, 2])
+    assert Result.load(tmp_path / "out").prompts[0].token_ids in (tuple(IDS), (1, 2))
     assert contents(tmp_path).keys() == {"out", "out/sweep.json", "out/sweep.npz"}
 
 
@@ -322,15 +326,15 @@ def test_result_that_came_meanwhile_is_kept(run: Run, monkeypatch: pytest.Monkey
     """Another process fills the folder while this one sweeps."""
     real = experiment.sweep
 
-    def slow(*arguments: Any, **options: Any) -> SweepResult:
+    def slow(*arguments: Any, **options: Any) -> Result:
         sweep(GPT2.shared(), IDS).save("out")
         return real(*arguments, **options)
 
     monkeypatch.setattr(experiment, "sweep", slow)
     status, _, err = run(*ZERO, "--out", "out")
     assert status == 0 and "this result is in out/result-2" in err
-    assert SweepResult.load("out").provenance["token_ids"] == IDS
-    assert SweepResult.load("out/result-2").provenance["model"] == "capitals"
+    assert Result.load("out").prompts[0].token_ids == tuple(IDS)
+    assert Result.load("out/result-2").provenance["model"] == "capitals"
 
 
 @pytest.mark.end_to_end
@@ -346,7 +350,10 @@ def test_killed_process_leaves_no_part_of_a_result(tmp_path: Path) -> None:
 
 
 def test_checked_files_are_those_of_a_sweep() -> None:
-    assert set(output.FILES) == FILES  # which tests/test_cli.py compares with those that a sweep writes
+    optional = {"results.parquet", "report.html"}  # if their packages are installed
+    asked_for = {"strongest.png", "top_tokens.csv"}  # of several prompts; with --top
+    # tests/test_cli.py compares FILES with the files that a sweep writes.
+    assert set(output.FILES) == FILES | optional | asked_for
 
 
 def test_published_file_of_any_name_replaces_no_foreign_one(tmp_path: Path) -> None:

@@ -10,7 +10,7 @@ from transformers import ByT5Tokenizer, CanineTokenizer, PreTrainedTokenizerFast
 
 from ablation.errors import InvalidPrompt
 from ablation.models import LoadedModel
-from ablation.prompts import other_spacing, prompt_ids, single_token
+from ablation.prompts import continuation_ids, other_spacing, prompt_ids
 
 END, START = "<|im_end|>", "<|im_start|>"
 CHAT = (
@@ -89,8 +89,7 @@ def test_end_of_a_tokenizer_written_in_python_is_left_off() -> None:
     """They compute the mask of special tokens in another way."""
     assert prompt_ids(ByT5Tokenizer(), "Hi") == prompt_ids(ByT5Tokenizer(), "Hi</s>")[:-1] == [75, 108]
     assert prompt_ids(CanineTokenizer(), "Hi") == [57344, 72, 105]
-    with pytest.raises(InvalidPrompt, match="^'Hi' is not one token but 2"):
-        single_token(ByT5Tokenizer(), "Hi")
+    assert continuation_ids(ByT5Tokenizer(), "Hi") == (75, 108)
 
 
 @pytest.mark.parametrize("make", [opt, gpt2, appending])
@@ -117,13 +116,14 @@ def test_special_tokens_and_spaces_are_kept(make: Any, text: str) -> None:
 @pytest.mark.parametrize("text", [END, "<|endoftext|>", "</s>", "\n", " ", "."])
 def test_special_tokens_and_spaces_may_be_targets(text: str) -> None:
     for tokenizer in (opt(), gpt2(), appending()):
-        assert tokenizer.decode([single_token(tokenizer, text)]) == text
+        (token,) = continuation_ids(tokenizer, text)
+        assert tokenizer.decode([token]) == text
 
 
 def test_unknown_token_counts_only_where_it_is_not_written(capitals: LoadedModel) -> None:
     unknown = capitals.tokenizer.unk_token
     assert prompt_ids(capitals.tokenizer, f"{unknown} is")[0] == capitals.tokenizer.unk_token_id
-    assert single_token(capitals.tokenizer, unknown) == capitals.tokenizer.unk_token_id
+    assert continuation_ids(capitals.tokenizer, unknown) == (capitals.tokenizer.unk_token_id,)
     with pytest.raises(InvalidPrompt, match="^this model has no token for 'Minas' in the prompt$"):
         prompt_ids(capitals.tokenizer, f"{unknown} is the capital of Minas")
 
@@ -160,19 +160,35 @@ def test_prompt_without_tokens_of_its_own_is_refused() -> None:
 @pytest.mark.parametrize(
     ("text", "reason"),
     [
-        (" Germany France", r"' Germany France' is not one token but 2 \(' Germany', ' France'\)"),
-        (" Gondor", "' Gondor' is not a token of this model"),
-        ("pitcher", "'pitcher' is not a token of this model"),
-        ("Iran ", r"'Iran ' is not one token but 2 \(.*\); ' Iran' is"),
-        (" Iran" * 9, r"is not one token but 9 \(' Iran', ' Iran', ' Iran', ' Iran', \.\.\.\)"),
-        ("", "'' is not one token but 0"),
-        ("\ud800", "the token is not valid UTF-8"),
-        (4486, "a token is a str, not int: 4486"),
+        (" Gondor", "^' Gondor' has no tokens in this model$"),
+        (" Germany Gondor", "^' Germany Gondor' has no tokens in this model$"),
+        ("pitcher", "'pitcher' has no tokens in this model"),
+        ("Iran ", "'Iran ' has no tokens in this model; ' Iran' has"),
+        (" Gondor" * 20_000, "^' Gondor.{1,60}' has no tokens in this model$"),
+        ("", "'' has no tokens in this model"),
+        ("\ud800", "the target or control is not valid UTF-8"),
+        (4486, "a target or control is a str, not int: 4486"),
     ],
 )
-def test_target_that_is_not_one_token_is_refused_with_a_hint(capitals: LoadedModel, text: Any, reason: str) -> None:
+def test_target_without_tokens_is_refused_with_a_hint(capitals: LoadedModel, text: Any, reason: str) -> None:
     with pytest.raises(InvalidPrompt, match=reason):
-        single_token(capitals.tokenizer, text)
+        continuation_ids(capitals.tokenizer, text)
+
+
+def test_continuation_may_have_several_tokens(capitals: LoadedModel) -> None:
+    tokenizer = capitals.tokenizer
+    one, other = (continuation_ids(tokenizer, text) for text in (" Germany", " France"))
+    assert continuation_ids(tokenizer, " Germany France") == one + other and len(one) == len(other) == 1
+    assert continuation_ids(tokenizer, " Iran" * 9) == 9 * continuation_ids(tokenizer, " Iran")
+
+
+@pytest.mark.parametrize("make", [opt, appending, word_piece])
+def test_continuation_has_no_added_tokens(make: Any) -> None:
+    """What a tokenizer adds to a text does not follow a prompt."""
+    tokenizer = make()
+    text = "berlin is bigger"
+    assert continuation_ids(tokenizer, text) == tuple(tokenizer.encode(text, add_special_tokens=False))
+    assert not set(continuation_ids(tokenizer, text)) & set(tokenizer.all_special_ids)
 
 
 def test_tokenizer_that_loses_text_is_refused(capitals: LoadedModel, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -183,18 +199,19 @@ def test_tokenizer_that_loses_text_is_refused(capitals: LoadedModel, monkeypatch
     monkeypatch.setattr(type(capitals.tokenizer), "encode", lambda self, text, **_: first)
     with pytest.raises(InvalidPrompt, match="loses the prompt: 'Paris is the capital of' becomes ' a a a'"):
         prompt_ids(capitals.tokenizer, "Paris is the capital of")
-    with pytest.raises(InvalidPrompt, match="' France' is not a token of this model"):
-        single_token(capitals.tokenizer, " France")
+    with pytest.raises(InvalidPrompt, match="^' France' has no tokens in this model$"):
+        continuation_ids(capitals.tokenizer, " France")
 
 
-def test_single_token_is_found(capitals: LoadedModel) -> None:
-    assert capitals.decode(single_token(capitals.tokenizer, " Germany")) == " Germany"
+def test_continuation_of_one_token_is_found(capitals: LoadedModel) -> None:
+    (token,) = continuation_ids(capitals.tokenizer, " Germany")
+    assert capitals.decode(token) == " Germany"
 
 
 def test_other_spacing_is_the_word_with_or_without_a_space(capitals: LoadedModel) -> None:
-    one, other = (single_token(capitals.tokenizer, text) for text in ("Germany", " Germany"))
-    assert other_spacing(capitals.tokenizer, "Germany") == other
-    assert other_spacing(capitals.tokenizer, " Germany") == one
+    assert other_spacing(capitals.tokenizer, "Germany") == " Germany"
+    assert other_spacing(capitals.tokenizer, " Germany") == "Germany"
+    assert other_spacing(capitals.tokenizer, " Germany France") == "Germany France"
     assert other_spacing(capitals.tokenizer, "<|endoftext|>") is None
     assert other_spacing(word_piece(), "berlin") is None, "both are the same token"
 

@@ -11,7 +11,7 @@ import pytest
 from ablation import models
 from ablation.checks.decoders import Decoder
 from ablation.provenance import of_model, weights_digest
-from ablation.results import SweepResult
+from ablation.results import Result
 from tests.test_cli import Run, run  # noqa: F401 (fixture)
 from tests.test_models import folder  # noqa: F401 (fixture)
 from tests.test_output import quick  # noqa: F401 (fixture)
@@ -38,14 +38,14 @@ def test_weights_without_bytes_do_not_lose_the_result(
     monkeypatch.setattr(model, "state_dict", lambda: {"a.weight": Sharded()})
     digest = weights_digest(model)
     assert digest["weights_sha256"] is None and "mixed torch.Tensor" in str(digest["weights_sha256_missing"])
-    monkeypatch.setattr("ablation.experiment.weights_digest", lambda _: digest)
+    monkeypatch.setattr("ablation.provenance.weights_digest", lambda _: digest)
     assert run(*ZERO, "--out", "out")[0] == 0
-    assert SweepResult.load("out").provenance["weights_sha256"] is None
+    assert Result.load("out").provenance["weights_sha256"] is None
 
 
 def test_provenance_has_the_full_source(run: Run, folder: Path) -> None:  # noqa: F811
     run("--model", os.path.relpath(folder), "--prompt", "Berlin is", *ZERO, "--out", "out")
-    made = SweepResult.load("out").provenance
+    made = Result.load("out").provenance
     assert (made["model"], made["source"], made["revision"], made["quantisation"]) == (
         folder.name,
         str(folder.resolve()),
@@ -53,7 +53,7 @@ def test_provenance_has_the_full_source(run: Run, folder: Path) -> None:  # noqa
         None,
     )
     run(*ZERO, "--out", "named", "--model", f"capitals={Path(models.__file__).parent / 'capitals'}")
-    assert SweepResult.load("named").provenance["source"].startswith("capitals=/")
+    assert Result.load("named").provenance["source"].startswith("capitals=/")
 
 
 def test_provenance_has_the_quantisation(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -15,8 +15,8 @@ from typing import Any
 
 import pytest
 
-from ablation import cli, experiment, figures
-from ablation.results import SweepResult
+from ablation import experiment, figures, sweep_command
+from ablation.results import Result
 from ablation.terminal import Interruptions, print_json
 from tests.test_cli import FILES, Run, run  # noqa: F401 (fixture)
 from tests.test_output import contents, quick  # noqa: F401 (fixture)
@@ -84,13 +84,13 @@ def test_signal_while_files_move_waits_for_them(
     monkeypatch: pytest.MonkeyPatch,
     quick: None,  # noqa: F811
 ) -> None:
-    publish = SweepResult.publish
+    publish = Result.publish
 
     def interrupted(*arguments: Any, **options: Any) -> None:
         os.kill(os.getpid(), signal.SIGTERM)
         publish(*arguments, **options)
 
-    monkeypatch.setattr(SweepResult, "publish", interrupted)
+    monkeypatch.setattr(Result, "publish", interrupted)
     status, out, _ = run(*ZERO, "--out", "out")
     assert status == 143 and "are in out" in out and contents("out").keys() == FILES - {"difference.png"}
 
@@ -185,7 +185,7 @@ def test_json_is_valid_in_every_encoding(tmp_path: Path, monkeypatch: pytest.Mon
 def test_arguments_are_utf8_in_every_locale(monkeypatch: pytest.MonkeyPatch, locale: str) -> None:
     given = "Zürich".encode().decode(locale, "surrogateescape")
     monkeypatch.setattr(sys, "getfilesystemencoding", lambda: locale)
-    assert cli._utf8(given, "--prompt") == "Zürich"
+    assert sweep_command._utf8(given, "--prompt") == "Zürich"
 
 
 def test_warning_is_a_note_at_once(
@@ -196,7 +196,7 @@ def test_warning_is_a_note_at_once(
 ) -> None:
     real, seen = experiment.sweep, []
 
-    def falls_back(*arguments: Any, **options: Any) -> SweepResult:
+    def falls_back(*arguments: Any, **options: Any) -> Result:
         warnings.warn("the growing batch does not suit it:\nrunning one forward per ablation", stacklevel=2)
         seen.append(capsys.readouterr().err)
         return real(*arguments, **options)

@@ -1,0 +1,77 @@
+"""The tokens that the strongest ablations of each prompt raise and lower most."""
+
+from __future__ import annotations
+
+import csv
+from collections.abc import Iterator
+from pathlib import Path
+from typing import NamedTuple
+
+import numpy as np
+
+from ablation.edits import Ablation
+from ablation.engine import MovedToken, moved_tokens
+from ablation.models import LoadedModel
+from ablation.results import AblationKey, Result
+
+COLUMNS = (
+    "prompt_index",
+    "prompt",
+    "imputation",
+    "heads",
+    "direction",
+    "token_id",
+    "token",
+    "clean",
+    "ablated",
+    "change",
+)
+
+
+class Moved(NamedTuple):
+    """What one ablation does to the tokens after one prompt, those that move most first."""
+
+    prompt: int
+    ablation: AblationKey
+    rising: list[MovedToken]
+    falling: list[MovedToken]
+
+
+def of_strongest(
+    loaded: LoadedModel, result: Result, strongest: int, *, count: int = 5, max_rows: int | None = None
+) -> list[Moved]:
+    """Return the tokens that move most, for the ablations with the largest KL divergence of each prompt.
+
+    loaded: the model of the result. strongest: the number of ablations for each prompt. count: of the tokens that rise,
+    and of those that fall. Raises the errors of `ablation.run`.
+    """
+    found = []
+    for number, prompt in enumerate(result.prompts):
+        order = np.argsort(-result.ablated["kl"][number], kind="stable")[:strongest]
+        keys = [result.ablations[index] for index in order]
+        ablations = [Ablation(key.heads, key.imputation) for key in keys]
+        moved = moved_tokens(loaded.model, prompt.token_ids, ablations, count, max_rows=max_rows)
+        found += [Moved(number, key, *both) for key, both in zip(keys, moved, strict=True)]
+    return found
+
+
+def write_csv(loaded: LoadedModel, result: Result, moved: list[Moved], path: Path) -> None:
+    """Write a table with a row for each token that moves. Raises OSError."""
+    with path.open("w", encoding="utf-8", errors="backslashreplace", newline="") as file:
+        writer = csv.writer(file)
+        writer.writerow(COLUMNS)
+        for of in moved:
+            for direction, tokens in (("rises", of.rising), ("falls", of.falling)):
+                for t in tokens:
+                    where = (of.prompt, result.prompts[of.prompt].prompt, of.ablation.imputation, of.ablation.label)
+                    values = (t.clean, t.clean + t.change, t.change)
+                    writer.writerow((*where, direction, t.token, loaded.decode(t.token), *values))
+
+
+def render(loaded: LoadedModel, moved: list[Moved]) -> Iterator[str]:
+    """Yield lines of text for the ablations of one prompt, with changes in percentage points."""
+    for of in moved:
+        yield f"{of.ablation.label}, {of.ablation.imputation}"
+        for direction, tokens in (("rise", of.rising), ("fall", of.falling)):
+            texts = (f"{loaded.decode(t.token)!r} {100 * t.change:+.2f}" for t in tokens)
+            yield f"  {direction}  {', '.join(texts) or 'none'}"

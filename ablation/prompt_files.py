@@ -1,0 +1,167 @@
+"""Files and tables of prompts, as questions. This module imports neither torch nor transformers."""
+
+from __future__ import annotations
+
+import csv
+import difflib
+import io
+import json
+import math
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import Any, NamedTuple, TypeVar
+
+from ablation.errors import InvalidPrompt, one_line
+from ablation.prompts import Question, check_text
+
+T = TypeVar("T")
+
+COLUMNS = ("prompt", "target", "control", "group")
+REQUIRED = COLUMNS[:2]
+SHIPPED = Path(__file__).parent / "data"
+"""Files of prompts that are part of the package: NAME.jsonl."""
+
+
+class Row(NamedTuple):
+    """A question of a table. where: its place in messages, such as `capitals.jsonl, line 3`."""
+
+    where: str
+    question: Question
+
+    def problem(self, reason: object) -> InvalidPrompt:
+        """Return an error that names the row."""
+        return InvalidPrompt(f"{self.where}: {reason}")
+
+
+def read_rows(name: str, *, chat: bool = False) -> Iterator[Row | InvalidPrompt]:
+    """Yield the questions of a .jsonl or .csv file, and an InvalidPrompt for each row that is not a question.
+
+    name: a path, or the name of a shipped file without its ending. The columns `prompt` and `target` are required,
+    `control` and `group` optional, others ignored. In a CSV file, an empty control or group is none. chat: see
+    `Question`. Raises InvalidPrompt if the file cannot be read, or has no rows.
+    """
+    path = _path(name)
+    try:
+        text = path.read_bytes().decode("utf-8-sig")  # read_text would change line ends inside of CSV cells
+    except (OSError, UnicodeDecodeError) as error:
+        reason = getattr(error, "strerror", None) or error
+        raise InvalidPrompt(f"cannot read prompts from {one_line(path)}: {reason}") from None
+    records = _csv_records(text) if path.suffix == ".csv" else _jsonl_records(text)
+    empty = True
+    try:
+        for line, record in records:
+            empty = False
+            yield _row(f"{path.name}, line {line}", record, chat)
+    except csv.Error as error:
+        raise InvalidPrompt(f"cannot read prompts from {one_line(path)}: {error}") from None
+    if empty:
+        raise InvalidPrompt(f"{one_line(path)} has no prompts")
+
+
+def as_rows(records: Iterable[Any], *, chat: bool = False) -> Iterator[Row | InvalidPrompt]:
+    """Yield the questions of records, and an InvalidPrompt for each record that is not a question.
+
+    records: rows or `Question` objects; or mappings with the columns of `read_rows`, as in a list of dicts, a
+    `datasets.Dataset` or a pandas frame. In a mapping, None and NaN stand for a missing value. Raises InvalidPrompt if
+    there are none, or if they cannot be iterated over.
+    """
+    if hasattr(records, "iterrows"):  # a frame iterates over the names of its columns
+        records = [row.to_dict() for _, row in records.iterrows()]
+    if isinstance(records, Question | Mapping | str) or not isinstance(records, Iterable):
+        raise InvalidPrompt(f"prompts are a list of records, not a {type(records).__name__}")
+    empty = True
+    for number, record in enumerate(records, start=1):
+        empty, where = False, f"prompt {number}"
+        if isinstance(record, Row):
+            yield record
+        else:
+            yield Row(where, record) if isinstance(record, Question) else _row(where, record, chat)
+    if empty:
+        raise InvalidPrompt("there are no prompts")
+
+
+def valid_rows(rows: Iterable[T | InvalidPrompt], *, skip_bad: bool) -> tuple[list[T], list[InvalidPrompt]]:
+    """Return the rows and the problems. Raises the first problem without `skip_bad`, and if no row is left."""
+    good, bad = list[T](), list[InvalidPrompt]()
+    for row in rows:
+        if not isinstance(row, InvalidPrompt):
+            good.append(row)
+        elif skip_bad:
+            bad.append(row)
+        else:
+            raise row
+    if not good:
+        raise InvalidPrompt(f"no row is usable; the first problem: {bad[0]}")
+    return good, bad
+
+
+def left_out(bad: Sequence[InvalidPrompt]) -> str:
+    """Return a sentence about the rows that are left out."""
+    return f"{len(bad)} {'prompt is' if len(bad) == 1 else 'prompts are'} left out; the first: {bad[0]}"
+
+
+def _path(name: str) -> Path:
+    """Return the path of a file of prompts. Raises InvalidPrompt."""
+    path, shipped = Path(name).expanduser(), sorted(file.stem for file in SHIPPED.glob("*.jsonl"))
+    if name in shipped and not path.exists():
+        return SHIPPED / f"{name}.jsonl"
+    if path.suffix not in (".jsonl", ".csv"):
+        raise InvalidPrompt(
+            f"cannot read prompts from {one_line(name)!r}: pass a .jsonl or .csv file, or {' or '.join(shipped)}"
+        )
+    return path
+
+
+def _jsonl_records(text: str) -> Iterator[tuple[int, Any]]:
+    """Yield (line, record); a line that is not JSON becomes an error in place of the record."""
+    for number, line in enumerate(text.split("\n"), start=1):
+        if line.strip():
+            try:
+                yield number, json.loads(line)
+            except (ValueError, RecursionError) as error:
+                yield number, error
+
+
+def _csv_records(text: str) -> Iterator[tuple[int, Any]]:
+    """Yield (line, record). Raises csv.Error."""
+    reader = csv.DictReader(io.StringIO(text, newline=""), strict=True)
+    for record in reader:
+        if None in record or None in record.values():
+            yield (
+                reader.line_num,
+                ValueError(f"it does not have {len(reader.fieldnames or ())} cells, as the header has"),
+            )
+        else:
+            yield (
+                reader.line_num,
+                {name: value if name in REQUIRED else value or None for name, value in record.items()},
+            )
+
+
+def _row(where: str, record: Any, chat: bool) -> Row | InvalidPrompt:
+    """Return the question of a record, or what is wrong with it."""
+    if isinstance(record, Exception):
+        return InvalidPrompt(f"{where}: {one_line(str(record))}")
+    if not isinstance(record, Mapping):
+        return InvalidPrompt(f"{where}: a record has columns, unlike {one_line(repr(record))}")
+    values = {name: record[name] for name in COLUMNS if not _is_missing(record.get(name))}
+    for name in COLUMNS:
+        meant = difflib.get_close_matches(name, [str(key) for key in record], n=1, cutoff=0.8)
+        if name not in record and meant:
+            return InvalidPrompt(f"{where}, column {meant[0]}: is this {name}?")
+        if name in REQUIRED and name not in values:
+            return InvalidPrompt(f"{where}, column {name}: it is missing")
+        if name in values and not isinstance(values[name], str):
+            return InvalidPrompt(f"{where}, column {name}: a text is needed, not {one_line(repr(values[name]))}")
+        if values.get(name) == "":
+            return InvalidPrompt(f"{where}, column {name}: it is empty")
+        try:
+            check_text(values.get(name, ""), name)
+        except InvalidPrompt as error:
+            return InvalidPrompt(f"{where}, column {name}: {error}")
+    return Row(where, Question(**values, chat=chat))
+
+
+def _is_missing(value: Any) -> bool:
+    """Whether a value is None, NaN or pandas' NA."""
+    return value is None or (isinstance(value, float) and math.isnan(value)) or type(value).__name__ == "NAType"

@@ -1,0 +1,227 @@
+"""The findings of a sweep of several prompts, as values for programs and as text for people."""
+
+from __future__ import annotations
+
+import dataclasses
+from typing import Any
+
+import numpy as np
+
+from ablation import statistics
+from ablation.report import agreement, trend
+from ablation.results import LOSS, Result
+from ablation.statistics import Effects, Share
+
+RANKED_BY = "target_probability"
+"""The metric by whose mean change heads are ranked."""
+SHOWN = ("target_probability", "logit_difference", "kl", "correct")
+"""The metrics that are listed for each of the strongest heads."""
+
+
+def findings(result: Result, strongest: int = 10) -> dict[str, Any]:
+    """Return the content of the report as values that JSON can hold; see `ablation.statistics` for the intervals.
+
+    result: of one-head ablations and at least two prompts. strongest: how many heads are listed for each imputation,
+    those with the largest mean change of the target's probability. Probabilities are in [0, 1].
+    """
+    effects = {name: statistics.effects(result, name) for name in SHOWN}
+    control = statistics.effects(result, "control_probability")
+    has_head, head_mean = result.has_head, result.head_mean.mean(axis=0)
+    means = head_mean[has_head]
+    found: dict[str, Any] = {
+        "prompts": len(result.prompts),
+        "heads": int(has_head.sum()),
+        "layers": len(has_head),
+        "clean": {
+            "correct": _share(statistics.share(result.clean["correct"] > 0)),
+            **{name: float(result.clean[name].mean()) for name in ("target_probability", "control_probability")},
+            **{name: float(result.clean[name].mean()) for name in ("logit_difference", "margin")},
+        },
+        "imputations": {name: _of_imputation(result, name, effects, control, strongest) for name in result.imputations},
+        "groups": {
+            name: {
+                "prompts": len(members),
+                "correct": _share(statistics.share(result.clean["correct"][members] > 0)),
+                "strongest": {
+                    imputation: _strongest(result, imputation, {RANKED_BY: of_group}, 1)[0]
+                    for imputation in result.imputations
+                },
+            }
+            for name, members in statistics.groups(result).items()
+            for of_group in [statistics.effects(result, RANKED_BY, members)]
+        },
+        "head_means": {
+            "mean": float(means.mean()),
+            "std": float(means.std()),
+            "min": float(means.min()),
+            "max": float(means.max()),
+            **{f"trend_{name}": value for name, value in trend(head_mean)._asdict().items()},
+        },
+    }
+    if {"zero", "mean"} <= set(result.imputations):
+        maps = result.grid(effects[RANKED_BY].mean)
+        found["agreement"] = agreement(*(maps[result.imputations.index(name)] for name in ("zero", "mean")))
+    return found
+
+
+def _of_imputation(
+    result: Result, imputation: str, effects: dict[str, Effects], control: Effects, strongest: int
+) -> dict[str, Any]:
+    """What the heads do under one imputation."""
+    own = np.array([key.imputation == imputation for key in result.ablations])
+    largest = int(np.argmax(np.where(own, np.abs(control.mean), -1.0)))
+    return {
+        "runs": int(own.sum()) * len(result.prompts),
+        "kept": int(result.kept[:, own].sum()),
+        "correct": int(result.ablated["correct"][:, own].sum()),
+        "heads_that_differ": int(effects[RANKED_BY].differs[own].sum()),
+        "strongest": _strongest(result, imputation, effects, strongest),
+        "control_largest": {"head": result.ablations[largest].label, **_interval(control, largest)},
+        "changed_nothing": int((result.changed[:, own] == 0).sum()),
+    }
+
+
+def _strongest(
+    result: Result, imputation: str, effects: dict[str, Effects], count: int, by: str = RANKED_BY
+) -> list[dict[str, Any]]:
+    """The heads with the largest mean change of a metric, the largest first, with all given metrics."""
+    own = [index for index, key in enumerate(result.ablations) if key.imputation == imputation]
+    order = sorted(own, key=lambda index: -abs(effects[by].mean[index]))[:count]
+    return [
+        {
+            "head": result.ablations[index].label,
+            **{name: _interval(of, index) for name, of in effects.items()},
+            **({} if LOSS in result.clean else {"kept": _share(statistics.share(result.kept[:, index]))}),
+        }
+        for index in order
+    ]
+
+
+def _interval(effects: Effects, index: int) -> dict[str, Any]:
+    """The mean change of one ablation, with its interval and its adjusted p value; None in place of NaN."""
+    values = {name: float(getattr(effects, name)[index]) for name in ("mean", "low", "high", "adjusted_p")}
+    return {name: value if np.isfinite(value) else None for name, value in values.items()}
+
+
+def _share(share: Share) -> dict[str, Any]:
+    return dataclasses.asdict(share)
+
+
+def findings_of_text(result: Result, strongest: int = 10) -> dict[str, Any]:
+    """Return the content of the report on a text, as values that JSON can hold. Losses are in nats per token.
+
+    result: of `ablation.texts.sweep_text`. strongest: how many heads are listed for each imputation, those with the
+    largest mean change of the loss over the windows.
+    """
+    effects = {LOSS: statistics.effects(result, LOSS)}
+    return {
+        "windows": len(result.prompts),
+        "scored_tokens": sum(len(prompt.target) for prompt in result.prompts),
+        "heads": int(result.has_head.sum()),
+        "clean": {LOSS: float(result.clean[LOSS].mean())},
+        "imputations": {
+            name: {
+                "heads_that_differ": sum(
+                    bool(differs) and key.imputation == name
+                    for key, differs in zip(result.ablations, effects[LOSS].differs, strict=True)
+                ),
+                "strongest": _strongest(result, name, effects, strongest, LOSS),
+            }
+            for name in result.imputations
+        },
+    }
+
+
+# ---- text
+
+
+def render_text(found: dict[str, Any]) -> str:
+    """Return the findings on a text as text. found: the result of `findings_of_text`."""
+    lines = [
+        f"clean      loss {found['clean'][LOSS]:.4f} nats per token, over {found['scored_tokens']} tokens in "
+        f"{found['windows']} windows"
+    ]
+    for name, of in found["imputations"].items():
+        lines += [
+            "",
+            f"{name:10} {of['heads_that_differ']} of {found['heads']} heads change the loss on average "
+            "(false discovery rate 5%)",
+        ]
+        lines += [f"  {head['head']:8} {_numbers(head[LOSS], '+.4f'):>28}" for head in of["strongest"]]
+    if found["windows"] > 1:
+        lines += ["", "Intervals in brackets are of 95%: bootstrap over the windows."]
+    return "\n".join(lines)
+
+
+def render(found: dict[str, Any]) -> str:
+    """Return findings as text, with changes of probability in percentage points. found: the result of `findings`."""
+    clean = found["clean"]
+    lines = [
+        f"clean      {_correct(clean['correct'])}; on average P(target) = {clean['target_probability']:.1%}, "
+        f"P(control) = {_small(clean['control_probability'])}, margin {clean['margin']:.2f} logits"
+    ]
+    for name, of in found["imputations"].items():
+        lines += [
+            "",
+            f"{name:10} {of['kept']} of {of['runs']} runs keep the prediction; {of['correct']} are correct",
+            f"           {of['heads_that_differ']} of {found['heads']} heads change P(target) on average "
+            "(false discovery rate 5%)",
+            f"  {'head':8} {'P(target), pp':>26}  {'logit difference':>24}  {'KL, nats':>22}  prediction kept",
+        ]
+        lines += [f"  {head['head']:8} {_row(head)}" for head in of["strongest"]]
+        lines.append(
+            f"  {'control':8} {_points(of['control_largest'], 26)}  at most, by {of['control_largest']['head']}"
+        )
+        if of["changed_nothing"]:
+            lines.append(f"  in {of['changed_nothing']} runs, the ablation changed no element of z")
+    if "agreement" in found:
+        far, r = found["agreement"]["largest_difference"], found["agreement"]["correlation"]
+        place = f"L{far['layer']}H{far['head']} {100 * far['change']:+.2f} pp"
+        correlation = "" if r is None else f"; correlation {r:.3f}"
+        lines += ["", f"mean - zero at most {place} on the target, on average over the prompts{correlation}"]
+    if found["groups"]:
+        width = max(map(len, found["groups"]))
+        lines += ["", "groups, with the head that changes P(target) most"]
+        for name, of in found["groups"].items():
+            heads = ", ".join(
+                f"{imputation} {head['head']} {_points(head[RANKED_BY]).strip()}"
+                for imputation, head in of["strongest"].items()
+            )
+            lines.append(f"  {name:{width}}  {of['correct']['count']} of {of['prompts']} correct; {heads}")
+    means = found["head_means"]
+    lines += [
+        "",
+        f"head means {means['mean']:+.3f} on average, std {means['std']:.3f}, "
+        f"from {means['min']:+.3f} to {means['max']:+.3f}; "
+        f"trend {means['trend_slope']:+.4f} per layer (r² {means['trend_r_squared']:.2f})",
+        "",
+        "Intervals in brackets are of 95%: bootstrap over the prompts for means, Wilson for shares.",
+    ]
+    return "\n".join(lines)
+
+
+def _row(head: dict[str, Any]) -> str:
+    logits, kl, kept = head["logit_difference"], head["kl"], head["kept"]
+    return (
+        f"{_points(head[RANKED_BY], 26)}  {_numbers(logits, '+.2f'):>24}  {_numbers(kl, '.3f'):>22}  "
+        f"{kept['count']} of {kept['of']}"
+    )
+
+
+def _points(effect: dict[str, Any], width: int = 0) -> str:
+    points = {name: None if effect[name] is None else 100 * effect[name] for name in ("mean", "low", "high")}
+    return f"{_numbers(points, '+.2f'):>{width}}"
+
+
+def _numbers(effect: dict[str, Any], form: str) -> str:
+    if effect["low"] is None:
+        return f"{effect['mean']:{form}}"
+    return f"{effect['mean']:{form}} [{effect['low']:{form}}, {effect['high']:{form}}]"
+
+
+def _correct(share: dict[str, Any]) -> str:
+    return f"{share['count']} of {share['of']} correct [{share['low']:.1%}, {share['high']:.1%}]"
+
+
+def _small(probability: float) -> str:
+    return f"{probability:.1%}" if probability >= 0.0005 else f"{100 * probability:.0e}%"

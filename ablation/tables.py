@@ -1,0 +1,107 @@
+"""A result as a long table: one row for each prompt, ablation and metric."""
+
+from __future__ import annotations
+
+import csv
+import importlib.util
+from collections.abc import Iterator
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+from ablation.errors import AblationError
+from ablation.results import Result
+
+if TYPE_CHECKING:
+    import pandas
+
+COLUMNS = (
+    *("prompt_index", "prompt", "target", "control", "group"),
+    *("imputation", "layer", "head", "heads"),
+    *("metric", "clean", "ablated", "change"),
+)
+"""heads: all heads of the ablation, such as L0H8+L0H9; layer and head are empty unless it is one. change: ablated -
+clean; empty for token ids."""
+
+
+def write_csv(result: Result, path: Path) -> None:
+    """Write the table as a CSV file, in UTF-8. Numbers are written without loss. Raises OSError."""
+    with path.open("w", encoding="utf-8", errors="backslashreplace", newline="") as file:
+        writer = csv.writer(file)
+        writer.writerow(COLUMNS)
+        for rows in _blocks(result):
+            writer.writerows(rows)
+
+
+def write_parquet(result: Result, path: Path) -> None:
+    """Write the table as a Parquet file. Needs pandas and pyarrow. Raises AblationError and OSError."""
+    to_frame(result).to_parquet(path, index=False)
+
+
+def can_write_parquet() -> bool:
+    """Whether pandas and pyarrow are installed."""
+    return all(importlib.util.find_spec(package) for package in ("pandas", "pyarrow"))
+
+
+def to_frame(result: Result) -> pandas.DataFrame:
+    """Return the table as a pandas frame. Texts are categories. Raises AblationError if pandas is missing."""
+    try:
+        import pandas as pd
+    except ImportError:
+        raise AblationError("a table as a frame needs pandas: pip install 'head-ablation[tables]'") from None
+    prompts, ablations, metrics = len(result.prompts), len(result.ablations), list(result.clean)
+    shape = (prompts, len(metrics), ablations)
+
+    def texts(values: list[Any], axis: int) -> Any:
+        utf8 = [value if value is None else value.encode(errors="backslashreplace").decode() for value in values]
+        codes, names = pd.factorize(np.array(utf8, dtype=object))
+        place = [1, 1, 1]
+        place[axis] = len(values)
+        return pd.Categorical.from_codes(
+            np.broadcast_to(codes.reshape(place), shape).ravel(), categories=pd.Index(names)
+        )
+
+    def integers(values: list[int | None]) -> Any:
+        return pd.array(np.tile(pd.array(values, dtype="Int32"), prompts * len(metrics)), dtype="Int32")
+
+    clean = np.stack([result.clean[name].astype(np.float64) for name in metrics], axis=1)[:, :, None]
+    ablated = np.stack([result.ablated[name].astype(np.float64) for name in metrics], axis=1)
+    change = np.where(np.array([name == "argmax" for name in metrics])[None, :, None], np.nan, ablated - clean)
+    single = [key.heads[0] if len(key.heads) == 1 else (None, None) for key in result.ablations]
+    columns = dict(zip(COLUMNS[1:5], zip(*map(_texts, result.prompts), strict=True), strict=True))
+    return pd.DataFrame(
+        {
+            "prompt_index": np.repeat(np.arange(prompts, dtype=np.int32), len(metrics) * ablations),
+            **{name: texts(list(values), 0) for name, values in columns.items()},
+            "imputation": texts([key.imputation for key in result.ablations], 2),
+            "layer": integers([layer for layer, _ in single]),
+            "head": integers([head for _, head in single]),
+            "heads": texts([key.label for key in result.ablations], 2),
+            "metric": texts(metrics, 1),
+            "clean": np.broadcast_to(clean, shape).ravel(),
+            "ablated": ablated.ravel(),
+            "change": change.ravel(),
+        },
+        columns=list(COLUMNS),
+    )
+
+
+def _texts(prompt: Any) -> tuple[str | None, ...]:
+    return prompt.prompt, prompt.target_text, prompt.control_text, prompt.group
+
+
+def _blocks(result: Result) -> Iterator[Iterator[tuple[Any, ...]]]:
+    """Yield the rows of the table, one block for each prompt and metric."""
+    keys = [
+        (key.imputation, *(key.heads[0] if len(key.heads) == 1 else ("", "")), key.label) for key in result.ablations
+    ]
+    for index, prompt in enumerate(result.prompts):
+        texts = (index, *("" if text is None else text for text in _texts(prompt)))
+        for metric in result.clean:
+            clean, ablated = result.clean[metric][index].item(), result.ablated[metric][index].tolist()
+            has_change = metric != "argmax"
+            yield (
+                (*texts, *key, metric, clean, value, (value - clean if has_change else ""))
+                for key, value in zip(keys, ablated, strict=True)
+            )
