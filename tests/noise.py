@@ -1,5 +1,7 @@
 """Measure the noise of the golden arrays, and write the tolerances that it justifies: python -m tests.noise [MODEL ...]
 
+`python -m tests.noise --prompts MODEL` measures those of the experiment over all capitals, on the first prompts.
+
 The same sweep runs in new processes. Each differs from the reference (float32, one thread, sdpa, the widest instruction
 set of the processor) in one thing that must not change a result. The tolerance of an array is FACTOR times the largest
 difference: that leaves room for other processors and releases, and is still far below any real change.
@@ -22,12 +24,15 @@ import numpy as np
 import torch
 
 from ablation import models, provenance
-from ablation.experiment import sweep_question
-from ablation.results import SweepResult
+from ablation.experiment import sweep_prompts
+from ablation.results import Result
 from ablation.sources import NAMED_MODELS
+from tests import all_capitals
 from tests.golden import FOLDER, agreement_arrays, head_mean_arrays, robustness_arrays, sensitivity_arrays
 
 FACTOR = 30
+PROMPTS = 8
+"""So many prompts are swept to measure the noise of the experiment over all capitals."""
 VARIANTS: dict[str, dict[str, Any]] = {
     "the same again": {},
     "instruction set avx2": {"environment": {"ATEN_CPU_CAPABILITY": "avx2", "MKL_CBWR": "AVX2"}},
@@ -40,12 +45,12 @@ VARIANTS: dict[str, dict[str, Any]] = {
 }
 
 
-def floats(result: SweepResult) -> dict[str, Any]:
+def floats(result: Result) -> dict[str, Any]:
     """Return every float array that is pinned."""
     pinned = (
         robustness_arrays(result, 0.0)
-        | sensitivity_arrays(result, 0, "target")
-        | sensitivity_arrays(result, 1, "control")
+        | sensitivity_arrays(result, "target")
+        | sensitivity_arrays(result, "control")
         | agreement_arrays(result)
         | head_mean_arrays(result)
     )
@@ -53,22 +58,29 @@ def floats(result: SweepResult) -> dict[str, Any]:
 
 
 def run(
-    name: str, out: Path, threads: int = 1, attention: str = "sdpa", dtype: str = "float32", max_rows: int = 0
+    name: str,
+    out: Path,
+    threads: int = 1,
+    attention: str = "sdpa",
+    dtype: str = "float32",
+    max_rows: int = 0,
+    prompts: int = 0,
 ) -> None:
-    """Sweep in this process, and save the result."""
+    """Sweep in this process, and save the result. prompts: of the file of capitals; 0 for the model's own question."""
     torch.set_num_threads(threads)
     loaded = models.load(name, download=False, device="cpu")
     loaded.model.set_attn_implementation(attention)
     loaded.model.to(getattr(torch, dtype))
-    sweep_question(loaded, NAMED_MODELS[name].question, max_rows=max_rows or None).save(out)
+    questions = all_capitals.questions(name)[:prompts] if prompts else [NAMED_MODELS[name].question]
+    sweep_prompts(loaded, questions, max_rows=max_rows or None).save(out)
 
 
-def in_new_process(name: str, environment: Mapping[str, str] = MappingProxyType({}), **variant: Any) -> SweepResult:
+def in_new_process(name: str, environment: Mapping[str, str] = MappingProxyType({}), **variant: Any) -> Result:
     """Sweep in a new process, since a process chooses its instruction set once."""
     with tempfile.TemporaryDirectory() as out:
         call = f"from pathlib import Path; from tests.noise import run; run({name!r}, Path({out!r}), **{variant!r})"
         subprocess.run([sys.executable, "-c", call], check=True, env=os.environ | environment)
-        return SweepResult.load(Path(out))
+        return Result.load(Path(out))
 
 
 def measure(name: str) -> dict[str, Any]:
@@ -78,7 +90,7 @@ def measure(name: str) -> dict[str, Any]:
     turned: dict[str, int] = {}
     for label, variant in VARIANTS.items():
         other = in_new_process(name, **variant)
-        turned[label] = int((other.argmax != reference.argmax).sum())
+        turned[label] = int((other.ablated["argmax"] != reference.ablated["argmax"]).sum())
         for key, value in floats(reference).items():
             noise.setdefault(key, {})[label] = float(np.abs(floats(other)[key] - value).max())
         print(f"{name}, {label}: {turned[label]} argmax differ; margin {noise['margin'][label]:.1e}", flush=True)
@@ -86,9 +98,21 @@ def measure(name: str) -> dict[str, Any]:
         "date": datetime.date.today().isoformat(),
         "made_with": provenance.environment(),
         "argmax_turned": turned,
-        "smallest_margin": float(reference.margin.min()),
+        "smallest_margin": float(reference.ablated["margin"].min()),
         "arrays": {key: {"atol": float(f"{FACTOR * max(by.values()):.1e}"), "noise": by} for key, by in noise.items()},
     }
+
+
+def measure_prompts(name: str) -> dict[str, Any]:
+    """Return {array: its tolerance and noise} for the experiment over all capitals."""
+    reference = in_new_process(name, prompts=PROMPTS)
+    noise: dict[str, dict[str, float]] = {}
+    for label, variant in VARIANTS.items():
+        between = all_capitals.noise_between(reference, in_new_process(name, prompts=PROMPTS, **variant))
+        for key, value in between.items():
+            noise.setdefault(key, {})[label] = value
+        print(f"{name}, {label}: {max(between.values()):.1e}", flush=True)
+    return {key: {"atol": float(f"{FACTOR * max(by.values()):.1e}"), "noise": by} for key, by in noise.items()}
 
 
 def as_toml(table: dict[str, Any]) -> str:
@@ -116,4 +140,14 @@ if __name__ == "__main__":
 
     path = FOLDER / "tolerances.toml"
     table = tomllib.loads(path.read_text()) if path.exists() else {}
-    path.write_text(as_toml(table | {name: measure(name) for name in sys.argv[1:]}))
+    names = sys.argv[1:]
+    if "--prompts" in names:
+        names.remove("--prompts")
+        for name in names:
+            table[name]["arrays"] |= measure_prompts(name)
+    else:
+        for name in names:  # the arrays of the experiment over all capitals stay
+            entry = measure(name)
+            entry["arrays"] = table.get(name, entry)["arrays"] | entry["arrays"]
+            table[name] = entry
+    path.write_text(as_toml(table))
