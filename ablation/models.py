@@ -36,6 +36,7 @@ from ablation.edits import Receipt, verify_called_once, verify_shape
 from ablation.errors import ModelUnavailable, one_line
 from ablation.heads import AttentionLayer, HeadMap
 from ablation.output import sha256
+from ablation.processes import Processes
 from ablation.sources import NAMED_MODELS, Source, resolve
 
 T = TypeVar("T")
@@ -127,10 +128,15 @@ def check_projections(model: PreTrainedModel, heads: HeadMap) -> None:
 
 
 def _device(name: str | None) -> str:
-    """Return the device of that name, by default a GPU if there is one. Raises ModelUnavailable."""
+    """Return the device of that name, by default a GPU if there is one, of its own for each process of a launcher.
+
+    Raises ModelUnavailable.
+    """
     if name is None:
-        gpu = torch.accelerator.current_accelerator(check_available=True)
-        return gpu.type if gpu else "cpu"
+        gpu, processes = torch.accelerator.current_accelerator(check_available=True), Processes.current()
+        if gpu is None or processes.total == 1:
+            return gpu.type if gpu else "cpu"
+        return f"{gpu.type}:{processes.local_rank % torch.accelerator.device_count()}"  # each process takes its own
     if name != "auto":
         try:
             torch.empty(0, device=name).cpu()  # from the meta device nothing can be copied

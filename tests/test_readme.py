@@ -13,6 +13,7 @@ from pathlib import Path
 
 import pytest
 
+from ablation.capitals.data import CAPITALS
 from ablation.cli import main
 from ablation.errors import ModelUnavailable
 from ablation.sources import NAMED_MODELS
@@ -29,7 +30,7 @@ COMMANDS = {command: output for command, output in SHOWN if command not in INSTA
 
 
 def test_readme_has_one_page() -> None:
-    assert len(README.splitlines()) <= 150
+    assert len(README.splitlines()) <= 155
 
 
 def test_every_command_of_the_readme_is_run() -> None:
@@ -52,6 +53,24 @@ def test_shown_sweep_is_what_is_printed(
     assert main(shlex.split(command)[1:]) == 0
     printed, _, _ = capsys.readouterr().out.rpartition("\nArrays")
     assert printed.strip() == COMMANDS[command].strip()
+
+
+@pytest.mark.end_to_end
+def test_shown_studies_are_what_is_printed(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """The commands of docs/studies.md, in one folder; a line of three dots stands for lines that are not shown."""
+    page = (ROOT / "docs" / "studies.md").read_text(encoding="utf-8")
+    blocks = "\n".join(re.findall(r"```console\n(.*?)```", page, re.DOTALL))
+    shown = re.findall(r"^\$ (.+)\n((?:[^$\n].*\n|\n)*)", blocks, re.M)
+    assert len(shown) == 5
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "berlin.txt").write_text(" ".join(f"{city} is the capital of {land}." for city, land in CAPITALS))
+    for command, output in shown:
+        assert main(shlex.split(command)[1:]) == 0, command
+        printed, _, _ = capsys.readouterr().out.partition("\nArrays, table")
+        pattern = ".*".join(re.escape(part.strip()) for part in re.split(r"^\.\.\.$", output, flags=re.M))
+        assert re.fullmatch(pattern, printed.strip(), re.DOTALL), f"{command} prints\n{printed}"
 
 
 @pytest.mark.end_to_end
@@ -85,7 +104,7 @@ def test_shown_python_prints_what_is_shown(page: str, examples: int) -> None:
 
 
 @pytest.mark.parametrize(
-    "page", ["README.md", "CONTRIBUTING.md", *(f"docs/{p.name}" for p in (ROOT / "docs").iterdir())]
+    "page", ["README.md", "CONTRIBUTING.md", *(f"docs/{p.name}" for p in (ROOT / "docs").glob("*.md"))]
 )
 def test_links_lead_to_existing_files(page: str) -> None:
     text = (ROOT / page).read_text(encoding="utf-8")
