@@ -357,7 +357,7 @@ def _sweep_with_progress(
     shape: dict[str, Any] = {"total": 100, "bar_format": "sweeping {percentage:3.0f}% |{bar:40}| {remaining} left"}
     if count > 1:
         bar_format = "{n:.1f} of {total} prompts |{bar:40}| {rate_fmt}, {remaining} left"
-        shape = {"total": count, "bar_format": bar_format, "unit": " prompts"}
+        shape = {"total": count, "bar_format": bar_format, "unit": "prompt"}
     status_line("")
     with tqdm(**shape, leave=False, disable=None) as bar:  # None: only on a terminal
 
