@@ -172,7 +172,10 @@ def golden_models() -> list[str]:
 def test_golden_folder_holds_only_what_is_tested() -> None:
     assert golden_models() == ["capitals", "smollm2"]
     expected = {
-        GOLDEN / model / f"{name}{end}" for model in golden_models() for name in NAMES for end in (".npz", ".json")
+        GOLDEN / model / f"{name}{end}"
+        for model in golden_models()
+        for name in (*NAMES, "all_capitals")
+        for end in (".npz", ".json")
     }
     expected |= {GOLDEN / "tolerances.toml", GOLDEN / "gpt2" / "claims.toml"}
     assert {path for path in GOLDEN.rglob("*") if path.is_file()} == expected

@@ -351,7 +351,7 @@ def test_killed_process_leaves_no_part_of_a_result(tmp_path: Path) -> None:
 
 def test_checked_files_are_those_of_a_sweep() -> None:
     optional = {"results.parquet", "report.html"}  # if their packages are installed
-    asked_for = {"strongest.png", "top_tokens.csv"}  # of several prompts; with --top
+    asked_for = {"strongest.png", "top_tokens.csv", "loss.png"}  # of several prompts; with --top; of a text
     # tests/test_cli.py compares FILES with the files that a sweep writes.
     assert set(output.FILES) == FILES | optional | asked_for
 
