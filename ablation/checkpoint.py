@@ -12,7 +12,6 @@ from ablation import output
 from ablation.errors import InvalidOutput, one_line
 from ablation.results import ARRAYS, Result
 
-FOLDER = "unfinished"
 SETTINGS = "settings.json"
 
 
@@ -28,7 +27,7 @@ class Checkpoint:
         settings: everything that the bits of the results depend on, as values that JSON can hold. Raises InvalidOutput
         if there is a checkpoint of other settings, unless `overwrite` is set: it is then removed. Raises OSError.
         """
-        self.folder = out / FOLDER
+        self.folder = out / output.UNFINISHED
         wanted = json.loads(json.dumps(settings))
         if overwrite and self._holds_other(wanted):
             self.remove()

@@ -210,8 +210,13 @@ def render(found: Mapping[str, Any], one: str, other: str) -> str:
     lines += [f"  {_where(flip)}: token {flip['first']} -> {flip['second']}" for flip in found["flips"][:10]]
     if len(found["flips"]) > 10:
         lines.append(f"  and {len(found['flips']) - 10} more")
-    lines += ["", "The results differ." if found["differs"] else "The results agree."]
+    verdict, prompts = "differ" if found["differs"] else "agree", _number(found["prompts"], "prompt")
+    lines += ["", f"The results {verdict}, in {_number(found['ablations'], 'ablation')} of {prompts}."]
     return "\n".join(line for number, line in enumerate(lines) if line or lines[number - 1])
+
+
+def _number(count: int, what: str) -> str:
+    return f"{count} {what}{'' if count == 1 else 's'}"
 
 
 def _where(cell: Mapping[str, Any]) -> str:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import math
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -38,18 +39,29 @@ def add_command(commands: Any) -> None:
 
 
 def _tolerance(text: str) -> float:
-    value = float(text)
-    if not math.isfinite(value) or value < 0:
-        raise ValueError
-    return value
+    with suppress(ValueError):
+        value = float(text)
+        if math.isfinite(value) and value >= 0:
+            return value
+    raise argparse.ArgumentTypeError(f"it is a number of nats, at least 0, not {text!r}")
+
+
+def _check_figure(path: Path) -> None:
+    """Raise InvalidOutput unless a figure can be drawn to a new file at this path."""
+    folder = path.absolute().parent
+    reason = "it exists already" if path.exists() else None if folder.is_dir() else f"there is no folder {folder}"
+    if path.suffix != ".png":
+        reason = "its name does not end with .png"
+    if reason is not None:
+        raise InvalidOutput(f"cannot draw to {path}: {reason}")
 
 
 def _diff(arguments: argparse.Namespace) -> int:
     from ablation import diff
     from ablation.results import Result
 
-    if arguments.out is not None and (Path(arguments.out).exists() or Path(arguments.out).suffix != ".png"):
-        raise InvalidOutput(f"cannot draw to {arguments.out}: name a new file that ends with .png")
+    if arguments.out is not None:
+        _check_figure(Path(arguments.out))
     pair = diff.matched(Result.load(arguments.first), Result.load(arguments.second))
     found = diff.findings(pair, arguments.tolerance)
     if math.isnan(found["tolerance"]["least"]):

@@ -8,6 +8,7 @@ import json
 import warnings
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
+from types import CodeType, FunctionType
 from typing import Any, NamedTuple
 
 import torch
@@ -69,7 +70,7 @@ def sweep_prompts(
         "prompts": len(asked),
         "prompts_sha256": hashlib.sha256(json.dumps(questions).encode()).hexdigest(),
         "imputations": [imputation.name for imputation in chosen],
-        "metrics": list(metrics or {}),
+        "metrics": {name: _code_of(metric) for name, metric in (metrics or {}).items()},
         "max_rows": max_rows,
     }
     arguments = {"imputations": chosen, "metrics": metrics, "max_rows": max_rows}
@@ -116,7 +117,7 @@ def _tokenised(loaded: LoadedModel, rows: Sequence[Row]) -> Iterator[_Asked | In
                 )
             yield _Asked(row, ids, target, control, _spacing_hint(loaded, row, float64(logits).softmax(dim=-1)))
         except InvalidPrompt as error:
-            yield error if len(rows) == 1 else row.problem(error)
+            yield row.problem(error)
 
 
 def _spacing_hint(loaded: LoadedModel, row: Row, probability: torch.Tensor) -> str | None:
@@ -148,6 +149,24 @@ def _warn(loaded: LoadedModel, bad: Sequence[InvalidPrompt], asked: Sequence[_As
 
 
 # ---- results
+
+
+def _code_of(metric: Any) -> Any:
+    """Return what a function does, as values that JSON can hold, to tell it from another one of the same name.
+
+    What it reads outside of itself, other than defaults and a closure, is not compared. For any other callable, return
+    its address, which no other process repeats.
+    """
+    if not isinstance(metric, FunctionType):
+        return repr(id(metric))
+
+    def described(code: CodeType) -> list[Any]:
+        constants = [described(c) if isinstance(c, CodeType) else repr(c) for c in code.co_consts]
+        return [code.co_code.hex(), list(code.co_names), constants]
+
+    enclosed = [repr(cell.cell_contents) for cell in metric.__closure__ or ()]
+    whole = [described(metric.__code__), repr(metric.__defaults__), repr(metric.__kwdefaults__), enclosed]
+    return hashlib.sha256(json.dumps(whole).encode()).hexdigest()
 
 
 def _task(loaded: LoadedModel, of: _Asked, known: Mapping[str, Any], arguments: Mapping[str, Any]) -> Task:

@@ -18,8 +18,8 @@ from ablation.memory import measuring_bytes
 TIE_EPS = 64.0
 
 Metric = Callable[[Tensor], Tensor]
-"""A metric of one's own: logits after the prompt, [rows, vocabulary], in the dtype and on the device of the model, not
-to be written to; returns one number for each row, [rows]."""
+"""A metric of one's own: logits after the prompt, [rows, vocabulary], in the dtype and on the device of the model;
+returns one number for each row, [rows]."""
 
 
 class Measure(Protocol):
@@ -202,7 +202,7 @@ class MovedTokens:
 
 def _own_metric(name: str, metric: Metric, logits: Tensor) -> Tensor:
     """Return the values of a user's metric, [rows] float64. Raises InvalidAblation if they are anything else."""
-    values = metric(logits)
+    values = metric(logits.clone())  # it may write into what it gets
     if not isinstance(values, Tensor) or values.shape != logits.shape[:1]:
         returned = list(values.shape) if isinstance(values, Tensor) else f"a {type(values).__name__}"
         raise InvalidAblation(f"the metric {name!r} returned {returned}, not one number for each of {len(logits)} rows")

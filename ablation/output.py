@@ -19,6 +19,8 @@ from typing import Any
 from ablation.errors import InvalidOutput, one_line
 
 MANIFEST = "sweep.json"
+UNFINISHED = "unfinished"
+"""The folder, in that of a result, for the finished prompts of an unfinished run; see `ablation.checkpoint`."""
 FILES = (
     MANIFEST,
     "sweep.npz",

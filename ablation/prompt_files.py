@@ -18,19 +18,21 @@ T = TypeVar("T")
 
 COLUMNS = ("prompt", "target", "control", "group")
 REQUIRED = COLUMNS[:2]
+NAMED = 5
+"""So many rows that are left out are named."""
 SHIPPED = Path(__file__).parent / "data"
 """Files of prompts that are part of the package: NAME.jsonl."""
 
 
 class Row(NamedTuple):
-    """A question of a table. where: its place in messages, such as `capitals.jsonl, line 3`."""
+    """A question of a table. where: its place in messages, such as `capitals.jsonl, line 3`, or empty."""
 
     where: str
     question: Question
 
     def problem(self, reason: object) -> InvalidPrompt:
         """Return an error that names the row."""
-        return InvalidPrompt(f"{self.where}: {reason}")
+        return InvalidPrompt(f"{self.where}: {reason}" if self.where else str(reason))
 
 
 def read_rows(name: str, *, chat: bool = False) -> Iterator[Row | InvalidPrompt]:
@@ -61,9 +63,9 @@ def read_rows(name: str, *, chat: bool = False) -> Iterator[Row | InvalidPrompt]
 def as_rows(records: Iterable[Any], *, chat: bool = False) -> Iterator[Row | InvalidPrompt]:
     """Yield the questions of records, and an InvalidPrompt for each record that is not a question.
 
-    records: rows or `Question` objects; or mappings with the columns of `read_rows`, as in a list of dicts, a
-    `datasets.Dataset` or a pandas frame. In a mapping, None and NaN stand for a missing value. Raises InvalidPrompt if
-    there are none, or if they cannot be iterated over.
+    records: rows, with their problems, or `Question` objects; or mappings with the columns of `read_rows`, as in a list
+    of dicts, a `datasets.Dataset` or a pandas frame. In a mapping, None and NaN stand for a missing value. Raises
+    InvalidPrompt if there are none, or if they cannot be iterated over.
     """
     if hasattr(records, "iterrows"):  # a frame iterates over the names of its columns
         records = [row.to_dict() for _, row in records.iterrows()]
@@ -72,7 +74,7 @@ def as_rows(records: Iterable[Any], *, chat: bool = False) -> Iterator[Row | Inv
     empty = True
     for number, record in enumerate(records, start=1):
         empty, where = False, f"prompt {number}"
-        if isinstance(record, Row):
+        if isinstance(record, Row | InvalidPrompt):
             yield record
         else:
             yield Row(where, record) if isinstance(record, Question) else _row(where, record, chat)
@@ -96,8 +98,10 @@ def valid_rows(rows: Iterable[T | InvalidPrompt], *, skip_bad: bool) -> tuple[li
 
 
 def left_out(bad: Sequence[InvalidPrompt]) -> str:
-    """Return a sentence about the rows that are left out."""
-    return f"{len(bad)} {'prompt is' if len(bad) == 1 else 'prompts are'} left out; the first: {bad[0]}"
+    """Return a sentence about the rows that are left out, with the reasons for the first ones."""
+    more = f"; and {len(bad) - NAMED} more" if len(bad) > NAMED else ""
+    reasons = "; ".join(map(str, bad[:NAMED]))
+    return f"{len(bad)} {'prompt is' if len(bad) == 1 else 'prompts are'} left out: {reasons}{more}"
 
 
 def _path(name: str) -> Path:

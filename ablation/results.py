@@ -118,7 +118,9 @@ class Result:
 
     @property
     def kept(self) -> NDArray[np.bool_]:
-        """[P, A] whether the argmax is that of the clean run."""
+        """[P, A] whether the argmax is that of the clean run. Raises InvalidResult for a result of a text."""
+        if "argmax" not in self.clean:
+            raise InvalidResult("a result of a text has a loss, and no predictions")
         kept: NDArray[np.bool_] = np.equal(self.ablated["argmax"], self.clean["argmax"][:, None])
         return kept
 

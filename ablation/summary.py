@@ -14,6 +14,8 @@ from ablation.statistics import Effects, Share
 
 RANKED_BY = "target_probability"
 """The metric by whose mean change heads are ranked."""
+FEW = 10
+"""With fewer prompts, the report warns of intervals that are too short."""
 SHOWN = ("target_probability", "logit_difference", "kl", "correct")
 """The metrics that are listed for each of the strongest heads."""
 
@@ -139,7 +141,7 @@ def render_text(found: dict[str, Any]) -> str:
     """Return the findings on a text as text. found: the result of `findings_of_text`."""
     lines = [
         f"clean      loss {found['clean'][LOSS]:.4f} nats per token, over {found['scored_tokens']} tokens in "
-        f"{found['windows']} windows"
+        f"{found['windows']} window{'' if found['windows'] == 1 else 's'}"
     ]
     for name, of in found["imputations"].items():
         lines += [
@@ -149,7 +151,10 @@ def render_text(found: dict[str, Any]) -> str:
         ]
         lines += [f"  {head['head']:8} {_numbers(head[LOSS], '+.4f'):>28}" for head in of["strongest"]]
     if found["windows"] > 1:
-        lines += ["", "Intervals in brackets are of 95%: bootstrap over the windows."]
+        lines += [
+            "",
+            "Intervals in brackets are of 95%: bootstrap over the windows, not corrected for many heads.",
+        ]
     return "\n".join(lines)
 
 
@@ -195,9 +200,15 @@ def render(found: dict[str, Any]) -> str:
         f"from {means['min']:+.3f} to {means['max']:+.3f}; "
         f"trend {means['trend_slope']:+.4f} per layer (r² {means['trend_r_squared']:.2f})",
         "",
-        "Intervals in brackets are of 95%: bootstrap over the prompts for means, Wilson for shares.",
+        "Intervals in brackets are of 95%: bootstrap over the prompts for means, Wilson for shares. They are not",
+        "corrected for the number of heads; the false discovery rate is." + _few(found["prompts"]),
     ]
     return "\n".join(lines)
+
+
+def _few(prompts: int) -> str:
+    """A warning about bootstrap intervals, which are too short if there are few prompts."""
+    return f" With {prompts} prompts, bootstrap intervals are too short." if prompts < FEW else ""
 
 
 def _row(head: dict[str, Any]) -> str:

@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 from ablation import output, sources
 from ablation.errors import InvalidAblation, InvalidOutput, InvalidPrompt, one_line, shortened
 from ablation.processes import Processes
-from ablation.prompt_files import Row, left_out, read_rows, valid_rows
+from ablation.prompt_files import Row, read_rows, valid_rows
 from ablation.prompts import Question, check_prompt
 from ablation.terminal import print_json, say, silence_transformers, status_line, warnings_as_notes
 
@@ -67,7 +67,13 @@ def add_command(commands: Any) -> None:
     )
     add("--skip-bad", action="store_true", help="leave out the prompts of FILE that cannot be used")
     add("--text", metavar="FILE", help="measure the mean next-token loss on a text file instead of an answer")
-    add("--stride", type=int, metavar="N", help="tokens of FILE that are scored at once, after a context of up to N")
+    add(
+        "--stride",
+        type=int,
+        metavar="N",
+        help="tokens of FILE that each window scores, after a context of up to N (default: 128, or half of "
+        "the model's longest input)",
+    )
     add("--chat", action="store_true", help="a prompt is a user's message, rendered by the model's chat template")
     add(
         "--imputation",
@@ -112,6 +118,8 @@ def _sweep(arguments: argparse.Namespace) -> int:
     asked = {**asking.asked, "imputations": imputations, "dtype": arguments.dtype}
     folder = _default_folder(source, asked) if arguments.out is None else arguments.out
     out = output.check_output(folder, asked, source.full, overwrite=arguments.overwrite)
+    if asking.is_single and not arguments.overwrite and (out / output.UNFINISHED).exists():
+        raise InvalidOutput(f"{out} holds an unfinished study of several prompts: choose another folder")
     status_line(f"loading {arguments.model} ...")
     import torch
 
@@ -119,8 +127,6 @@ def _sweep(arguments: argparse.Namespace) -> int:
 
     silence_transformers()
     with warnings_as_notes():
-        if asking.bad:
-            say(f"ablation: note: {left_out(asking.bad)}")
         loaded = models.load(arguments.model, device=arguments.device, dtype=getattr(torch, arguments.dtype))
         result = _sweep_with_progress(loaded, asking, imputations, out, arguments)
     if not Processes.current().is_first:
@@ -180,7 +186,7 @@ def _asking(arguments: argparse.Namespace, source: sources.Source) -> _Asking:
         return _Asking({"text_sha256": digest, "stride": arguments.stride}, text=text)
     if arguments.prompts is None:
         question = _question(arguments, source)
-        return _Asking(dataclasses.asdict(question), [Row("the prompt", question)])
+        return _Asking(dataclasses.asdict(question), [Row("", question)])
     rows, bad = valid_rows(read_rows(arguments.prompts, chat=arguments.chat), skip_bad=arguments.skip_bad)
     questions = [dataclasses.asdict(row.question) for row in rows]
     digest = hashlib.sha256(json.dumps(questions).encode()).hexdigest()
@@ -195,7 +201,9 @@ def _read_text(name: str) -> str:
         raise InvalidPrompt(
             f"cannot read the text {one_line(name)}: {getattr(error, 'strerror', None) or error}"
         ) from None
-    check_prompt(text)
+    text = text.removesuffix("\n").removesuffix("\r")  # the end of the last line is not part of the text
+    if not text:
+        raise InvalidPrompt(f"the text {one_line(name)} is empty")
     return text
 
 
@@ -351,7 +359,7 @@ def _sweep_with_progress(
     """Sweep with a progress bar if standard error is a terminal. Several prompts are kept as they are finished."""
     from tqdm import tqdm
 
-    from ablation import checkpoint, experiment, texts
+    from ablation import experiment, texts
 
     count = len(asking.rows)
     shape: dict[str, Any] = {"total": 100, "bar_format": "sweeping {percentage:3.0f}% |{bar:40}| {remaining} left"}
@@ -363,7 +371,7 @@ def _sweep_with_progress(
 
         def progress(share: float) -> None:
             arguments.interruptions.check()
-            if not asking.is_single and (out / checkpoint.FOLDER).exists():
+            if not asking.is_single and (out / output.UNFINISHED).exists():
                 arguments.kept = f"what is finished is kept in {out}, and the same command goes on from there"
             bar.update(bar.total * share - bar.n)
 
@@ -376,4 +384,4 @@ def _sweep_with_progress(
         }
         if asking.text is not None:
             return texts.sweep_text(loaded, asking.text, arguments.stride, **shared)
-        return experiment.sweep_prompts(loaded, asking.rows, skip_bad=arguments.skip_bad, **shared)
+        return experiment.sweep_prompts(loaded, [*asking.rows, *asking.bad], skip_bad=arguments.skip_bad, **shared)

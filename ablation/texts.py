@@ -67,7 +67,10 @@ def sweep_text(
     if not isinstance(loaded, LoadedModel):
         raise UnsupportedModel(f"a {type(loaded).__name__} has no tokenizer: pass what `ablation.load` returns")
     stride = _checked_stride(loaded, stride)
-    ids = prompt_ids(loaded.tokenizer, text)
+    try:
+        ids = prompt_ids(loaded.tokenizer, text)
+    except InvalidPrompt as error:
+        raise InvalidPrompt(f"the text cannot be used as a prompt: {error}") from None
     parts = windows(ids, stride)
     chosen, known = [as_imputation(imputation) for imputation in imputations], origin(loaded)
     settings = {

@@ -13,7 +13,7 @@ import numpy as np
 import pytest
 import torch
 
-from ablation import checkpoint, experiment
+from ablation import experiment, output
 from ablation.errors import InvalidOutput, InvalidPrompt, InvalidResult
 from ablation.experiment import sweep_prompts
 from ablation.models import LoadedModel
@@ -62,7 +62,7 @@ def interrupted(capitals: LoadedModel, tmp_path_factory: pytest.TempPathFactory)
     out = tmp_path_factory.mktemp("interrupted") / "out"
     with pytest.raises(Interrupted):
         sweep_prompts(capitals, QUESTIONS, ["zero"], checkpoint=out, progress=interrupt_after(2.5))
-    assert sorted(path.name for path in (out / checkpoint.FOLDER).iterdir()) == ["000000", "000001", "settings.json"]
+    assert sorted(path.name for path in (out / output.UNFINISHED).iterdir()) == ["000000", "000001", "settings.json"]
     return out
 
 
@@ -136,7 +136,7 @@ def test_metrics_and_targets_of_several_tokens_are_kept(capitals: LoadedModel, t
         ({"prompts": QUESTIONS[::-1]}, "prompts_sha256: .* there, .* now"),
         ({"prompts": [dataclasses.replace(QUESTIONS[0], group=None), *QUESTIONS[1:]]}, "prompts_sha256: "),
         ({"prompts": [dataclasses.replace(QUESTIONS[0], control=None), *QUESTIONS[1:]]}, "prompts_sha256: "),
-        ({"metrics": {"own": lambda logits: logits[:, 0]}}, r"metrics: \[\] there, \['own'\] now"),
+        ({"metrics": {"own": lambda logits: logits[:, 0]}}, r"metrics: \{\} there, \{'own': '\w+'\} now"),
         ({"max_rows": 8}, "max_rows: None there, 8 now"),
     ],
 )
@@ -333,3 +333,38 @@ def test_command_refuses_other_settings_unless_overwritten(
     assert (status, out) == (2, "") and "(max_rows: None there, 40 now)" in err and err.count("\n") == 1
     assert run(*arguments, "--max-rows", "40", "--overwrite")[0] == 0
     assert Result.load("out").provenance["passes"] == 4 and not Path("out/unfinished").exists()
+
+
+def largest(logits: torch.Tensor) -> torch.Tensor:
+    return logits.amax(dim=-1)
+
+
+@pytest.mark.parametrize(
+    "other",
+    [
+        lambda logits: logits.amin(dim=-1),
+        lambda logits: logits.amax(dim=-1) + 1,
+        lambda logits, add=2.0: logits.amax(dim=-1) + add,
+    ],
+    ids=["another method", "another constant", "another default"],
+)
+def test_other_metric_of_the_same_name_is_refused(capitals: LoadedModel, tmp_path: Path, other: Any) -> None:
+    """Otherwise, some prompts would have the values of one function, and some those of the other."""
+    with pytest.raises(Interrupted):
+        sweep_prompts(
+            *(capitals, QUESTIONS, ["zero"]),
+            metrics={"x": largest},
+            checkpoint=tmp_path,
+            progress=interrupt_after(2.5),
+        )
+    with pytest.raises(InvalidOutput, match="other settings .metrics"):
+        sweep_prompts(capitals, QUESTIONS, ["zero"], metrics={"x": other}, checkpoint=tmp_path)
+    again = sweep_prompts(capitals, QUESTIONS, ["zero"], metrics={"x": largest}, checkpoint=tmp_path)
+    assert_same_bits(again, sweep_prompts(capitals, QUESTIONS, ["zero"], metrics={"x": largest}))
+
+
+def test_single_question_is_not_swept_in_an_unfinished_study(stopped: Path, run: Run) -> None:  # noqa: F811
+    before = contents(stopped)
+    status, out, err = run("--out", str(stopped))
+    assert status == 2 and out == "" and "holds an unfinished study" in err
+    assert contents(stopped) == before

@@ -104,7 +104,7 @@ def test_command_exits_with_one_if_results_differ(tmp_path: Path, capsys: pytest
     moved(one, "target_log_probability", 0.5).save(tmp_path / "other")
     folders = [str(tmp_path / "one"), str(tmp_path / "other")]
     assert main(["diff", folders[0], folders[0]]) == 0
-    assert capsys.readouterr().out.endswith("The results agree.\n")
+    assert capsys.readouterr().out.endswith("The results agree, in 24 ablations of 3 prompts.\n")
     assert main(["diff", *folders]) == 1
     assert "0.5" in capsys.readouterr().out
     assert main(["diff", *folders, "--tolerance", "0.6"]) == 0
@@ -125,6 +125,7 @@ def test_result_without_rounding_needs_a_tolerance(tmp_path: Path, capsys: pytes
 def test_impossible_tolerance_is_refused(tolerance: str, capsys: pytest.CaptureFixture[str]) -> None:
     with pytest.raises(SystemExit, match="2"):
         main(["diff", "a", "b", "--tolerance", tolerance])
+    assert "it is a number of nats, at least 0" in capsys.readouterr().err
 
 
 def test_figure_is_drawn_to_a_new_file_only(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -136,9 +137,12 @@ def test_figure_is_drawn_to_a_new_file_only(tmp_path: Path, capsys: pytest.Captu
     drawn = (tmp_path / "diff.png").read_bytes()
     assert drawn.startswith(b"\x89PNG")
     capsys.readouterr()
-    assert main(arguments) == 2 and "name a new file" in capsys.readouterr().err
+    assert main(arguments) == 2 and "it exists already" in capsys.readouterr().err
     assert (tmp_path / "diff.png").read_bytes() == drawn
     assert main([*arguments[:-1], str(tmp_path / "diff.txt")]) == 2
+    assert "does not end with .png" in capsys.readouterr().err
+    assert main([*arguments[:-1], str(tmp_path / "nowhere" / "diff.png")]) == 2
+    assert "there is no folder" in capsys.readouterr().err
 
 
 def test_diff_does_not_import_torch(tmp_path: Path) -> None:

@@ -296,12 +296,13 @@ def test_unusable_records_are_refused(records: Any, reason: str) -> None:
 # ---- bad rows that are left out
 
 
-def test_skip_bad_leaves_out_rows_and_names_the_first(capitals: LoadedModel) -> None:
+def test_skip_bad_leaves_out_rows_and_names_each(capitals: LoadedModel) -> None:
     unknown = {"prompt": "Minas is the capital of", "target": " Germany"}
     records = [BERLIN, {"prompt": "Berlin is"}, unknown, {**BERLIN, "prompt": "Paris is the capital of"}]
     with pytest.raises(InvalidPrompt, match="^prompt 2, column target: it is missing$"):
         sweep_prompts(capitals, records, ["zero"])
-    with pytest.warns(UserWarning, match="^2 prompts are left out; the first: prompt 2, column target: it is missing$"):
+    reasons = "prompt 2, column target: it is missing; prompt 3: this model has no token for 'Minas' in the prompt"
+    with pytest.warns(UserWarning, match=f"^2 prompts are left out: {reasons}$"):
         result = sweep_prompts(capitals, records, ["zero"], skip_bad=True)
     assert [prompt.prompt for prompt in result.prompts] == [BERLIN["prompt"], "Paris is the capital of"]
     assert result.prompts[0].group == "Europe"
@@ -332,11 +333,11 @@ def test_command_sweeps_a_file_and_skips_bad_rows(run: Run, tmp_path: Path) -> N
     assert not Path("out").exists()
     status, out, err = run("--prompts", name, "--skip-bad", *ZERO, "--out", "out")
     assert status == 0 and out.startswith("capitals: 2 prompts\n")
-    of_file, of_model = err.splitlines()
-    assert of_file.startswith("ablation: note: 1 ") and of_file.endswith(
-        "p.jsonl, line 2, column target: it is missing"
+    of_file, of_model = (
+        "line 2, column target: it is missing",
+        "line 3: this model has no token for 'Minas' in the prompt",
     )
-    assert of_model.startswith("ablation: note: 1 ") and of_model.endswith("no token for 'Minas' in the prompt")
+    assert err == f"ablation: note: 2 prompts are left out: p.jsonl, {of_file}; p.jsonl, {of_model}\n"
     assert [prompt.prompt for prompt in Result.load("out").prompts] == [BERLIN["prompt"], "Paris is"]
 
 

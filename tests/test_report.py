@@ -122,7 +122,10 @@ def test_summary_is_rendered_with_intervals() -> None:
     text = summary.render(summary.findings(of_several_prompts()))
     assert "6 of 6 correct [61.0%, 100.0%]; on average P(target) = 30.0%, P(control) = 1.0%" in text
     assert re.search(r"^  L1H2 +-20\.00 \[-20\.00, -20\.00\] ", text, re.M)
-    assert "  one    3 of 3 correct; zero L1H2 -20.00" in text and text.endswith("Wilson for shares.")
+    assert "  one    3 of 3 correct; zero L1H2 -20.00" in text
+    assert text.endswith("With 6 prompts, bootstrap intervals are too short.")
+    many = summary.render(summary.findings(synthetic(2, 3, prompts=10)))
+    assert many.endswith("corrected for the number of heads; the false discovery rate is.")
 
 
 def test_summary_of_groups_of_one_prompt_has_no_interval() -> None:
