@@ -24,7 +24,11 @@ Run = Callable[..., tuple[int, str, str]]
 
 @pytest.fixture
 def run(capsys: pytest.CaptureFixture[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Run:
-    """Run `ablation sweep` in an empty folder. Returns exit status, standard output, standard error."""
+    """Run `ablation sweep` in an empty folder. Returns exit status, standard output, standard error.
+
+    report.html is a stub, since it takes as long as everything else; tests/test_sweep_command.py writes the real one.
+    """
+    monkeypatch.setattr(html_report, "write_html", lambda result, path, **_: path.write_text("a page"))
     (tmp_path / "here").mkdir()
     monkeypatch.chdir(tmp_path / "here")
 

@@ -159,7 +159,12 @@ def title_of(figure: Figure) -> list[str]:
 
 @pytest.mark.slow
 @pytest.mark.parametrize(
-    ("layers", "heads", "prompts"), [*((*grid, 1) for grid in GRIDS), (12, 12, 20), (2, 32, 2), (40, 2, 20)]
+    ("layers", "heads", "prompts"),
+    [
+        *((12, 12, 1), (2, 32, 2), (1, 1, 1)),
+        *(pytest.param(*grid, 1, marks=pytest.mark.end_to_end) for grid in GRIDS if grid not in ((12, 12), (1, 1))),
+        *(pytest.param(*sizes, marks=pytest.mark.end_to_end) for sizes in ((12, 12, 20), (40, 2, 20))),
+    ],
 )
 def test_figures_of_every_grid_have_no_overlaps(
     layers: int, heads: int, prompts: int, tmp_path: Path, drawn: list[Figure]
@@ -172,7 +177,7 @@ def test_figures_of_every_grid_have_no_overlaps(
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("prompts", [1, 2])
+@pytest.mark.parametrize("prompts", [1, pytest.param(2, marks=pytest.mark.end_to_end)])
 @pytest.mark.parametrize("kind", ["nothing changes", "everything flips", "no heads in some layers"])
 def test_figures_of_extreme_results_have_no_overlaps(
     kind: str, prompts: int, tmp_path: Path, drawn: list[Figure]
