@@ -24,11 +24,9 @@ Run = Callable[..., tuple[int, str, str]]
 
 @pytest.fixture
 def run(capsys: pytest.CaptureFixture[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Run:
-    """Run `ablation sweep` in an empty folder. Returns exit status, standard output, standard error.
-
-    report.html is a stub, since it takes as long as everything else; tests/test_sweep_command.py writes the real one.
-    """
+    """Run `ablation sweep` in an empty folder, with stubs for figures and page. Returns status, stdout, stderr."""
     monkeypatch.setattr(html_report, "write_html", lambda result, path, **_: path.write_text("a page"))
+    monkeypatch.setattr(figures, "draw", draw_small_files)
     (tmp_path / "here").mkdir()
     monkeypatch.chdir(tmp_path / "here")
 
@@ -39,6 +37,7 @@ def run(capsys: pytest.CaptureFixture[str], tmp_path: Path, monkeypatch: pytest.
     return run
 
 
+DRAW = figures.draw
 FIGURES = {"sensitivity.png", "difference.png", "histograms.png", "head_means.png", "margins.png"}
 FILES = {"sweep.npz", "sweep.json", "results.csv", *FIGURES}
 """The files of a sweep of one prompt with both imputations."""
@@ -46,7 +45,14 @@ FILES |= {"results.parquet"} if tables.can_write_parquet() else set()
 FILES |= {"report.html"} if html_report.available() else set()
 
 
-def test_sweep_defaults(run: Run) -> None:
+def draw_small_files(result: Result, draft: Path, **_: Any) -> None:
+    """Write each figure as a small file that depends on the result."""
+    for name in FIGURES - ({"difference.png"} if len(result.imputations) < 2 else set()):
+        (draft / name).write_bytes(result.ablated["argmax"].tobytes())
+
+
+def test_sweep_defaults(run: Run, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(figures, "draw", DRAW)
     status, out, err = run()
     assert (status, err) == (0, "")
     assert "capitals: 'Berlin is the capital of'" in out

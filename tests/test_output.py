@@ -23,7 +23,7 @@ from ablation.errors import InvalidOutput
 from ablation.results import Result
 from ablation.sweeps import sweep
 from tests.comparing import IDS
-from tests.test_cli import FIGURES, FILES, Run, run  # noqa: F401 (fixture)
+from tests.test_cli import FIGURES, FILES, Run, draw_small_files, run  # noqa: F401 (fixture)
 from tests.test_models import folder  # noqa: F401 (fixture)
 
 GPT2 = Decoder("gpt2", num_layers=2, num_heads=3, head_dim=2)
@@ -38,13 +38,7 @@ def contents(place: Path | str) -> dict[str, bytes | None]:
 @pytest.fixture
 def quick(monkeypatch: pytest.MonkeyPatch) -> None:
     """Draws each figure as a small file, since drawing takes seconds."""
-
-    def draw(result: Result, draft: Path, **_: Any) -> None:
-        names = FIGURES - ({"difference.png"} if len(result.imputations) < 2 else set())
-        for name in names:
-            (draft / name).write_bytes(result.ablated["argmax"].tobytes())
-
-    monkeypatch.setattr(figures, "draw", draw)
+    monkeypatch.setattr(figures, "draw", draw_small_files)
 
 
 pytestmark = pytest.mark.usefixtures("quick")
