@@ -15,7 +15,7 @@ from transformers import PreTrainedModel
 from ablation import provenance
 from ablation.causality import verify_causal_lm
 from ablation.edits import Ablation
-from ablation.forward import Request, rows_per_pass, validated_request
+from ablation.forward import Request, at_prompt, rows_per_pass, validated_request, verify_positions_exist
 from ablation.measure import Continuation, Metric, MovedTokens, NextToken, tie_tolerance
 from ablation.passes import Measuring, Progress, Run, Values, run_batched, run_one_by_one
 from ablation.results import METRICS, RECEIPTS, AblationKey, PromptRecord, Result
@@ -52,15 +52,17 @@ def run(
     the prompt; None stands for the most probable token of the clean run that is not the other one. A continuation of
     several tokens is scored in forward passes of its own, over the prompt and the continuation without its last token,
     in which every token is predicted from the true tokens before it; an imputation that takes a mean over the tokens
-    takes it over all tokens of these passes. metrics: {name: function}, in addition to `ablation.results.METRICS`; see
-    `ablation.measure.Metric`. max_rows: the largest number of rows in a forward pass, at least 2; by default as many as
-    fit in memory. Ablations that do not fit run in further passes. progress: called with the share of the work that is
-    done, up to 1.
+    takes it over all tokens of these passes; the positions of an ablation are those of the prompt, and an imputation
+    with values for each position leaves the z of the continuation as it is. metrics: {name: function}, in addition to
+    `ablation.results.METRICS`; see `ablation.measure.Metric`. max_rows: the largest number of rows in a forward pass,
+    at least 2; by default as many as fit in memory. Ablations that do not fit run in further passes. progress: called
+    with the share of the work that is done, up to 1.
 
     Raises InvalidPrompt, InvalidHead, InvalidAblation, UnsupportedModel, AblationNotApplied, NonFiniteLogits.
     """
     request = validated_request(model, token_ids, ablations, target, control, metrics)
     rows = rows_per_pass(request, max_rows)
+    verify_positions_exist(request)
     verify_causal_lm(request, rows)
     return _answer(request, partial(run_batched, max_rows=rows), _never_back(progress))
 
@@ -77,6 +79,7 @@ def run_sequential(
 ) -> Result:
     """Reference implementation of `run`: one forward pass for each ablation."""
     request = validated_request(model, token_ids, ablations, target, control, metrics)
+    verify_positions_exist(request)
     verify_causal_lm(request)
     return _answer(request, run_one_by_one, progress)
 
@@ -99,6 +102,7 @@ def score(
     request = validated_request(model, context, ablations, tokens, None, None)
     request = replace(request, token_ids=context + tokens[:-1], scored=scored)
     rows = rows_per_pass(request, max_rows)
+    verify_positions_exist(request)
     verify_causal_lm(request, rows)
 
     def measuring(logits: Tensor) -> Continuation:
@@ -134,6 +138,7 @@ def moved_tokens(
     """
     request = validated_request(model, token_ids, ablations, None, None, None)
     rows = rows_per_pass(request, max_rows)
+    verify_positions_exist(request)
     verify_causal_lm(request, rows)
     with torch.no_grad():
         run = run_batched(request, partial(MovedTokens.after, count=count), None, max_rows=rows)
@@ -192,7 +197,12 @@ def _answer(request: Request, runner: _Runner, progress: Progress | None) -> Res
             def scored(logits: Tensor, name: str = name, tokens: tuple[int, ...] = tokens) -> Continuation:
                 return Continuation(name, tokens, tie_tolerance(logits))
 
-            continued = replace(request, token_ids=request.token_ids + tokens[:-1], scored=len(tokens))
+            continued = replace(
+                request,
+                token_ids=request.token_ids + tokens[:-1],
+                ablations=at_prompt(request.ablations, len(request.token_ids)),
+                scored=len(tokens),
+            )
             run = runner(continued, scored, part(number))
             clean, ablated, how[name] = clean | run.clean, ablated | run.ablated, run.how
     assert isinstance(base.measure, NextToken)
@@ -209,7 +219,7 @@ def _answer(request: Request, runner: _Runner, progress: Progress | None) -> Res
 def _result(request: Request, run: Run, clean: Values, ablated: Values, record: PromptRecord) -> Result:
     """Return the result of one prompt. run: of the prompt itself. clean, ablated: its metrics, [1] and [A]."""
     return Result(
-        ablations=tuple(AblationKey(ablation.heads, ablation.imputation.name) for ablation in request.ablations),
+        ablations=tuple(_key(ablation) for ablation in request.ablations),
         prompts=(record,),
         clean=clean,
         ablated={name: values[None] for name, values in ablated.items()},
@@ -222,6 +232,11 @@ def _result(request: Request, run: Run, clean: Values, ablated: Values, record: 
             **provenance.environment(),
         },
     )
+
+
+def _key(ablation: Ablation) -> AblationKey:
+    positions = "all" if ablation.positions is None else ",".join(map(str, ablation.positions))
+    return AblationKey(ablation.heads, ablation.imputation.name, positions)
 
 
 def _metrics(values: Values, own: Mapping[str, Metric]) -> Values:

@@ -17,7 +17,7 @@ from ablation.causality import verify_causal_lm
 from ablation.edits import Ablation
 from ablation.errors import InvalidPrompt, UnsupportedModel
 from ablation.forward import last_logits, validated_request
-from ablation.imputation import IMPUTATIONS, Imputation, as_imputation
+from ablation.imputation import DEFAULT_IMPUTATIONS, Imputation
 from ablation.measure import Metric, float64, lowest_best, tie_tolerance
 from ablation.models import LoadedModel
 from ablation.passes import Progress
@@ -25,7 +25,7 @@ from ablation.prompt_files import Row, as_rows, left_out, valid_rows
 from ablation.prompts import continuation_ids, other_spacing, prompt_ids
 from ablation.results import Result
 from ablation.study import Task, origin, run_tasks, settings_of
-from ablation.sweeps import one_head_ablations, sweep
+from ablation.sweeps import as_imputations, one_head_ablations, sweep
 
 FAR_LIKELIER = 10.0
 """A text is suggested in place of another if its first token is more probable by this factor."""
@@ -34,7 +34,7 @@ FAR_LIKELIER = 10.0
 def sweep_prompts(
     loaded: LoadedModel,
     prompts: Iterable[Any],
-    imputations: Sequence[str | Imputation] = tuple(IMPUTATIONS),
+    imputations: Sequence[str | Imputation] = DEFAULT_IMPUTATIONS,
     *,
     metrics: Mapping[str, Metric] | None = None,
     skip_bad: bool = False,
@@ -58,12 +58,12 @@ def sweep_prompts(
     """
     if not isinstance(loaded, LoadedModel):
         raise UnsupportedModel(f"a {type(loaded).__name__} has no tokenizer: pass what `ablation.load` returns")
-    one_head_ablations(loaded.model, imputations)  # raises its errors before any work
+    one_head_ablations(loaded.model, as_imputations(imputations))  # raises its errors before any work
     rows, bad = valid_rows(as_rows(prompts), skip_bad=skip_bad)
     asked, unusable = valid_rows(_tokenised(loaded, rows), skip_bad=skip_bad)
     _warn(loaded, [*bad, *unusable], asked)
 
-    chosen, known = [as_imputation(imputation) for imputation in imputations], origin(loaded)
+    chosen, known = as_imputations(imputations), origin(loaded)
     questions = [[*dataclasses.astuple(of.row.question), of.token_ids, of.target, of.control] for of in asked]
     settings = {
         **settings_of(loaded),

@@ -5,7 +5,7 @@ from __future__ import annotations
 import inspect
 import os
 import traceback
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -22,6 +22,7 @@ from ablation.hook import HeadAblation
 from ablation.measure import Metric
 from ablation.memory import is_out_of_memory, pass_bytes
 from ablation.results import METRICS
+from ablation.rows import verify_positions
 
 PACKAGE = f"{Path(__file__).parent}{os.sep}"
 
@@ -82,6 +83,28 @@ def validated_request(
         raise InvalidPrompt(f"the prompt{continued} has {read} tokens, the model takes at most {longest}")
     ablated = tuple(ablation.validated(hook.heads) for ablation in wanted)
     return Request(hook, model, ids, ablated, *continuations, _validated_metrics(metrics or {}))
+
+
+def verify_positions_exist(request: Request) -> None:
+    """Raise InvalidPrompt unless the prompt has all positions at which an ablation applies."""
+    for ablation in request.ablations:
+        if ablation.positions is not None:
+            verify_positions(ablation.positions, len(request.token_ids), "the prompt", InvalidPrompt)
+
+
+def at_prompt(ablations: Sequence[Ablation], tokens: int) -> tuple[Ablation, ...]:
+    """Return ablations of a prompt of so many tokens as those of the same prompt with a continuation.
+
+    Positions stay those of the prompt. An imputation with values for each position of the prompt has none for the
+    continuation, whose z it leaves as it is.
+    """
+
+    def positions(ablation: Ablation) -> Iterable[int] | None:
+        if ablation.positions is not None:
+            return [position % tokens for position in ablation.positions]
+        return range(tokens) if ablation.imputation.by_position else None
+
+    return tuple(Ablation(of.heads, of.imputation, positions(of)) for of in ablations)
 
 
 def _continuation(tokens: Any, name: str) -> tuple[int, ...] | None:

@@ -94,7 +94,7 @@ class RowLayout:
             if receipt.calls[layer] != 1:
                 found[numbers, 0] = receipt.calls[layer]
             if layer in counts:
-                np.add.at(found[:, 1:], numbers, np.array(counts[layer]))
+                np.add.at(found[:, 1:], numbers, np.array(counts[layer])[:, 1:])
         return found
 
 

@@ -20,15 +20,14 @@ from ablation.edits import (
     Receipt,
     apply_edits,
     edits_by_layer,
-    expected_elements,
     verify_called_once,
     verify_replaced,
-    whole_sequence_mask,
 )
 from ablation.errors import AblationNotApplied, InvalidAblation
 from ablation.heads import AttentionLayer, HeadMap, find_heads
 from ablation.imputation import Imputation
 from ablation.module_hooks import compiled_code_runs_eagerly, owners, register, remove_owned_hooks
+from ablation.rows import Rows, rows_of_forward
 
 
 @dataclass(frozen=True)
@@ -42,14 +41,16 @@ class _ModelCall:
 class _Forward:
     """One forward pass of the decoder.
 
-    edits, mask: those of its ablation. grad: whether gradients were enabled when it began. checkpointed: whether
-    backward() runs its layers again. recomputed: the layers that the current backward() has run again.
+    edits, rows: those of its ablation. waiting: whether no earlier forward pass has made these edits. grad: whether
+    gradients were enabled when it began. checkpointed: whether backward() runs its layers again. recomputed: the layers
+    that the current backward() has run again.
     """
 
     edits: Mapping[int, Sequence[Edit]]
-    mask: Tensor | None
+    rows: Rows
     receipt: Receipt
     grad: bool
+    waiting: bool = False
     checkpointed: bool = False
     recomputed: set[int] = field(default_factory=set)
 
@@ -159,16 +160,25 @@ class HeadAblation:
             assert isinstance(owner, HeadAblation)
             owner._uninstall()
 
-    def ablate(self, heads: Iterable[tuple[int, int]], imputation: str | Imputation = "zero") -> None:
+    def ablate(
+        self,
+        heads: Iterable[tuple[int, int]],
+        imputation: str | Imputation = "zero",
+        positions: str | Iterable[int] | None = None,
+    ) -> None:
         """Ablate these (layer, head) pairs, and no others, in every row of this thread's following forward passes.
 
-        Raises InvalidHead and UnknownImputation, after which the previous heads stay in force; InvalidAblation if the
-        context manager is not entered; and AblationNotApplied if no forward pass has ablated the previous heads. After
-        AblationNotApplied, which reports an earlier fault, the new heads are in force.
+        positions: at which tokens; see `Ablation`. With a key/value cache, positions count from the first token of the
+        sequence, and positions from its end are refused.
+
+        Raises InvalidHead and UnknownImputation, after which the previous heads stay in force; InvalidAblation for
+        positions or values that do not fit, and if the context manager is not entered; and AblationNotApplied if no
+        forward pass has ablated the previous heads. After AblationNotApplied, which reports an earlier fault, the new
+        heads are in force.
         """
         if self._installed is None:
             raise InvalidAblation("the ablation is not installed, so it would never fire: enter it first, using `with`")
-        self.set_edits(edits_by_layer([(Ablation(heads, imputation).validated(self.heads), None)]))
+        self.set_edits(edits_by_layer([(Ablation(heads, imputation, positions).validated(self.heads), None)]))
 
     def clear(self) -> None:
         """Ablate nothing: following forward passes give the model's own logits."""
@@ -196,7 +206,7 @@ class HeadAblation:
         self._model_call = _ModelCall(_named_arguments(model, args, kwargs).get("attention_mask"))
 
     def _begin_forward(self, decoder: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-        """Decoder pre-hook: begin a receipt, and find the padding mask if an imputation depends on other tokens."""
+        """Decoder pre-hook: begin a receipt, and look at the rows if an edit depends on other tokens or positions."""
         call, self._model_call = self._model_call, None
         if _backward_task() is not None and self._ever_ablated:
             raise AblationNotApplied(
@@ -204,14 +214,16 @@ class HeadAblation:
                 "layers instead, or do not checkpoint it"
             )
         self._receipt = Receipt(self.heads.num_layers)
+        waiting = self._pending
         self._forward, self._pending, self._ever_ran = None, False, True
-        mask = None
-        if not all(edit.imputation.per_token for edits in self.edits.values() for edit in edits):
+        every, rows = [edit for edits in self.edits.values() for edit in edits], Rows()
+        whole = any(edit.imputation.reads == "row" or min(edit.positions or (0,)) < 0 for edit in every)
+        if whole or any(edit.imputation.by_position or edit.positions is not None for edit in every):
             arguments = _named_arguments(decoder, args, kwargs)
             if call is not None and isinstance(arguments.get("attention_mask"), dict):
                 arguments["attention_mask"] = call.mask  # the dict has a mask per layer type, all made from this one
-            mask = whole_sequence_mask(arguments)
-        self._forward = _Forward(self.edits, mask, self._receipt, torch.is_grad_enabled())
+            rows = rows_of_forward(arguments, whole=whole)
+        self._forward = _Forward(self.edits, rows, self._receipt, torch.is_grad_enabled(), waiting)
 
     def _edit_input(
         self, layer: AttentionLayer, projection: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]
@@ -226,9 +238,8 @@ class HeadAblation:
             return None
         self._pending, self._ever_ran = False, True
         name, z = ("", args[0]) if args else next(iter(kwargs.items()))
-        edited, counts = apply_edits(z, layer, edits, forward.mask)
+        edited, counts = apply_edits(z, layer, edits, forward.rows)
         forward.receipt.edited[layer.index] = counts
-        forward.receipt.expected[layer.index] = expected_elements(edited, layer, edits)
         return ((edited, *args[1:]), kwargs) if args else ((), kwargs | {name: edited})
 
     def _current_forward(self, layer: AttentionLayer) -> _Forward | None:
@@ -237,7 +248,7 @@ class HeadAblation:
         if task is None:
             if threading.get_ident() != self.thread:
                 return None
-            forward = self._forward or _Forward(self.edits, None, self._receipt, False)  # a layer called by itself
+            forward = self._forward or _Forward(self.edits, Rows(), self._receipt, False)  # a layer called by itself
             forward.checkpointed |= forward.grad and (not torch.is_grad_enabled() or _is_recorded_for_recomputing())
             return forward
         if self._backward is not None and self._backward[0] == task:
@@ -260,7 +271,9 @@ class HeadAblation:
         for index, edits in forward.edits.items():
             if edits:
                 verify_called_once(self.heads.layer(index), forward.receipt)
-        verify_replaced(self.heads, forward.edits, forward.receipt)
+        verify_replaced(self.heads, forward.edits, forward.receipt, may_be_none=forward.rows.is_cached)
+        if forward.waiting and forward.rows.is_cached:  # a row may get its positions in a later forward pass
+            self._pending = not any(count.expected for counts in forward.receipt.counts.values() for count in counts)
         if forward.checkpointed:
             hidden = output[0]
             if isinstance(hidden, Tensor) and hidden.requires_grad:

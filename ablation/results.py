@@ -13,7 +13,7 @@ replaced and changed.
 from __future__ import annotations
 
 import json
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field, replace
 from functools import cached_property
 from pathlib import Path
@@ -54,10 +54,15 @@ RECEIPTS = ("calls", "replaced", "changed")
 
 
 class AblationKey(NamedTuple):
-    """Which ablation a number belongs to. heads: (layer, head) pairs. imputation: its name."""
+    """Which ablation a number belongs to.
+
+    heads: (layer, head) pairs. imputation: its name. positions: at which tokens of the prompt it applies: "all", or as
+    text, such as "0,-1".
+    """
 
     heads: tuple[tuple[int, int], ...]
     imputation: str
+    positions: str = "all"
 
     @property
     def label(self) -> str:
@@ -65,7 +70,8 @@ class AblationKey(NamedTuple):
         return "+".join(f"L{layer}H{head}" for layer, head in self.heads)
 
     def __str__(self) -> str:
-        return f"{self.label or 'no head'}, {self.imputation}"
+        at = "" if self.positions == "all" else f" at {self.positions}"
+        return f"{self.label or 'no head'}, {self.imputation}{at}"
 
 
 @dataclass(frozen=True)
@@ -206,6 +212,27 @@ class Result:
             provenance=_common_provenance(results),
         )
 
+    def averaged_over_draws(self) -> Self:
+        """Return the result with one column for ablations of one key, such as several draws of `resample`.
+
+        Metrics are averaged, but the argmax is the most frequent one, the lowest of these in a tie, and the rank is the
+        lower median. Receipts are the smallest ones.
+        """
+        columns: dict[AblationKey, list[int]] = {}
+        for number, key in enumerate(self.ablations):
+            columns.setdefault(key, []).append(number)
+        if len(columns) == len(self.ablations):
+            return self
+        merging: dict[str, _Merge] = {"argmax": _most_frequent, "target_rank": _lower_median}
+
+        def merged(values: NDArray[Any], merge: _Merge) -> NDArray[Any]:
+            parts = [values[:, at[0]] if len(at) == 1 else merge(values[:, at]) for at in columns.values()]
+            return np.stack(parts, axis=1)
+
+        receipts: dict[str, Any] = {name: merged(getattr(self, name), _smallest) for name in RECEIPTS}
+        ablated = {name: merged(values, merging.get(name, _mean)) for name, values in self.ablated.items()}
+        return replace(self, ablations=tuple(columns), ablated=ablated, **receipts)
+
     # ---- files
 
     def save(self, folder: Path | str, *, overwrite: bool = False) -> None:
@@ -230,7 +257,9 @@ class Result:
     def manifest(self) -> dict[str, Any]:
         """Return what sweep.json holds besides the list of files."""
         return {
-            "ablations": [{"heads": key.heads, "imputation": key.imputation} for key in self.ablations],
+            "ablations": [
+                {name: value for name, value in key._asdict().items() if value != "all"} for key in self.ablations
+            ],
             "prompts": [asdict(prompt) for prompt in self.prompts],
             "provenance": self.provenance,
         }
@@ -308,8 +337,33 @@ def _part(arrays: Mapping[str, NDArray[Any]], prefix: str) -> dict[str, NDArray[
     return {name.removeprefix(prefix): array for name, array in arrays.items() if name.startswith(prefix)}
 
 
+_Merge = Callable[[NDArray[Any]], NDArray[Any]]
+"""[P, draws] -> [P]"""
+
+
+def _mean(values: NDArray[Any]) -> NDArray[Any]:
+    return np.asarray(values.mean(axis=1))
+
+
+def _smallest(values: NDArray[Any]) -> NDArray[Any]:
+    return np.asarray(values.min(axis=1))
+
+
+def _lower_median(values: NDArray[Any]) -> NDArray[Any]:
+    return np.sort(values, axis=1)[:, (values.shape[1] - 1) // 2]
+
+
+def _most_frequent(values: NDArray[Any]) -> NDArray[Any]:
+    def of_row(row: NDArray[Any]) -> Any:
+        found, counts = np.unique(row, return_counts=True)  # sorted
+        return found[counts.argmax()]
+
+    return np.array([of_row(row) for row in values], dtype=values.dtype)
+
+
 def _key_from_json(value: Mapping[str, Any]) -> AblationKey:
-    return AblationKey(tuple((int(layer), int(head)) for layer, head in value["heads"]), str(value["imputation"]))
+    heads = tuple((int(layer), int(head)) for layer, head in value["heads"])
+    return AblationKey(heads, str(value["imputation"]), str(value.get("positions", "all")))
 
 
 def _prompt_from_json(value: Mapping[str, Any]) -> PromptRecord:

@@ -10,10 +10,11 @@ from ablation.edits import Ablation
 from ablation.engine import run, run_sequential
 from ablation.errors import InvalidAblation, UnknownImputation
 from ablation.heads import find_heads
-from ablation.imputation import IMPUTATIONS, Imputation, as_imputation
+from ablation.imputation import DEFAULT_IMPUTATIONS, Imputation, as_imputation
 from ablation.measure import Metric
 from ablation.passes import Progress
 from ablation.results import Result
+from ablation.rows import as_positions
 
 
 def sweep(
@@ -21,18 +22,19 @@ def sweep(
     token_ids: Sequence[int],
     target: int | Sequence[int] | None = None,
     control: int | Sequence[int] | None = None,
-    imputations: Sequence[str | Imputation] = tuple(IMPUTATIONS),
+    imputations: Sequence[str | Imputation] = DEFAULT_IMPUTATIONS,
     *,
+    positions: str | Iterable[int] | None = None,
     metrics: Mapping[str, Metric] | None = None,
     max_rows: int | None = None,
     progress: Progress | None = None,
 ) -> Result:
     """Ablate each head in turn, with each imputation, in growing batches.
 
-    imputations: names or `Imputation` objects, each with a different name. `run` describes the growing batch, the other
-    arguments and the errors; in addition, raises UnknownImputation.
+    imputations: names or `Imputation` objects, each with a different name. positions: see `ablation.Ablation`. `run`
+    describes the growing batch, the other arguments and the errors; in addition, raises UnknownImputation.
     """
-    ablations = one_head_ablations(model, imputations)
+    ablations = one_head_ablations(model, as_imputations(imputations), positions)
     return run(model, token_ids, ablations, target, control, metrics=metrics, max_rows=max_rows, progress=progress)
 
 
@@ -41,29 +43,51 @@ def sweep_sequential(
     token_ids: Sequence[int],
     target: int | Sequence[int] | None = None,
     control: int | Sequence[int] | None = None,
-    imputations: Sequence[str | Imputation] = tuple(IMPUTATIONS),
+    imputations: Sequence[str | Imputation] = DEFAULT_IMPUTATIONS,
     *,
+    positions: str | Iterable[int] | None = None,
     metrics: Mapping[str, Metric] | None = None,
     progress: Progress | None = None,
 ) -> Result:
     """Reference implementation of `sweep`: one forward pass for each ablation."""
-    ablations = one_head_ablations(model, imputations)
+    ablations = one_head_ablations(model, as_imputations(imputations), positions)
     return run_sequential(model, token_ids, ablations, target, control, metrics=metrics, progress=progress)
 
 
-def one_head_ablations(model: PreTrainedModel, imputations: Sequence[str | Imputation]) -> list[Ablation]:
-    """Return the ablations of a sweep, layer by layer: the order in which rows join a growing batch.
+def as_imputations(imputations: Sequence[str | Imputation]) -> list[Imputation]:
+    """Return the imputations of a sweep.
 
-    Raises UnknownImputation, InvalidAblation if the list is empty or has equal names, and UnsupportedModel.
+    Raises UnknownImputation, and InvalidAblation for an empty list or equal names.
     """
+    chosen = [as_imputation(imputation) for imputation in listed(imputations)]
+    verify_names([imputation.name for imputation in chosen])
+    return chosen
+
+
+def listed(imputations: Sequence[str | Imputation]) -> list[str | Imputation]:
+    """Return a list of imputations. Raises UnknownImputation for a single one, and for what is no list."""
     if isinstance(imputations, str | Imputation) or not isinstance(imputations, Iterable):
         raise UnknownImputation(f"`imputations` is a list: pass [{imputations!r}]")
-    chosen = [as_imputation(imputation) for imputation in imputations]
-    if not chosen or len({imputation.name for imputation in chosen}) < len(chosen):
+    return list(imputations)
+
+
+def verify_names(names: Sequence[str]) -> None:
+    """Raise InvalidAblation if there are no imputations, or two of one name."""
+    if not names or len(set(names)) < len(names):
         raise InvalidAblation("name at least one imputation, and each only once")
+
+
+def one_head_ablations(
+    model: PreTrainedModel, imputations: Sequence[Imputation], positions: str | Iterable[int] | None = None
+) -> list[Ablation]:
+    """Return the ablations of a sweep, layer by layer: the order in which rows join a growing batch.
+
+    Raises InvalidAblation for positions that are none, and UnsupportedModel.
+    """
+    at = as_positions(positions)
     return [
-        Ablation([(layer.index, head)], imputation)
+        Ablation([(layer.index, head)], imputation, at)
         for layer in find_heads(model).layers
-        for imputation in chosen
+        for imputation in imputations
         for head in range(layer.num_heads)
     ]

@@ -12,13 +12,13 @@ from typing import Any, NamedTuple
 
 from ablation.engine import score
 from ablation.errors import InvalidPrompt, UnsupportedModel
-from ablation.imputation import IMPUTATIONS, Imputation, as_imputation
+from ablation.imputation import DEFAULT_IMPUTATIONS, Imputation
 from ablation.models import LoadedModel
 from ablation.passes import Progress
 from ablation.prompts import prompt_ids
 from ablation.results import Result
 from ablation.study import Task, origin, run_tasks, settings_of
-from ablation.sweeps import one_head_ablations
+from ablation.sweeps import as_imputations, one_head_ablations
 
 LARGEST_STRIDE = 128
 """Tokens that each window scores by default, unless this is more than half of the model's longest input."""
@@ -50,7 +50,7 @@ def sweep_text(
     loaded: LoadedModel,
     text: str,
     stride: int | None = None,
-    imputations: Sequence[str | Imputation] = tuple(IMPUTATIONS),
+    imputations: Sequence[str | Imputation] = DEFAULT_IMPUTATIONS,
     *,
     max_rows: int | None = None,
     progress: Progress | None = None,
@@ -72,7 +72,7 @@ def sweep_text(
     except InvalidPrompt as error:
         raise InvalidPrompt(f"the text cannot be used as a prompt: {error}") from None
     parts = windows(ids, stride)
-    chosen, known = [as_imputation(imputation) for imputation in imputations], origin(loaded)
+    chosen, known = as_imputations(imputations), origin(loaded)
     settings = {
         **settings_of(loaded),
         "text_sha256": hashlib.sha256(json.dumps(ids).encode()).hexdigest(),

@@ -14,7 +14,8 @@ from ablation.edits import Ablation, apply_edits, edits_by_layer
 from ablation.errors import AblationNotApplied, InvalidAblation, InvalidHead, UnknownImputation, UnsupportedModel
 from ablation.heads import find_heads
 from ablation.hook import HeadAblation
-from ablation.imputation import IMPUTATIONS, Imputation
+from ablation.imputation import IMPUTATIONS, Imputation, Site
+from ablation.rows import Rows
 from tests.test_hook import logits
 
 LLAMA = Decoder("llama", num_layers=3, num_heads=4, head_dim=8, num_key_value_groups=2)
@@ -67,7 +68,7 @@ def test_any_iterable_of_pairs_is_accepted(heads: Any) -> None:
 
 
 class Nameless(Imputation):
-    per_token = True
+    reads = "token"
 
 
 class Undeclared(Imputation):
@@ -148,11 +149,11 @@ def test_mask_of_one_row_is_that_of_all_rows() -> None:
     edits = edits_by_layer([(Ablation([(0, 1)], "mean"), None)])[0]
     one = torch.tensor([[1, 1, 1, 0, 0]])
     for mask in (one, one.bool(), one.float()):
-        (got, _), (want, _) = apply_edits(z, layer, edits, mask), apply_edits(z, layer, edits, one.repeat(3, 1))
-        assert torch.equal(got, want) and not torch.equal(got, apply_edits(z, layer, edits, None)[0])
+        (got, _), (want, _) = (apply_edits(z, layer, edits, Rows(m)) for m in (mask, one.repeat(3, 1)))
+        assert torch.equal(got, want) and not torch.equal(got, apply_edits(z, layer, edits, Rows())[0])
     for wrong in (torch.ones(2, 5), torch.ones(3, 4), torch.ones(1, 6)):
         with pytest.raises(InvalidAblation, match="does not fit z of 3 rows and 5 tokens"):
-            apply_edits(z, layer, edits, wrong)
+            apply_edits(z, layer, edits, Rows(wrong))
 
 
 def test_row_of_padding_only_leaves_others_alone() -> None:
@@ -220,7 +221,7 @@ def test_transform_that_hides_values_is_refused() -> None:
 def test_meta_tensor_is_refused() -> None:
     layer, edits = find_heads(LLAMA.shared()).layers[0], edits_by_layer([(Ablation([(0, 1)]), None)])[0]
     with pytest.raises(UnsupportedModel, match="on the meta device, which has no values"):
-        apply_edits(torch.rand(1, 5, 32, device="meta"), layer, edits, None)
+        apply_edits(torch.rand(1, 5, 32, device="meta"), layer, edits, Rows())
 
 
 def test_distributed_tensor_is_refused() -> None:
@@ -229,41 +230,41 @@ def test_distributed_tensor_is_refused() -> None:
 
     layer, z = find_heads(LLAMA.shared()).layers[0], torch.rand(1, 5, 32)
     with pytest.raises(UnsupportedModel, match="a DTensor, which is spread over devices"):
-        apply_edits(z.as_subclass(DTensor), layer, edits_by_layer([(Ablation([(0, 1)]), None)])[0], None)
+        apply_edits(z.as_subclass(DTensor), layer, edits_by_layer([(Ablation([(0, 1)]), None)])[0], Rows())
 
 
 def test_nan_in_z_is_replaced_and_counted() -> None:
     layer, z = find_heads(LLAMA.shared()).layers[0], torch.rand(2, 5, 32)
     z[0, :, 8:16], z[1, 2, 9] = torch.nan, torch.inf
     zero = edits_by_layer([(Ablation([(0, 1)]), None)])[0]
-    edited, counts = apply_edits(z, layer, zero, None)
-    assert not edited[..., 8:16].any() and counts.tolist() == [[80, 80]]
+    edited, counts = apply_edits(z, layer, zero, Rows())
+    assert not edited[..., 8:16].any() and counts.tolist() == [[80, 80, 80]]
     mean = edits_by_layer([(Ablation([(0, 1)], IMPUTATIONS["mean"]), None)])[0]
-    edited, counts = apply_edits(z, layer, mean, None)
+    edited, counts = apply_edits(z, layer, mean, Rows())
     assert edited[0, :, 8:16].isnan().all() and edited[1, :, 8:16].isinf().all()
-    assert counts.tolist() == [[80, 39]]  # NaN stays NaN, infinity stays infinity
+    assert counts.tolist() == [[80, 80, 39]]  # NaN stays NaN, infinity stays infinity
 
 
 class Halved(Imputation):
     """Writes into the z that it receives, although it must not."""
 
-    name, per_token = "halved", True
+    name, reads = "halved", "token"
 
-    def __call__(self, z: Tensor, mask: Tensor | None = None) -> Tensor:
+    def __call__(self, z: Tensor, site: Site) -> Tensor:
         return z.mul_(0.5)
 
 
 class Misshapen(Imputation):
-    name, per_token = "misshapen", True
+    name, reads = "misshapen", "token"
 
-    def __call__(self, z: Tensor, mask: Tensor | None = None) -> Tensor:
+    def __call__(self, z: Tensor, site: Site) -> Tensor:
         return z[:, :, :3]
 
 
 class Number(Imputation):
-    name, per_token = "number", True
+    name, reads = "number", "token"
 
-    def __call__(self, z: Tensor, mask: Tensor | None = None) -> Any:
+    def __call__(self, z: Tensor, site: Site) -> Any:
         return 0.0
 
 
@@ -272,7 +273,7 @@ def test_imputation_that_writes_into_z_is_counted_rightly() -> None:
     with HeadAblation(model) as ablation:
         ablation.ablate([(1, 0)], Halved())
         logits(model, IDS)
-        assert ablation.receipt.counts[1] == [(40, 40)]
+        assert ablation.receipt.counts[1] == [(40, 40, 40)]
 
 
 @pytest.mark.parametrize("imputation", [Misshapen(), Number()])

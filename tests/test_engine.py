@@ -21,7 +21,7 @@ from ablation.engine import run, run_sequential
 from ablation.errors import AblationNotApplied, InvalidAblation, InvalidHead, UnsupportedModel
 from ablation.heads import find_heads
 from ablation.hook import HeadAblation
-from ablation.imputation import Imputation
+from ablation.imputation import Imputation, Site
 from ablation.results import AblationKey
 from ablation.sweeps import sweep, sweep_sequential
 from tests.comparing import ATOL, IDS, assert_falls_back, assert_results_equal
@@ -169,9 +169,9 @@ class Failing(Imputation):
     """A user's imputation that raises."""
 
     name = "failing"
-    per_token = True
+    reads = "token"
 
-    def __call__(self, z: Tensor, mask: Tensor | None = None) -> Tensor:
+    def __call__(self, z: Tensor, site: Site) -> Tensor:
         return z + None  # type: ignore[operator]
 
 
@@ -233,12 +233,12 @@ def test_error_in_the_callers_code_propagates(
 @pytest.mark.parametrize("way", [sweep, sweep_sequential])
 def test_hook_that_changes_nothing_is_no_robust_model(way: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     def idle(z: Tensor, layer: Any, edits: Any, mask: Any) -> tuple[Tensor, Tensor]:
-        return z, torch.zeros(len(edits), 2, dtype=torch.long)
+        return z, torch.zeros(len(edits), 3, dtype=torch.long)
 
     monkeypatch.setattr(hook_module, "apply_edits", idle)
     model = GPT2.shared()
     before = hooks_of(model)
-    with pytest.raises(AblationNotApplied, match=r"c_proj: 0 of 10 elements of head [02] hold the imputed"):
+    with pytest.raises(AblationNotApplied, match=r"c_proj: 0 of 0 elements of head [02] hold the imputed"):
         way(model, IDS)
     assert hooks_of(model) == before
 

@@ -55,9 +55,9 @@ def test_receipts_are_summed_over_the_heads_of_a_set() -> None:
     receipt = Receipt(3)
     receipt.calls = [1, 2, 1]
     receipt.edited = {
-        0: torch.tensor([[10, 9]]),
-        1: torch.tensor([[10, 1], [10, 2]]),
-        2: torch.tensor([[10, 3], [10, 0]]),
+        0: torch.tensor([[10, 10, 9]]),
+        1: torch.tensor([[10, 10, 1], [10, 10, 2]]),
+        2: torch.tensor([[10, 10, 3], [10, 10, 0]]),
     }
     found = RowLayout.growing(SETS).receipts(receipt)
     assert found.tolist() == [[1, 0, 0], [1, 20, 12], [2, 20, 3], [1, 10, 0]]

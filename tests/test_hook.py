@@ -16,7 +16,8 @@ from ablation.edits import Ablation, apply_edits, edits_by_layer
 from ablation.errors import AblationNotApplied, InvalidAblation, UnsupportedModel
 from ablation.heads import find_heads
 from ablation.hook import HeadAblation
-from ablation.imputation import IMPUTATIONS
+from ablation.imputation import IMPUTATIONS, Site
+from ablation.rows import Rows
 
 GPT2 = Decoder("gpt2", num_layers=3, num_heads=4, head_dim=2)
 IDS = torch.tensor([[3, 1, 4, 1, 5]])
@@ -177,7 +178,7 @@ def test_edits_ignore_the_default_device(imputation: str) -> None:
     edits = edits_by_layer([(Ablation([(1, 0), (1, 2)], imputation), None)])[1]
     with torch.device("meta"):
         z = torch.ones(1, 5, 8, device="cpu")
-        edited, counts = apply_edits(z, layer, edits, z[..., 0])
+        edited, counts = apply_edits(z, layer, edits, Rows(z[..., 0]))
     assert edited.device == counts.device == z.device and counts[:, 0].tolist() == [10, 10]
 
 
@@ -229,7 +230,9 @@ def test_mean_is_rounded_once(dtype: torch.dtype) -> None:
     z = torch.rand(50, 40, 8, generator=torch.manual_seed(1)).to(dtype)
     exact = z.double().mean(dim=(1, 2), keepdim=True)
     for mask in (None, torch.ones(50, 40)):
-        assert torch.equal(IMPUTATIONS["mean"](z, mask), exact.to(dtype))
+        assert torch.equal(
+            IMPUTATIONS["mean"](z, Site(0, torch.zeros(50, dtype=torch.long), 40, mask)), exact.to(dtype)
+        )
 
 
 def test_gradients_bypass_the_ablated_head() -> None:

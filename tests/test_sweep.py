@@ -23,7 +23,7 @@ from ablation.errors import InvalidPrompt, InvalidResult, NonFiniteLogits
 from ablation.experiment import sweep_prompts
 from ablation.heads import find_heads
 from ablation.hook import HeadAblation
-from ablation.imputation import Imputation
+from ablation.imputation import Imputation, Site
 from ablation.measure import resolve_watched, tie_tolerance
 from ablation.models import LoadedModel
 from ablation.prompts import Question
@@ -105,13 +105,13 @@ def test_head_that_writes_nothing_has_no_effect() -> None:
 
 def test_imputations_of_one_class_stay_distinct() -> None:
     class Constant(Imputation):
-        per_token = True
+        reads = "token"
 
         def __init__(self, value: float) -> None:
             object.__setattr__(self, "value", value)
             object.__setattr__(self, "name", f"constant {value}")
 
-        def __call__(self, z: Tensor, mask: Tensor | None = None) -> Tensor:
+        def __call__(self, z: Tensor, site: Site) -> Tensor:
             return z.new_full((), self.value)  # type: ignore[attr-defined]
 
     model, both = GPT2.shared(), [Constant(0.0), Constant(1.0)]
