@@ -15,8 +15,9 @@ if TYPE_CHECKING:
     from ablation.experiment import sweep_prompts
     from ablation.heads import HeadMap, find_heads
     from ablation.hook import HeadAblation
-    from ablation.imputation import Imputation
+    from ablation.imputation import Imputation, Values
     from ablation.models import LoadedModel, load
+    from ablation.reference import Reference, record_z
     from ablation.results import Result
     from ablation.sweeps import sweep, sweep_sequential
 
@@ -27,9 +28,12 @@ _MODULES = {
     "HeadMap": "heads",
     "Imputation": "imputation",
     "LoadedModel": "models",
+    "Reference": "reference",
     "Result": "results",
+    "Values": "imputation",
     "find_heads": "heads",
     "load": "models",
+    "record_z": "reference",
     "run": "engine",
     "run_sequential": "engine",
     "sweep": "sweeps",
@@ -44,9 +48,12 @@ __all__ = [
     "HeadMap",
     "Imputation",
     "LoadedModel",
+    "Reference",
     "Result",
+    "Values",
     "find_heads",
     "load",
+    "record_z",
     "run",
     "run_sequential",
     "sweep",
