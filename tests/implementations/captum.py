@@ -15,7 +15,7 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from ablation.heads import find_heads
-from ablation.imputation import as_imputation
+from tests.implementations.imputed import Imputed
 
 
 class Captum:
@@ -32,7 +32,7 @@ class Captum:
         self.clear()
 
     def ablate(self, heads: Sequence[tuple[int, int]], imputation: str) -> None:
-        self.heads, self.imputation = list(heads), as_imputation(imputation)
+        self.heads, self.imputed = list(heads), Imputed(imputation, record=lambda batch: {})
 
     def run(self, input_ids: Tensor, attention_mask: Tensor | None = None, **inputs: Any) -> Tensor:
         runs: list[Tensor] = []  # Captum returns the change of a score, so the logits are kept here
@@ -51,7 +51,7 @@ class Captum:
             z = LayerActivation(score, layer.projection).attribute(input_ids, **at)
             features = torch.zeros(1, 1, z.shape[-1], dtype=torch.long)
             features[..., layer.channels(head)] = 1  # ablated last
-            baseline = self.imputation(z[..., layer.channels(head)], attention_mask)
+            baseline = self.imputed(index, head, z[..., layer.channels(head)], attention_mask)
             LayerFeatureAblation(score, layer.projection).attribute(input_ids, baseline, layer_mask=features, **at)
         return runs[-1]
 

@@ -7,19 +7,21 @@ trace it does nothing but call the original.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any, ClassVar
 
+import nnsight
 import torch
 from nnsight import NNsight
 from torch import Tensor
 from transformers import PreTrainedModel
 
 from ablation.heads import find_heads
-from ablation.imputation import as_imputation
+from tests.implementations.imputed import OFFERED, Imputed, Recorded
 
 
 class Nnsight:
+    imputations = OFFERED
     unsupported: ClassVar[dict[str, str]] = {
         "restores": "it leaves an object in place of every module's `forward`, by design",
         "validation": "it knows modules, not heads: the adapter decides what an index means",
@@ -30,20 +32,29 @@ class Nnsight:
         self.layers = find_heads(model).layers
         self.clear()
 
-    def ablate(self, heads: Sequence[tuple[int, int]], imputation: str) -> None:
-        self.heads, self.imputation = list(heads), as_imputation(imputation)
+    def ablate(self, heads: Sequence[tuple[int, int]], imputation: str, **given: Any) -> None:
+        self.heads, self.imputed = list(heads), Imputed(imputation, **given, record=self.record)
+
+    def record(self, batch: Mapping[str, Any]) -> Recorded:
+        with torch.no_grad(), self.model.trace(**batch):
+            saved = nnsight.save([])
+            for layer in self.layers:
+                saved.append(self.model.get(layer.projection_name).input.clone())
+        pairs = zip(self.layers, saved, strict=True)
+        return {layer.index: z.unflatten(-1, (layer.num_heads, -1)) for layer, z in pairs}
 
     def run(self, input_ids: Tensor, attention_mask: Tensor | None = None, **inputs: Any) -> Tensor:
         inputs = {"use_cache": False} | inputs
         with torch.no_grad(), self.model.trace(input_ids=input_ids, attention_mask=attention_mask, **inputs):
             for layer in self.layers:  # a trace reads the model in the order in which it runs
-                targets = [layer.channels(head) for index, head in self.heads if index == layer.index]
+                targets = [head for index, head in self.heads if index == layer.index]
                 if targets:
                     projection = self.model.get(layer.projection_name)
                     z = projection.input
                     replaced = z.clone()
-                    for channels in targets:
-                        replaced[..., channels] = self.imputation(z[..., channels], attention_mask)
+                    for head in targets:
+                        own = z[..., layer.channels(head)]
+                        replaced[..., layer.channels(head)] = self.imputed(layer.index, head, own, attention_mask)
                     projection.input = replaced
             logits = self.model.output.logits.save()
         return logits

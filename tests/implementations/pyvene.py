@@ -7,7 +7,7 @@ of the model, the user's too, and `disable_model_gradients` (intervenable_base.p
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any, ClassVar
 
 import pyvene
@@ -16,10 +16,11 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from ablation.heads import AttentionLayer, find_heads
-from ablation.imputation import as_imputation
+from tests.implementations.imputed import OFFERED, Imputed, Recorded
 
 
 class Pyvene:
+    imputations = OFFERED
     unsupported: ClassVar[dict[str, str]] = {
         "observable": "it removes every hook of the model that it is given and freezes it, so it is given a copy",
         "validation": "the function that replaces z picks the head: the adapter decides what an index means",
@@ -30,8 +31,25 @@ class Pyvene:
         self.layers = find_heads(self.model).layers
         self.clear()
 
-    def ablate(self, heads: Sequence[tuple[int, int]], imputation: str) -> None:
-        self.heads, self.imputation = list(heads), as_imputation(imputation)
+    def ablate(self, heads: Sequence[tuple[int, int]], imputation: str, **given: Any) -> None:
+        self.heads, self.imputed = list(heads), Imputed(imputation, **given, record=self.record)
+
+    def record(self, batch: Mapping[str, Any]) -> Recorded:
+        found: Recorded = {}
+
+        def recorder(layer: AttentionLayer) -> Callable[[Tensor, Any], Tensor]:
+            def look(z: Tensor, source: Any) -> Tensor:
+                found[layer.index] = z.unflatten(-1, (layer.num_heads, -1)).clone()
+                return z
+
+            return look
+
+        representations = [
+            {"component": f"{layer.projection_name}.input", "intervention": recorder(layer)} for layer in self.layers
+        ]
+        with torch.no_grad():
+            pyvene.IntervenableModel(representations, self.model)(dict(batch))
+        return found
 
     def run(self, input_ids: Tensor, attention_mask: Tensor | None = None, **inputs: Any) -> Tensor:
         representations = [
@@ -49,8 +67,9 @@ class Pyvene:
 
         def replace(z: Tensor, source: Any) -> Tensor:
             out = z.clone()
-            for channels in [layer.channels(head) for index, head in self.heads if index == layer.index]:
-                out[..., channels] = self.imputation(z[..., channels], mask)
+            for head in [head for index, head in self.heads if index == layer.index]:
+                own = z[..., layer.channels(head)]
+                out[..., layer.channels(head)] = self.imputed(layer.index, head, own, mask)
             return out
 
         return replace

@@ -19,7 +19,7 @@ Since transformers 5.24, which calls it `cache`, it finds none, and each decoded
 from __future__ import annotations
 
 import copy
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from functools import partial
 from typing import Any, ClassVar
 
@@ -29,10 +29,11 @@ from transformer_lens.model_bridge.sources import build_bridge_from_module
 from transformers import PreTrainedModel
 
 from ablation.checks.protocol import CACHE
-from ablation.imputation import Imputation, as_imputation
+from tests.implementations.imputed import OFFERED, Imputed, Recorded
 
 
 class TransformerLens:
+    imputations = OFFERED
     unsupported: ClassVar[dict[str, str]] = {
         "observable": "a bridge replaces the modules of the model that it is given, for good, so it is given a copy",
         "bit_identity": "it computes attention itself, and for GPT-2 from W_Q, W_K and W_V split apart",
@@ -47,12 +48,18 @@ class TransformerLens:
         self.bridge = build_bridge_from_module(copied, type(copied).__name__, hf_config=copied.config)
         self.clear()
 
-    def ablate(self, heads: Sequence[tuple[int, int]], imputation: str) -> None:
-        self.heads, self.imputation = list(heads), as_imputation(imputation)
+    def ablate(self, heads: Sequence[tuple[int, int]], imputation: str, **given: Any) -> None:
+        self.heads, self.imputed = list(heads), Imputed(imputation, **given, record=self.record)
+
+    def record(self, batch: Mapping[str, Any]) -> Recorded:
+        inputs = dict(batch)
+        with torch.no_grad():
+            _, cache = self.bridge.run_with_cache(inputs.pop("input_ids"), **inputs)
+        return {layer: cache[f"blocks.{layer}.attn.hook_z"] for layer in range(self.bridge.cfg.n_layers)}
 
     def run(self, input_ids: Tensor, attention_mask: Tensor | None = None, **inputs: Any) -> Tensor:
         hooks = [
-            (f"blocks.{layer}.attn.hook_z", partial(replace, head, self.imputation, attention_mask))
+            (f"blocks.{layer}.attn.hook_z", partial(replace, layer, head, self.imputed, attention_mask))
             for layer, head in dict.fromkeys(self.heads)
         ]
         inputs = {"use_cache": False} | inputs
@@ -66,7 +73,7 @@ class TransformerLens:
         self.clear()
 
 
-def replace(head: int, imputation: Imputation, mask: Tensor | None, z: Tensor, hook: Any) -> Tensor:
-    """A hook function, once the first three arguments are bound. z: [rows, tokens, heads, head_dim]."""
-    z[:, :, head] = imputation(z[:, :, head], mask)
+def replace(layer: int, head: int, imputed: Imputed, mask: Tensor | None, z: Tensor, hook: Any) -> Tensor:
+    """A hook function, once the first four arguments are bound. z: [rows, tokens, heads, head_dim]."""
+    z[:, :, head] = imputed(layer, head, z[:, :, head], mask)
     return z
