@@ -115,7 +115,7 @@ def _mean_over_tokens(values: Tensor, mask: Tensor | None) -> Tensor:
 
 @dataclass(frozen=True)
 class Scale(Imputation):
-    """Multiplies z by a number: 0 gives what `Zero` gives, and 1 changes no bit.
+    """Multiplies z by a number: 0 gives what `Zero` gives, and 1 changes no bit; a NaN stays a NaN.
 
     factor: any finite number, kept as a float. Raises UnknownImputation for anything else.
     """
