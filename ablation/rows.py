@@ -18,15 +18,15 @@ Positions = tuple[int, ...]
 
 def as_positions(positions: str | Iterable[int] | None) -> Positions | None:
     """Return positions, or None for all. positions: "all", "last", or ints. Raises InvalidAblation."""
-    if positions is None or positions == "all":
+    if positions is None:
         return None
-    if positions == "last":
-        return (-1,)
+    if isinstance(positions, str) and positions in ("all", "last"):
+        return None if positions == "all" else (-1,)
     try:
-        found = tuple(dict.fromkeys(map(as_index, positions)))
+        found = tuple(dict.fromkeys(map(as_index, positions)))  # the letters of a text are no integers
     except TypeError:
         found = ()
-    if not found or isinstance(positions, str):
+    if not found:
         raise InvalidAblation(f"positions are 'all', 'last' or a list of integers, not {positions!r}")
     return found
 
