@@ -138,12 +138,16 @@ class Reference:
                 values = {name: arrays[name] for name in arrays}
             counts, known = values.pop("counts"), json.loads(str(values.pop("provenance")))
             sums = {int(name.removeprefix("layer.")): z for name, z in values.items()}
-            if counts.ndim != 1 or counts.dtype != np.int64 or not sums or not isinstance(known, dict):
+            if not sums or values.keys() != {f"layer.{abs(layer)}" for layer in sums} or not isinstance(known, dict):
                 raise ValueError("it is not a reference")
+            if counts.ndim != 1 or counts.dtype != np.int64 or not counts.size:
+                raise ValueError("its counts have the wrong dimensions")
+            if counts[-1] < 1 or (np.diff(counts) > 0).any():  # a prompt has all positions before its last
+                raise ValueError("its counts are not those of prompts")
             if any(z.ndim != 3 or z.dtype != np.float64 or len(z) != len(counts) for z in sums.values()):
-                raise ValueError("its arrays have the wrong dimensions")
-            if not counts.size or counts.min() < 1 or not all(np.isfinite(z).all() for z in sums.values()):
-                raise ValueError("its numbers are none that prompts give")
+                raise ValueError("its sums have the wrong dimensions")
+            if not all(np.isfinite(z).all() for z in sums.values()):
+                raise ValueError("its sums are not finite")
         except Exception as error:  # a damaged file makes json, zipfile, zlib and numpy raise many kinds of errors
             raise InvalidResult(f"no reference can be read from {one_line(path)}: {one_line(error)}") from error
         return cls(torch.from_numpy(counts), {layer: torch.from_numpy(z) for layer, z in sorted(sums.items())}, known)
