@@ -163,7 +163,7 @@ def test_receipt_counts_the_tokens_of_each_decoding_step() -> None:
     assert all(expected == replaced == changed for expected, replaced, changed in counts)
 
 
-def test_position_from_the_end_that_a_cached_row_lacks_is_refused() -> None:
+def test_position_from_the_end_that_a_row_lacks_is_refused() -> None:
     """Another position of the list exists, so a receipt would not tell."""
     model = decoder_of("gpt2").shared()
     with HeadAblation(model) as hook:
