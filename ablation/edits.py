@@ -133,9 +133,10 @@ def apply_edits(z: Tensor, layer: AttentionLayer, edits: Sequence[Edit], rows: R
     counts = torch.zeros(len(edits), 3, dtype=torch.long, device=z.device)
     # All slices of one imputation are replaced at once: a growing batch has an edit for each row.
     groups: dict[tuple[Imputation, Positions | None], list[tuple[int, int, int]]] = {}
-    for number, edit in enumerate(edits):
-        every = range(len(z)) if edit.row is None else [edit.row]
-        groups.setdefault((edit.imputation, edit.positions), []).extend((number, row, edit.head) for row in every)
+    for index, edit in enumerate(edits):
+        edited_rows = range(len(z)) if edit.row is None else [edit.row]
+        group = groups.setdefault((edit.imputation, edit.positions), [])
+        group.extend((index, of_row, edit.head) for of_row in edited_rows)
     for (imputation, positions), slices in groups.items():
         number, row, head = torch.tensor(slices, device=z.device).reshape(-1, 3).unbind(-1)
         at = torch.ones(len(row), z.shape[1], dtype=torch.bool, device=z.device)  # [slices, tokens]

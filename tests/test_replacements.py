@@ -209,7 +209,7 @@ def with_draws(draws: int, seed: int) -> Result:
     keys = [single[0], *several, single[1], *several * (draws - 1)]
     shape = (3, len(keys))
     base = synthetic(1, 2, prompts=3)
-    ablated = {name: random.randn(*shape) for name in base.ablated}
+    ablated: dict[str, Any] = {name: random.randn(*shape) for name in base.ablated}
     ablated["argmax"] = random.randint(0, 3, shape)
     ablated["target_rank"] = random.randint(1, 9, shape)
     ablated["correct"] = (ablated["argmax"] == 0).astype(float)
