@@ -18,15 +18,15 @@ Positions = tuple[int, ...]
 
 def as_positions(positions: str | Iterable[int] | None) -> Positions | None:
     """Return positions, or None for all. positions: "all", "last", or ints. Raises InvalidAblation."""
-    if positions is None or positions == "all":
+    if positions is None:
         return None
-    if positions == "last":
-        return (-1,)
+    if isinstance(positions, str) and positions in ("all", "last"):
+        return None if positions == "all" else (-1,)
     try:
-        found = tuple(dict.fromkeys(map(as_index, positions)))
+        found = tuple(dict.fromkeys(map(as_index, positions)))  # the letters of a text are no integers
     except TypeError:
         found = ()
-    if not found or isinstance(positions, str):
+    if not found:
         raise InvalidAblation(f"positions are 'all', 'last' or a list of integers, not {positions!r}")
     return found
 
@@ -74,12 +74,12 @@ class Rows:
         Raises InvalidAblation if a row has no token at one of them, and cannot get it in a later pass.
         """
         mask, found = self.mask_of(z), self.positions(z)
-        real = None if mask is None else mask != 0
-        lengths = found.new_full((len(z), 1), self.past + z.shape[1]) if real is None else real.sum(dim=1, keepdim=True)
-        if not self.is_cached:
+        real, longest = None if mask is None else mask != 0, self.past + z.shape[1]
+        lengths = found.new_full((len(z), 1), longest) if real is None else real.sum(dim=1, keepdim=True)
+        if not self.is_cached or min(positions) < 0:  # positions from the end need the whole row in this pass
             shortest = z.shape[1] if real is None else int(lengths.min())
             verify_positions(positions, shortest, "a row")
-        wanted = found.new_tensor(positions)
+        wanted = found.new_tensor([position for position in positions if -longest <= position < longest])
         at = torch.isin(found, wanted) | torch.isin(found - lengths, wanted)  # from the start, or from the end
         return at if real is None else at & real[:, self.past :]
 

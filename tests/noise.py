@@ -1,6 +1,7 @@
 """Measure the noise of the golden arrays, and write the tolerances that it justifies: python -m tests.noise [MODEL ...]
 
-`python -m tests.noise --prompts MODEL` measures those of the experiment over all capitals, on the first prompts.
+`python -m tests.noise --prompts MODEL` measures those of the experiment over all capitals, on the first prompts, and
+`python -m tests.noise --imputations MODEL` those of other imputations.
 
 The same sweep runs in new processes. Each differs from the reference (float32, one thread, sdpa, the widest instruction
 set of the processor) in one thing that must not change a result. The tolerance of an array is FACTOR times the largest
@@ -15,7 +16,7 @@ import os
 import subprocess
 import sys
 import tempfile
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from types import MappingProxyType
 from typing import Any
@@ -27,7 +28,7 @@ from ablation import models, provenance
 from ablation.experiment import sweep_prompts
 from ablation.results import Result
 from ablation.sources import NAMED_MODELS
-from tests import all_capitals
+from tests import all_capitals, other_imputations
 from tests.golden import FOLDER, agreement_arrays, head_mean_arrays, robustness_arrays, sensitivity_arrays
 
 FACTOR = 30
@@ -65,12 +66,19 @@ def run(
     dtype: str = "float32",
     max_rows: int = 0,
     prompts: int = 0,
+    imputations: bool = False,
 ) -> None:
-    """Sweep in this process, and save the result. prompts: of the file of capitals; 0 for the model's own question."""
+    """Sweep in this process, and save the result.
+
+    prompts: of the file of capitals; 0 for the model's own question. imputations: whether to sweep with other ones.
+    """
     torch.set_num_threads(threads)
     loaded = models.load(name, download=False, device="cpu")
     loaded.model.set_attn_implementation(attention)
     loaded.model.to(getattr(torch, dtype))
+    if imputations:
+        other_imputations.swept(loaded, max_rows or None).save(out)
+        return
     questions = all_capitals.questions(name)[:prompts] if prompts else [NAMED_MODELS[name].question]
     sweep_prompts(loaded, questions, max_rows=max_rows or None).save(out)
 
@@ -103,12 +111,20 @@ def measure(name: str) -> dict[str, Any]:
     }
 
 
-def measure_prompts(name: str) -> dict[str, Any]:
-    """Return {array: its tolerance and noise} for the experiment over all capitals."""
-    reference = in_new_process(name, prompts=PROMPTS)
+PINNED: dict[str, tuple[Callable[[Result, Result], dict[str, float]], dict[str, Any]]] = {
+    "--prompts": (all_capitals.noise_between, {"prompts": PROMPTS}),
+    "--imputations": (other_imputations.noise_between, {"imputations": True}),
+}
+"""{option: how the results of two runs are compared, and the arguments of `run`}"""
+
+
+def measure_more(name: str, option: str) -> dict[str, Any]:
+    """Return {array: its tolerance and noise} of what an option measures."""
+    noise_between, arguments = PINNED[option]
+    reference = in_new_process(name, **arguments)
     noise: dict[str, dict[str, float]] = {}
     for label, variant in VARIANTS.items():
-        between = all_capitals.noise_between(reference, in_new_process(name, prompts=PROMPTS, **variant))
+        between = noise_between(reference, in_new_process(name, **arguments, **variant))
         for key, value in between.items():
             noise.setdefault(key, {})[label] = value
         print(f"{name}, {label}: {max(between.values()):.1e}", flush=True)
@@ -141,12 +157,12 @@ if __name__ == "__main__":
     path = FOLDER / "tolerances.toml"
     table = tomllib.loads(path.read_text()) if path.exists() else {}
     names = sys.argv[1:]
-    if "--prompts" in names:
-        names.remove("--prompts")
+    if names and names[0] in PINNED:
+        option, *names = names
         for name in names:
-            table[name]["arrays"] |= measure_prompts(name)
+            table[name]["arrays"] |= measure_more(name, option)
     else:
-        for name in names:  # the arrays of the experiment over all capitals stay
+        for name in names:  # the other arrays stay
             entry = measure(name)
             entry["arrays"] = table.get(name, entry)["arrays"] | entry["arrays"]
             table[name] = entry

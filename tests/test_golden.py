@@ -10,6 +10,7 @@ import pytest
 from ablation.models import LoadedModel
 from ablation.report import trend
 from ablation.results import Result
+from tests import other_imputations
 from tests.golden import (
     Golden,
     agreement_arrays,
@@ -66,3 +67,13 @@ def test_head_means_do_not_drift_with_depth(known: LoadedModel, result: Result, 
     """The head means, whose trend over all layers is smaller than their scatter."""
     golden(known.name, "head_means", head_mean_arrays(result), made_with(result))
     assert abs(trend(result.head_mean[0]).drift) < result.head_mean.std()
+
+
+def test_other_imputations(capitals: LoadedModel, golden: Golden) -> None:
+    """The changes of the probabilities, and the predictions, with imputations that read more than the prompt's z."""
+    result = other_imputations.swept(capitals)
+    assert result.imputations == other_imputations.IMPUTATIONS
+    assert (result.calls == 1).all() and (result.replaced == result.replaced[0, 0]).all()
+    pinned = other_imputations.arrays(result, atol_of("capitals", "other_margin"))
+    card = {"imputations": list(result.imputations), "draws": other_imputations.DRAWS, **made_with(result)}
+    golden("capitals", "other_imputations", pinned, card)

@@ -16,7 +16,7 @@ from ablation.engine import score
 from ablation.errors import InvalidPrompt
 from ablation.hook import HeadAblation
 from ablation.models import LoadedModel
-from ablation.sweeps import one_head_ablations
+from ablation.sweeps import as_imputations, one_head_ablations
 from ablation.texts import Window, sweep_text, windows
 from tests.comparing import ATOL
 
@@ -48,7 +48,7 @@ def test_text_of_one_token_cannot_be_scored() -> None:
 @pytest.mark.parametrize("scored", [1, 3, 7])
 def test_loss_is_that_of_one_hooked_forward_per_ablation(scored: int, max_rows: int | None) -> None:
     model = GPT2.shared()
-    ablations = [*one_head_ablations(model, ["zero", "mean"]), Ablation([(0, 1), (1, 2)])]
+    ablations = [*one_head_ablations(model, as_imputations(["zero", "mean"])), Ablation([(0, 1), (1, 2)])]
     result = score(model, IDS, scored, ablations, max_rows=max_rows)
     assert result.provenance["method"] == "growing batch" and list(result.clean) == ["loss"]
     ids, following = torch.tensor([IDS[:-1]]), torch.tensor(IDS[1:])
