@@ -318,13 +318,13 @@ def test_writers_at_the_same_moment_do_not_mix_results(tmp_path: Path, monkeypat
 
 def test_result_that_came_meanwhile_is_kept(run: Run, monkeypatch: pytest.MonkeyPatch) -> None:  # noqa: F811
     """Another process fills the folder while this one sweeps."""
-    real = experiment.sweep
+    real = experiment.run
 
     def slow(*arguments: Any, **options: Any) -> Result:
         sweep(GPT2.shared(), IDS).save("out")
         return real(*arguments, **options)
 
-    monkeypatch.setattr(experiment, "sweep", slow)
+    monkeypatch.setattr(experiment, "run", slow)
     status, _, err = run(*ZERO, "--out", "out")
     assert status == 0 and "this result is in out/result-2" in err
     assert Result.load("out").prompts[0].token_ids == tuple(IDS)

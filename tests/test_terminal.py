@@ -26,7 +26,7 @@ SIGNALS = [signal.SIGINT, signal.SIGTERM, signal.SIGHUP]
 
 
 @pytest.mark.parametrize("number", SIGNALS)
-@pytest.mark.parametrize("where", [(experiment, "sweep"), (figures, "draw")])
+@pytest.mark.parametrize("where", [(experiment, "run"), (figures, "draw")])
 def test_signal_ends_a_sweep_and_leaves_nothing(
     run: Run,  # noqa: F811
     monkeypatch: pytest.MonkeyPatch,
@@ -75,7 +75,7 @@ def test_interrupt_that_a_callback_drops_ends_the_sweep(
         progress(0.5)
         pytest.fail("the sweep goes on")
 
-    monkeypatch.setattr(experiment, "sweep", sweep)
+    monkeypatch.setattr(experiment, "run", sweep)
     assert run(*ZERO)[0] == 130
 
 
@@ -194,14 +194,14 @@ def test_warning_is_a_note_at_once(
     capsys: pytest.CaptureFixture[str],
     quick: None,  # noqa: F811
 ) -> None:
-    real, seen = experiment.sweep, []
+    real, seen = experiment.run, []
 
     def falls_back(*arguments: Any, **options: Any) -> Result:
         warnings.warn("the growing batch does not suit it:\nrunning one forward per ablation", stacklevel=2)
         seen.append(capsys.readouterr().err)
         return real(*arguments, **options)
 
-    monkeypatch.setattr(experiment, "sweep", falls_back)
+    monkeypatch.setattr(experiment, "run", falls_back)
     assert run(*ZERO)[0] == 0
     assert seen == ["ablation: note: the growing batch does not suit it: running one forward per ablation\n"]
 
