@@ -15,7 +15,7 @@ from typing import Any
 
 import pytest
 
-from ablation import experiment, figures, sweep_command
+from ablation import experiment, figures, sweep_arguments
 from ablation.results import Result
 from ablation.terminal import Interruptions, print_json
 from tests.test_cli import FILES, Run, run  # noqa: F401 (fixture)
@@ -185,7 +185,7 @@ def test_json_is_valid_in_every_encoding(tmp_path: Path, monkeypatch: pytest.Mon
 def test_arguments_are_utf8_in_every_locale(monkeypatch: pytest.MonkeyPatch, locale: str) -> None:
     given = "Zürich".encode().decode(locale, "surrogateescape")
     monkeypatch.setattr(sys, "getfilesystemencoding", lambda: locale)
-    assert sweep_command._utf8(given, "--prompt") == "Zürich"
+    assert sweep_arguments._utf8(given, "--prompt") == "Zürich"
 
 
 def test_warning_is_a_note_at_once(
