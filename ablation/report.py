@@ -60,8 +60,7 @@ def findings(sweep: Result, decode: Decode, strongest: int = 3) -> dict[str, Any
     """Return the content of the report as values that JSON can hold.
 
     sweep: of one prompt. strongest: how many heads are listed that raise, or lower, the probability of the target most.
-    Changes of probability are in [-1, 1]. Raises InvalidResult for a result of several prompts, of a text, or of sets of
-    heads.
+    Changes of probability are in [-1, 1]. Raises InvalidResult for several prompts, a text, or sets of heads.
     """
     if LOSS in sweep.clean or len(sweep.prompts) != 1:
         what = "a text" if LOSS in sweep.clean else f"{len(sweep.prompts)} prompts"

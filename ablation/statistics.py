@@ -75,8 +75,8 @@ def effects(result: Result, metric: str, prompts: Sequence[int] | None = None) -
     """Return the mean change of a metric over prompts. prompts: their indices; by default all.
 
     The intervals are those of `scipy.stats.bootstrap` (percentile method, `RESAMPLES` samples, a fixed seed); the
-    prompts are drawn together for all ablations. Raises InvalidResult for an unknown metric, for token ids, whose change
-    means nothing, and if there are no prompts.
+    prompts are drawn together for all ablations. Raises InvalidResult for an unknown metric, for token ids, and for
+    no prompts.
     """
     if metric not in result.clean or metric == "argmax":
         known = ", ".join(name for name in result.clean if name != "argmax")

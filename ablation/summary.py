@@ -25,8 +25,8 @@ def findings(result: Result, strongest: int = 10) -> dict[str, Any]:
     """Return the content of the report as values that JSON can hold; see `ablation.statistics` for the intervals.
 
     result: of one-head ablations and at least two prompts. strongest: how many heads are listed for each imputation,
-    those with the largest mean change of the target's probability. Probabilities are in [0, 1]. Raises InvalidResult for
-    a result of a text, or of sets of heads.
+    those with the largest mean change of the target's probability. Probabilities are in [0, 1]. Raises InvalidResult
+    for a result of a text, or of sets of heads.
     """
     if LOSS in result.clean:
         raise InvalidResult("this is a result of a text: see `findings_of_text`")

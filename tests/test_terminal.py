@@ -15,7 +15,7 @@ from typing import Any
 
 import pytest
 
-from ablation import experiment, figures, sweep_arguments
+from ablation import __main__, cli, experiment, figures, models, sweep_arguments
 from ablation.results import Result
 from ablation.terminal import Interruptions, print_json
 from tests.test_cli import FILES, Run, run  # noqa: F401 (fixture)
@@ -217,3 +217,56 @@ def test_terminated_process_leaves_nothing(tmp_path: Path) -> None:
     done = subprocess.run([sys.executable, "-c", code], cwd=tmp_path, capture_output=True, text=True)
     assert (done.returncode, done.stderr) == (143, "ablation: interrupted, nothing written\n")
     assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize("broken", [ImportError("cannot load module more than once"), RuntimeError(), OSError(5, "x")])
+def test_import_that_an_interrupt_breaks_is_one_line(
+    run: Run,  # noqa: F811
+    monkeypatch: pytest.MonkeyPatch,
+    broken: Exception,
+) -> None:
+    """An extension module turns the interruption into an error of its own."""
+
+    def half_imported(*_: Any, **__: Any) -> None:
+        ignored_by_a_library()
+        raise broken
+
+    monkeypatch.setattr(models, "load", half_imported)
+    assert run(*ZERO) == (130, "", "ablation: interrupted, nothing written\n")
+
+
+def test_error_without_an_interrupt_keeps_its_traceback(
+    run: Run,  # noqa: F811
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    def fails(*_: Any, **__: Any) -> None:
+        raise RuntimeError("a mistake of the package")
+
+    monkeypatch.setattr(models, "load", fails)
+    with pytest.raises(RuntimeError, match="a mistake of the package"):
+        run(*ZERO)
+
+
+def test_interrupt_in_a_destructor_ends_the_command_quietly(
+    run: Run,  # noqa: F811
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    class Dropped:
+        def __del__(self) -> None:
+            os.kill(os.getpid(), signal.SIGINT)
+
+    monkeypatch.setattr(figures, "draw", lambda *_, **__: Dropped())
+    hook = sys.unraisablehook
+    assert run(*ZERO)[::2] == (130, "ablation: interrupted, nothing written\n") and contents(".") == {}
+    assert sys.unraisablehook is hook
+
+
+def test_interrupt_before_the_command_begins_is_one_line(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def interrupt() -> int:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(cli, "main", interrupt)
+    assert __main__.main() == 130
+    assert capsys.readouterr() == ("", "ablation: interrupted, nothing written\n")
