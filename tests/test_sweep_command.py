@@ -261,7 +261,7 @@ def test_text_takes_a_reference_and_positions(run: Run, text: Path) -> None:  # 
         "--text",
         str(text),
         "--stride",
-        "6",
+        "4",
         "--imputation",
         "reference-mean",
         "resample",
