@@ -42,14 +42,15 @@ def main(argv: Sequence[str] | None = None) -> int:
                 sys.stdout.flush()
         except BrokenPipeError:  # as in `| head`
             status = 128 + signal.SIGPIPE
-        except (AblationError, OSError) as error:
+        except (Exception, KeyboardInterrupt) as error:
+            # An interrupted import fails with any error.
+            interrupted = isinstance(error, KeyboardInterrupt) or bool(interruptions.received)
+            if not interrupted and not isinstance(error, AblationError | OSError):
+                raise
             status_line("")
-            say(f"ablation: {one_line(str(error))}")
-            status = 2
-        except KeyboardInterrupt:
-            status_line("")
-            say(f"ablation: interrupted, {getattr(arguments, 'kept', None) or 'nothing written'}")
-            status = 128 + signal.SIGINT
+            kept = getattr(arguments, "kept", None) or "nothing written"
+            say(f"ablation: interrupted, {kept}" if interrupted else f"ablation: {one_line(str(error))}")
+            status = 128 + signal.SIGINT if interrupted else 2
         if interruptions.received:  # a library may have caught it
             status = 128 + interruptions.received
         try:

@@ -9,7 +9,8 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 import numpy as np
 from numpy.typing import NDArray
 
-from ablation.results import Result
+from ablation.errors import InvalidResult
+from ablation.results import LOSS, Result
 
 if TYPE_CHECKING:
     from ablation.heads import HeadMap
@@ -59,8 +60,11 @@ def findings(sweep: Result, decode: Decode, strongest: int = 3) -> dict[str, Any
     """Return the content of the report as values that JSON can hold.
 
     sweep: of one prompt. strongest: how many heads are listed that raise, or lower, the probability of the target most.
-    Changes of probability are in [-1, 1].
+    Changes of probability are in [-1, 1]. Raises InvalidResult for several prompts, a text, or sets of heads.
     """
+    if LOSS in sweep.clean or len(sweep.prompts) != 1:
+        what = "a text" if LOSS in sweep.clean else f"{len(sweep.prompts)} prompts"
+        raise InvalidResult(f"these are the findings of one prompt, not of {what}: see `ablation.summary`")
     (prompt,) = sweep.prompts
     clean = {name: values[0] for name, values in sweep.clean.items()}
     prediction = int(clean["argmax"])

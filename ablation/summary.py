@@ -8,6 +8,7 @@ from typing import Any
 import numpy as np
 
 from ablation import statistics
+from ablation.errors import InvalidResult
 from ablation.report import agreement, trend
 from ablation.results import LOSS, Result
 from ablation.statistics import Effects, Share
@@ -24,8 +25,11 @@ def findings(result: Result, strongest: int = 10) -> dict[str, Any]:
     """Return the content of the report as values that JSON can hold; see `ablation.statistics` for the intervals.
 
     result: of one-head ablations and at least two prompts. strongest: how many heads are listed for each imputation,
-    those with the largest mean change of the target's probability. Probabilities are in [0, 1].
+    those with the largest mean change of the target's probability. Probabilities are in [0, 1]. Raises InvalidResult
+    for a result of a text, or of sets of heads.
     """
+    if LOSS in result.clean:
+        raise InvalidResult("this is a result of a text: see `findings_of_text`")
     effects = {name: statistics.effects(result, name) for name in SHOWN}
     control = statistics.effects(result, "control_probability")
     has_head, head_mean = result.has_head, result.head_mean.mean(axis=0)
@@ -113,8 +117,10 @@ def findings_of_text(result: Result, strongest: int = 10) -> dict[str, Any]:
     """Return the content of the report on a text, as values that JSON can hold. Losses are in nats per token.
 
     result: of `ablation.texts.sweep_text`. strongest: how many heads are listed for each imputation, those with the
-    largest mean change of the loss over the windows.
+    largest mean change of the loss over the windows. Raises InvalidResult for a result of prompts.
     """
+    if LOSS not in result.clean:
+        raise InvalidResult("this is a result of prompts, not of a text: see `findings`")
     effects = {LOSS: statistics.effects(result, LOSS)}
     return {
         "windows": len(result.prompts),

@@ -27,6 +27,7 @@ class Interruptions:
         self._before: dict[int, Any] = {}
 
     def __enter__(self) -> Interruptions:
+        self._unraisable, sys.unraisablehook = sys.unraisablehook, self._drop
         if threading.current_thread() is threading.main_thread():
             for name in ("SIGINT", "SIGTERM", "SIGHUP"):
                 number = getattr(signal, name, None)  # Windows has no SIGHUP
@@ -35,6 +36,7 @@ class Interruptions:
         return self
 
     def __exit__(self, *_: object) -> None:
+        sys.unraisablehook = self._unraisable
         for number, handler in self._before.items():
             signal.signal(number, handler)
 
@@ -51,6 +53,11 @@ class Interruptions:
             yield
         finally:
             self._deferred = False
+
+    def _drop(self, unraisable: sys.UnraisableHookArgs) -> None:
+        """Print nothing of an interruption that Python drops in a destructor: `received` keeps it."""
+        if not isinstance(unraisable.exc_value, KeyboardInterrupt):
+            self._unraisable(unraisable)
 
     def _receive(self, number: int, _: FrameType | None) -> None:
         self.received = self.received or number

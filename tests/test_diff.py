@@ -161,3 +161,20 @@ def test_losses_on_a_text_are_compared() -> None:
     assert found(text, moved(text, "loss", 2.1e-4))["moved"] == 1
     with pytest.raises(InvalidResult, match="one result is of a text"):
         found(text, one)
+
+
+def test_ablations_at_other_positions_are_others() -> None:
+    one = synthetic(2, 3)
+    last = replace(one, ablations=tuple(key._replace(positions="last") for key in one.ablations))
+    with pytest.raises(InvalidResult, match="no ablation in common"):
+        diff.matched(one, last)
+    ablated = {name: values + (name == "target_log_probability") for name, values in last.ablated.items()}
+    found = diff.findings(diff.matched(last, replace(last, ablated=ablated)), 0.1)
+    assert found["moved"] == 12 and {cell["positions"] for cell in found["worst"]} == {"last"}
+    assert "L0H0, zero at last, 'prompt 0'" in diff.render(found, "one", "other")
+
+
+def test_counts_of_one_are_singular() -> None:
+    one = synthetic(1, 1, imputations=["zero"])
+    text = diff.render(diff.findings(diff.matched(one, one), 0.1), "one", "other")
+    assert "0 of 1 ablated run, and 0 of 1 clean run, moved" in text and "in 1 ablation of 1 prompt." in text

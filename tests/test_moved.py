@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import csv
+import re
 from pathlib import Path
 
 import pytest
@@ -11,11 +12,12 @@ import torch
 from ablation import moved
 from ablation.checks.decoders import Decoder
 from ablation.edits import Ablation
-from ablation.engine import moved_tokens
+from ablation.engine import MovedToken, moved_tokens
 from ablation.experiment import sweep_prompts
 from ablation.hook import HeadAblation
 from ablation.models import LoadedModel
 from ablation.prompts import Question
+from ablation.results import AblationKey
 from tests.comparing import ATOL, IDS
 
 GPT2 = Decoder("gpt2", num_layers=2, num_heads=3, head_dim=2)
@@ -69,3 +71,11 @@ def test_strongest_ablations_of_each_prompt_are_listed(capitals: LoadedModel, tm
     assert float(rows[0]["ablated"]) - float(rows[0]["clean"]) == pytest.approx(float(rows[0]["change"]))
     lines = list(moved.render(capitals, found[:1]))
     assert lines[0] == f"{found[0].ablation.label}, zero" and lines[1].startswith("  rise  '")
+
+
+def test_small_change_is_not_shown_as_zero(capitals: LoadedModel) -> None:
+    key = AblationKey(((0, 1),), "zero", "last")
+    of = moved.Moved(0, key, [MovedToken(3, 0.1, 0.0131)], [MovedToken(4, 0.1, -0.00004), MovedToken(5, 0.1, -3e-9)])
+    heading, rises, falls = moved.render(capitals, [of])
+    assert heading == "L0H1, zero at last" and rises.endswith(" +1.31")
+    assert re.findall(r" (-\S+?)(?:,|$)", falls) == ["-4e-03", "-3e-07"]

@@ -6,6 +6,7 @@ import json
 import subprocess
 import sys
 from collections.abc import Iterable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -15,7 +16,7 @@ import pytest
 from ablation.errors import InvalidPrompt
 from ablation.experiment import sweep_prompts
 from ablation.models import LoadedModel
-from ablation.prompt_files import COLUMNS, SHIPPED, Row, as_rows, read_rows, valid_rows
+from ablation.prompt_files import COLUMNS, PROMPTS_ONLY, SHIPPED, Columns, Row, as_rows, read_rows, valid_rows
 from ablation.prompts import Question, continuation_ids, prompt_ids
 from ablation.results import Result
 from tests.test_cli import Run, run  # noqa: F401 (fixture)
@@ -110,6 +111,33 @@ def test_json_text_may_hold_line_separators(tmp_path: Path) -> None:
     assert questions(read_rows(name)) == [Question(**record), Question(**BERLIN)]
 
 
+def test_columns_of_spans_and_of_a_source_are_read(tmp_path: Path) -> None:
+    record = BERLIN | {"resample": "Rome is the capital of", "where": [[0, 6]]}
+    expected = Question(**BERLIN, resample="Rome is the capital of", spans=((0, 6),))
+    columns = Columns(spans="where")
+    text = "prompt,target,control,group,resample,where\n"
+    text += "Berlin is the capital of, Germany, France,Europe,Rome is the capital of,Berlin\n"
+    for name, content in (("p.jsonl", json.dumps(record)), ("p.csv", text)):
+        assert questions(read_rows(written(tmp_path, name, content), columns=columns)) == [expected]
+    assert questions(as_rows([record], columns=columns)) == [expected]
+    assert questions(as_rows([record])) == [replace(expected, spans=None)]
+
+
+def test_reference_prompts_need_no_target(tmp_path: Path) -> None:
+    lines = [json.dumps({"prompt": "Rome is", "target": 3}), json.dumps({"prompt": "Paris is", "group": ["x"]})]
+    name = written(tmp_path, "p.jsonl", "\n".join(lines))
+    assert questions(read_rows(name, columns=PROMPTS_ONLY)) == [Question("Rome is"), Question("Paris is")]
+    assert problems(as_rows([{"promt": "Rome is"}], columns=PROMPTS_ONLY)) == [
+        "prompt 1, column promt: is this prompt?"
+    ]
+
+
+def test_columns_similar_to_resample_are_ignored() -> None:
+    record = BERLIN | {"sample": 1, "example": 2}
+    assert questions(as_rows([record])) == [Question(**BERLIN)]
+    assert problems(as_rows([BERLIN | {"resampled": "x"}])) == ["prompt 1, column resampled: is this resample?"]
+
+
 def test_empty_cells_of_optional_columns_are_missing(tmp_path: Path) -> None:
     text = "prompt,target,control,group\nBerlin is, a,,\n"
     assert questions(read_rows(written(tmp_path, "p.csv", text))) == [Question("Berlin is", " a", None, group=None)]
@@ -127,6 +155,17 @@ def test_empty_cells_of_optional_columns_are_missing(tmp_path: Path) -> None:
         ("p.csv", "prompt,target\n", "p.csv has no prompts"),
         ("p.jsonl", b"\xff\xfe\x00", "cannot read prompts from .*p.jsonl: 'utf-8' codec can't decode"),
         ("p.csv", 'prompt,target\n"Berlin is, a\n', "cannot read prompts from .*p.csv: unexpected end of data"),
+        (
+            "p.csv",
+            "prompt;target\nBerlin is; a\n",
+            "header has the one column 'prompt;target': is this a CSV with commas",
+        ),
+        ("p.csv", "prompt\ttarget\nBerlin is\t a\n", "is this a CSV with commas"),
+        (
+            "p.csv",
+            "prompt,target,prompt\nBerlin is, a,x\n",
+            "cannot read prompts from .*p.csv: it has several columns 'pro",
+        ),
         ("p.csv", 'prompt,target\n"Berlin" is, a\n', "cannot read prompts from .*p.csv: ',' expected after '\"'"),
         ("p.txt", "Berlin is", "p.txt': pass a .jsonl or .csv file, or capitals or smollm2$"),
         ("p", "Berlin is", "p': pass a .jsonl or .csv file"),
@@ -151,6 +190,8 @@ def test_file_that_cannot_be_opened_is_refused(tmp_path: Path, name: str) -> Non
     [
         ('{"prompt": "Berlin is", "target"', "p.jsonl, line 3: .*delimiter"),
         ("nonsense", "p.jsonl, line 3: Expecting value"),
+        ('{"prompt": "a", "target": " a", "prompt": "b"}', "p.jsonl, line 3: it has several values of 'prompt'"),
+        ('{"prompt": "a", "target": " a", "x": {"y": 1, "y": 1}}', "p.jsonl, line 3: it has several values of 'y'"),
         ("[" * 100_000, "p.jsonl, line 3: .*recursion"),
         ('["Berlin is", " a"]', r"p.jsonl, line 3: a record has columns, unlike \['Berlin is', ' a'\]"),
         ("3", "p.jsonl, line 3: a record has columns, unlike 3"),
@@ -189,7 +230,6 @@ def test_bad_jsonl_row_names_line_and_column(tmp_path: Path, line: str, reason: 
         ("prompt,target\nBerlin is, a\n, a\n", "p.csv, line 3, column prompt: it is empty"),
         ("prompt,target\nBerlin is, a\nBerlin is,\n", "p.csv, line 3, column target: it is empty"),
         ("prompt,traget\nBerlin is, a\n", "p.csv, line 2, column traget: is this target?"),
-        ("prompt;target\nBerlin is; a\n", "p.csv, line 2, column prompt"),
         ("Prompt,target\nBerlin is, a\n", "p.csv, line 2, column Prompt: is this prompt?"),
         ("question,target\nBerlin is, a\n", "p.csv, line 2, column prompt: it is missing"),
         ('prompt,target\n"Berlin\nis", a\n\n, a\n', "p.csv, line 5, column prompt: it is empty"),

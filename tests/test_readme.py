@@ -63,7 +63,7 @@ def test_shown_studies_are_what_is_printed(
     page = (ROOT / "docs" / "studies.md").read_text(encoding="utf-8")
     blocks = "\n".join(re.findall(r"```console\n(.*?)```", page, re.DOTALL))
     shown = re.findall(r"^\$ (.+)\n((?:[^$\n].*\n|\n)*)", blocks, re.M)
-    assert len(shown) == 5
+    assert len(shown) == 6
     monkeypatch.chdir(tmp_path)
     (tmp_path / "berlin.txt").write_text(" ".join(f"{city} is the capital of {land}." for city, land in CAPITALS))
     for command, output in shown:

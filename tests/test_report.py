@@ -4,13 +4,16 @@ from __future__ import annotations
 
 import json
 import re
+from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
 
 from ablation import report, statistics, summary
+from ablation.errors import InvalidResult
 from ablation.results import Result
 from tests.synthetic import CLEAN, WORDS, synthetic, with_maps
 from tests.test_cli import FILES, Run, run  # noqa: F401 (fixture)
@@ -148,3 +151,17 @@ def test_command_reports_several_prompts(run: Run, tmp_path: Path) -> None:  # n
     found = json.loads(run(*arguments, "--json")[1])
     assert found["prompts"] == 3 and set(found["groups"]) == {"B", "P", "R"}
     assert found["provenance"]["asked"]["prompts"] == 3
+
+
+def test_findings_of_a_result_of_the_wrong_kind_are_refused() -> None:
+    one, two = synthetic(2, 3), synthetic(2, 3, prompts=2)
+    text = replace(one, clean={"loss": np.ones(1)}, ablated={"loss": np.ones((1, 12))})
+    cases: list[tuple[Result, Callable[[Result], Any], str]] = [
+        (two, lambda of: report.findings(of, str), "of one prompt, not of 2 prompts"),
+        (text, lambda of: report.findings(of, str), "of one prompt, not of a text"),
+        (text, summary.findings, "this is a result of a text"),
+        (two, summary.findings_of_text, "this is a result of prompts, not of a text"),
+    ]
+    for result, find, reason in cases:
+        with pytest.raises(InvalidResult, match=reason):
+            find(result)

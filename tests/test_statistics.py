@@ -12,6 +12,7 @@ from numpy.typing import NDArray
 from scipy import stats
 
 from ablation import statistics
+from ablation.errors import InvalidResult
 from ablation.results import Result
 from ablation.statistics import Effects, effects, groups, share
 from tests.synthetic import synthetic
@@ -170,9 +171,27 @@ def test_effects_of_some_prompts_are_those_of_a_smaller_result() -> None:
         assert np.allclose(getattr(some, name), getattr(alone, name), rtol=0, atol=1e-14), name
 
 
-def test_unknown_metric_is_a_key_error() -> None:
-    with pytest.raises(KeyError, match="surprise"):
-        effects(synthetic(1, 2, prompts=2), "surprise")
+@pytest.mark.parametrize(
+    ("metric", "prompts", "reason"),
+    [
+        ("surprise", None, "'surprise' is no metric of the result with a change: it has target_probability, "),
+        ("argmax", None, "'argmax' is no metric of the result with a change"),
+        ("kl", [], "there are no prompts"),
+    ],
+)
+def test_effects_without_a_meaning_are_refused(metric: str, prompts: list[int] | None, reason: str) -> None:
+    with pytest.raises(InvalidResult, match=reason):
+        effects(synthetic(1, 2, prompts=2), metric, prompts)
+
+
+@pytest.mark.parametrize("flags", [[], [1, 0], [0.5], np.zeros((0, 3), dtype=bool)])
+def test_share_of_anything_but_flags_is_refused(flags: Any) -> None:
+    with pytest.raises(InvalidResult, match="a share is one of at least one bool"):
+        share(flags)
+
+
+def test_share_of_a_list_is_that_of_its_array() -> None:
+    assert share([True, False, True]) == share(np.array([True, False, True]))  # type: ignore[arg-type]
 
 
 def test_integer_metric_has_effects() -> None:

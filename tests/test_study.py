@@ -24,9 +24,13 @@ PROMPTS = """\
 """
 
 
+IMPUTATIONS = ["zero", "reference-mean", "resample"]
+
+
 def sweep(folder: Path, out: str, *launcher: str, **environment: str) -> subprocess.CompletedProcess[str]:
     (folder / "prompts.jsonl").write_text(PROMPTS)
     command = [*(launcher or (sys.executable,)), "-m", "ablation", "sweep", "--prompts", "prompts.jsonl", "--out", out]
+    command += ["--imputation", *IMPUTATIONS, "--draws", "2", "--positions", "last"]
     return subprocess.run(command, cwd=folder, env=ENVIRONMENT | environment, capture_output=True, text=True)
 
 
@@ -42,6 +46,7 @@ def assert_same_bits(one: Path, other: Path) -> None:
         assert np.array_equal(first.clean[name], second.clean[name]), name
         assert np.array_equal(first.ablated[name], second.ablated[name]), name
     assert np.array_equal(first.head_mean, second.head_mean)
+    assert (one / "reference.npz").read_bytes() == (other / "reference.npz").read_bytes()
     assert (one / "results.csv").read_bytes() == (other / "results.csv").read_bytes()
 
 

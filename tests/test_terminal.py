@@ -15,7 +15,7 @@ from typing import Any
 
 import pytest
 
-from ablation import experiment, figures, sweep_command
+from ablation import __main__, cli, experiment, figures, models, sweep_arguments
 from ablation.results import Result
 from ablation.terminal import Interruptions, print_json
 from tests.test_cli import FILES, Run, run  # noqa: F401 (fixture)
@@ -26,7 +26,7 @@ SIGNALS = [signal.SIGINT, signal.SIGTERM, signal.SIGHUP]
 
 
 @pytest.mark.parametrize("number", SIGNALS)
-@pytest.mark.parametrize("where", [(experiment, "sweep"), (figures, "draw")])
+@pytest.mark.parametrize("where", [(experiment, "run"), (figures, "draw")])
 def test_signal_ends_a_sweep_and_leaves_nothing(
     run: Run,  # noqa: F811
     monkeypatch: pytest.MonkeyPatch,
@@ -75,7 +75,7 @@ def test_interrupt_that_a_callback_drops_ends_the_sweep(
         progress(0.5)
         pytest.fail("the sweep goes on")
 
-    monkeypatch.setattr(experiment, "sweep", sweep)
+    monkeypatch.setattr(experiment, "run", sweep)
     assert run(*ZERO)[0] == 130
 
 
@@ -185,7 +185,7 @@ def test_json_is_valid_in_every_encoding(tmp_path: Path, monkeypatch: pytest.Mon
 def test_arguments_are_utf8_in_every_locale(monkeypatch: pytest.MonkeyPatch, locale: str) -> None:
     given = "Zürich".encode().decode(locale, "surrogateescape")
     monkeypatch.setattr(sys, "getfilesystemencoding", lambda: locale)
-    assert sweep_command._utf8(given, "--prompt") == "Zürich"
+    assert sweep_arguments._utf8(given, "--prompt") == "Zürich"
 
 
 def test_warning_is_a_note_at_once(
@@ -194,14 +194,14 @@ def test_warning_is_a_note_at_once(
     capsys: pytest.CaptureFixture[str],
     quick: None,  # noqa: F811
 ) -> None:
-    real, seen = experiment.sweep, []
+    real, seen = experiment.run, []
 
     def falls_back(*arguments: Any, **options: Any) -> Result:
         warnings.warn("the growing batch does not suit it:\nrunning one forward per ablation", stacklevel=2)
         seen.append(capsys.readouterr().err)
         return real(*arguments, **options)
 
-    monkeypatch.setattr(experiment, "sweep", falls_back)
+    monkeypatch.setattr(experiment, "run", falls_back)
     assert run(*ZERO)[0] == 0
     assert seen == ["ablation: note: the growing batch does not suit it: running one forward per ablation\n"]
 
@@ -217,3 +217,56 @@ def test_terminated_process_leaves_nothing(tmp_path: Path) -> None:
     done = subprocess.run([sys.executable, "-c", code], cwd=tmp_path, capture_output=True, text=True)
     assert (done.returncode, done.stderr) == (143, "ablation: interrupted, nothing written\n")
     assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize("broken", [ImportError("cannot load module more than once"), RuntimeError(), OSError(5, "x")])
+def test_import_that_an_interrupt_breaks_is_one_line(
+    run: Run,  # noqa: F811
+    monkeypatch: pytest.MonkeyPatch,
+    broken: Exception,
+) -> None:
+    """An extension module turns the interruption into an error of its own."""
+
+    def half_imported(*_: Any, **__: Any) -> None:
+        ignored_by_a_library()
+        raise broken
+
+    monkeypatch.setattr(models, "load", half_imported)
+    assert run(*ZERO) == (130, "", "ablation: interrupted, nothing written\n")
+
+
+def test_error_without_an_interrupt_keeps_its_traceback(
+    run: Run,  # noqa: F811
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    def fails(*_: Any, **__: Any) -> None:
+        raise RuntimeError("a mistake of the package")
+
+    monkeypatch.setattr(models, "load", fails)
+    with pytest.raises(RuntimeError, match="a mistake of the package"):
+        run(*ZERO)
+
+
+def test_interrupt_in_a_destructor_ends_the_command_quietly(
+    run: Run,  # noqa: F811
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    class Dropped:
+        def __del__(self) -> None:
+            os.kill(os.getpid(), signal.SIGINT)
+
+    monkeypatch.setattr(figures, "draw", lambda *_, **__: Dropped())
+    hook = sys.unraisablehook
+    assert run(*ZERO)[::2] == (130, "ablation: interrupted, nothing written\n") and contents(".") == {}
+    assert sys.unraisablehook is hook
+
+
+def test_interrupt_before_the_command_begins_is_one_line(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def interrupt() -> int:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(cli, "main", interrupt)
+    assert __main__.main() == 130
+    assert capsys.readouterr() == ("", "ablation: interrupted, nothing written\n")

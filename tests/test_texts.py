@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+from typing import Any
 
 import numpy as np
 import pytest
@@ -13,11 +14,14 @@ from hypothesis import strategies as st
 from ablation.checks.decoders import Decoder
 from ablation.edits import Ablation
 from ablation.engine import score
-from ablation.errors import InvalidPrompt
+from ablation.errors import InvalidAblation, InvalidPrompt
 from ablation.hook import HeadAblation
+from ablation.imputation import Imputation, Values
 from ablation.models import LoadedModel
+from ablation.reference import Reference, record_z
+from ablation.results import Result
 from ablation.sweeps import as_imputations, one_head_ablations
-from ablation.texts import Window, sweep_text, windows
+from ablation.texts import TextStudy, Window, sweep_text, windows
 from tests.comparing import ATOL
 
 GPT2 = Decoder("gpt2", num_layers=2, num_heads=3, head_dim=2)
@@ -81,3 +85,64 @@ def test_stride_has_to_fit_the_model(capitals: LoadedModel) -> None:
             sweep_text(capitals, TEXT, stride)  # type: ignore[arg-type]
     with pytest.raises(InvalidPrompt, match="windows of 34 tokens, the model takes 32"):
         sweep_text(capitals, TEXT, 17)
+
+
+def assert_losses_are_those_of(study: TextStudy, result: Result, imputations: list[list[Imputation]]) -> None:
+    """Compare with ordinary hooked forwards for some heads. imputations: those of each window, several for draws."""
+    model = study.loaded.model
+    for index, window in enumerate(study.windows):
+        ids, following = torch.tensor([window.token_ids[:-1]]), torch.tensor(window.token_ids[1:])
+        for head in ((0, 1), (11, 5)):
+            losses = []
+            with HeadAblation(model) as ablated:
+                for imputation in imputations[index]:
+                    ablated.ablate([head], imputation, study.plan.positions)
+                    with torch.no_grad():
+                        logits = model(ids, use_cache=False).logits[0].double()
+                    scored = slice(-window.scored, None)
+                    losses.append(float(torch.nn.functional.cross_entropy(logits[scored], following[scored])))
+            (column,) = (number for number, key in enumerate(result.ablations) if key.heads == (head,))
+            assert result.ablated["loss"][index, column] == pytest.approx(np.mean(losses), abs=ATOL["float32"])
+
+
+def test_reference_of_a_text_is_its_windows(capitals: LoadedModel) -> None:
+    study = TextStudy(capitals, TEXT, 8, ["reference-mean"], positions="last")
+    result = study.run()
+    own = Reference.of(capitals.model, [window.token_ids[:-1] for window in study.windows])
+    assert study.plan.computed is not None and study.plan.computed.sha256 == own.sha256
+    assert_losses_are_those_of(study, result, [[own.mean()]] * len(study.windows))
+    assert {key.positions for key in result.ablations} == {"last"}
+    assert result.provenance["positions"] == [[8 - 1], [16 - 2]][: len(study.windows)]
+
+
+def test_text_is_resampled_from_its_other_windows(capitals: LoadedModel) -> None:
+    study = TextStudy(capitals, TEXT, 4, ["resample"], draws=2, seed=1)
+    texts = [window.token_ids[:-1] for window in study.windows]
+    assert len({len(ids) for ids in texts}) == 2, "the first window is shorter than the others"
+    for ids, sources in zip(texts, study.sources, strict=True):
+        assert len(sources) == 2 and ids not in sources
+        assert all(any(other[: len(ids)] == source for other in texts) for source in sources)
+    drawn: list[list[Imputation]] = [
+        [Values(record_z(capitals.model, ids), "resample") for ids in sources] for sources in study.sources
+    ]
+    result = study.run()
+    assert_losses_are_those_of(study, result, drawn)
+    assert result.of_prompt(0).provenance["resampled_from"] == [capitals.decode(*ids) for ids in study.sources[0]]
+
+
+@pytest.mark.parametrize(
+    ("arguments", "error", "reason"),
+    [
+        ({"positions": "subject"}, InvalidAblation, "a text has no column 'subject'"),
+        ({"positions": [20]}, InvalidPrompt, "window 1 of the text: the prompt has 8 tokens, so it has no position 20"),
+        ({"imputations": ["resample"], "stride": 16}, InvalidPrompt, "window 1 of the text: no other prompt has 16"),
+        ({"reference": [{"prompt": "Rome is"}]}, InvalidPrompt, "'reference-mean-by-position' has values for 2"),
+        ({"reference": []}, InvalidPrompt, "the reference: there are no prompts"),
+    ],
+)
+def test_impossible_studies_of_a_text_are_refused(
+    capitals: LoadedModel, arguments: dict[str, Any], error: type[Exception], reason: str
+) -> None:
+    call: dict[str, Any] = {"stride": 8, "imputations": ["reference-mean-by-position"], **arguments}
+    with pytest.raises(error, match=reason):
+        TextStudy(capitals, TEXT, **call)
