@@ -10,7 +10,8 @@ from matplotlib.figure import Figure
 
 from ablation.diff import Pair, effects
 from ablation.errors import shortened
-from ablation.figures import ACCENT, STYLE
+from ablation.figure_texts import STYLE
+from ablation.maps import ACCENT
 
 LABELLED = 5
 """How many of the ablations that moved most are named."""
