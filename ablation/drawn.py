@@ -110,14 +110,14 @@ class Drawn:
             runs = "runs" if self.many else "ablations"
             return f"{self.kept.sum()} of {self.prompts * self.total} {runs} keep {self.argmax}"
         own = sum(key.imputation == self.imputations[imputation] for key in self.result.ablations)
-        return f"{self.kept[:, imputation].sum()} of {own * self.prompts} keep it"
+        return f"{self.kept[:, imputation].sum()} of {own * self.prompts} kept"
 
     def largest_line(self, change: Change, of: str, unit: str) -> str:
         """Return which ablation changes a metric most, in words. of: the metric in words."""
         if change.strongest is None:
             if self.many and np.nan_to_num(change.of_prompts).any():
-                return f"No ablation changes {of} on average, beyond chance ({CHANCE})"
-            return f"No ablation changes {of}"
+                return f"no ablation changes {of} on average, beyond chance ({CHANCE})"
+            return f"no ablation changes {of}"
         average = " on average" if self.many else ""
         return f"{self.head(change.strongest)} changes {of} most, by {change.amount(change.strongest, unit)}{average}"
 

@@ -119,8 +119,10 @@ def _advance(letter: str) -> float:
 def add_title(figure: Figure, finding: str, heading: str) -> None:
     """Add the title, in room of its own: the finding, then the heading in at most two lines. Fix the layout.
 
-    finding: a printable text, in which no line ends at a no-break space.
+    finding: a printable text; no line is broken at a no-break space.
     """
+    if finding.startswith("no "):
+        finding = f"N{finding[1:]}"
     inches = figure.get_figwidth() - 0.2
 
     def lines_of(longest: int) -> list[str]:

@@ -223,7 +223,9 @@ def strongest(drawn: Drawn) -> Drawing:
         )
         axes.set_yticks(range(listed), [f"L{layer}H{head}" for layer, head in cells])
         axes.set(ylim=(listed - 0.5, -0.5), title="\n".join(wrapped(name, 1.7, 8)))
-        axes.tick_params(labelbottom=index + columns >= len(drawn.names))
+        lowest = index + columns >= len(drawn.names)
+        axes.tick_params(labelbottom=lowest)
+        axes.set_xlabel("change in P(target) (pp)" if lowest else "")
         axes.spines[["top", "right"]].set_visible(False)
         if not np.nanmax(np.abs(change.of_prompts)):
             say_nothing(axes, "no change")
@@ -238,7 +240,6 @@ def strongest(drawn: Drawn) -> Drawing:
             axes.plot(mean[at], at, "D", color="black", mfc=face, markersize=4.5, mew=1)
         axes.axvline(0, color="black", linewidth=0.5, linestyle=":")
         axes.locator_params(axis="x", nbins=5)
-    figure.supxlabel("change in P(target) (pp)", fontsize=8)
     mark: dict[str, Any] = {"marker": "D", "color": "black", "markersize": 4.5, "mew": 1}
     handles = [
         Line2D([], [], mfc="black", label=f"mean that differs from 0 ({CHANCE})", **mark),

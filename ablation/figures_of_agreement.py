@@ -6,19 +6,15 @@ import numpy as np
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
+from matplotlib.patches import Rectangle
 
 from ablation.agreement import disagree, findings, matters, rank_correlation
 from ablation.drawn import Change, Drawn
 from ablation.figure_texts import MINUS, Flags, Floats, largest_cells, say_nothing, wrapped
-from ablation.maps import ACCENT, Drawing, add_legend
+from ablation.maps import ACCENT, Drawing, add_legend, marks
 
 LISTED = 8
 """How many heads are listed."""
-MARKS = (
-    *(("o", "white"), ("s", "black"), ("^", "white"), ("D", "black"), ("v", "white"), ("X", "0.55"), ("P", "0.55")),
-    *(("o", "black"), ("s", "white"), ("^", "black"), ("D", "white"), ("v", "black")),
-)
-"""Marker and colour of each imputation, which differ in grey, too."""
 
 
 def agreement(drawn: Drawn) -> Drawing:
@@ -44,18 +40,8 @@ def agreement(drawn: Drawn) -> Drawing:
     _heads(right, change, names, cells)
     what = "heads on which they disagree most" if disputed else "heads whose effects differ most"
     right.set_title("\n".join(wrapped(what, 2.6, 8)))
-    marks = [
-        Line2D(
-            [], [], marker=marker, mfc=colour, mec="black", color="black", linestyle="none", ms=4.5, mew=0.7, label=name
-        )
-        for name, (marker, colour) in zip(names, _marks(count), strict=True)
-    ]
-    add_legend(figure, marks)
+    add_legend(figure, [Line2D([], [], **mark) for mark in marks(names)])
     return Drawing(figure, _finding(drawn, change))
-
-
-def _marks(count: int) -> list[tuple[str, str]]:
-    return [MARKS[i % len(MARKS)] for i in range(count)]
 
 
 def _disputed(effects: Floats, matter: Flags) -> tuple[list[tuple[int, ...]], bool]:
@@ -77,6 +63,8 @@ def _matrix(axes: Axes, effects: Floats, names: list[str]) -> None:
             values[row - 1, column] = np.nan if r is None else r
             text = "n/a" if r is None else _decimal(r)
             colour = "white" if r is not None and r > 0.6 else "black"
+            frame = Rectangle((column - 0.5, row - 1.5), 1, 1, fill=False, edgecolor="0.7", linewidth=0.5)
+            axes.add_patch(frame)
             axes.text(column, row - 1, text, ha="center", va="center", fontsize=7, color=colour)
     axes.imshow(values, cmap="Greys", vmin=0, vmax=1.15, interpolation="nearest")
     axes.set_xticks(range(count - 1), ["\n".join(wrapped(name, 1.3, 7)) for name in names[:-1]], rotation=90)
@@ -88,6 +76,10 @@ def _matrix(axes: Axes, effects: Floats, names: list[str]) -> None:
 
 def _scatter(axes: Axes, effects: Floats, names: list[str], listed: list[tuple[int, ...]]) -> None:
     """Draw the effects of all heads under two imputations, with rings around those that are listed."""
+    if not np.nan_to_num(effects).any():
+        say_nothing(axes, "no change")
+        axes.set(xticks=[], yticks=[], box_aspect=1)
+        return
     one, other = effects
     finite = effects[np.isfinite(effects)]
     ends = np.array([finite.min(), finite.max()]) + np.array([-0.06, 0.06]) * (np.ptp(finite) or 1.0)
@@ -116,14 +108,14 @@ def _heads(axes: Axes, change: Change, names: list[str], cells: list[tuple[int, 
     for row, (layer, head) in enumerate(cells):
         if row % 2:
             axes.axhspan(row - 0.5, row + 0.5, color="0.93", linewidth=0)
-        for index, (marker, colour) in enumerate(_marks(count)):
+        for index, mark in enumerate(marks(names)):
             y = row + 0.76 * ((index + 0.5) / count - 0.5)
             if change.low is not None and change.high is not None:
                 axes.hlines(
                     y, change.low[index, layer, head], change.high[index, layer, head], color="0.4", linewidth=0.7
                 )
             value = change.mean[index, layer, head]
-            axes.plot(value, y, marker, mfc=colour, mec="black", markersize=4.5, mew=0.7)
+            axes.plot(value, y, **mark)
     axes.axvline(0, color="black", linewidth=0.5, linestyle=":")
     axes.set_yticks(range(len(cells)), [f"L{layer}H{head}" for layer, head in cells])
     interval = "" if change.low is None else ", with 95% interval"
@@ -132,7 +124,7 @@ def _heads(axes: Axes, change: Change, names: list[str], cells: list[tuple[int, 
 
 
 def _decimal(r: float) -> str:
-    return f"{r:.2f}".replace("-", MINUS)
+    return f"{r:z.2f}".replace("-", MINUS)
 
 
 def _finding(drawn: Drawn, change: Change) -> str:
@@ -140,6 +132,8 @@ def _finding(drawn: Drawn, change: Change) -> str:
     pairs = findings(drawn.imputations, change.mean, change.differs)
     least, shown = pairs[0], dict(zip(drawn.imputations, drawn.names, strict=True))
     names, r = " and ".join(shown[name] for name in least["imputations"]), least["rank_correlation"]
+    if not np.nan_to_num(change.mean).any():
+        return f"no ablation changes {drawn.probability}"
     if r is None:
         return f"{names} cannot be compared: all heads have the same effect under one of them"
     words = "agree least: rank correlation" if pairs[1:] else "have a rank correlation of"

@@ -32,7 +32,7 @@ def draw(result: Result, folder: Path | str, *, title: str) -> Path:
     place = change.strongest
     if place is None:
         beyond = f" on average, beyond chance ({CHANCE})" if several and np.nan_to_num(of_prompts).any() else ""
-        finding = f"No ablation changes the loss of {clean} nats per token{beyond}"
+        finding = f"no ablation changes the loss of {clean} nats per token{beyond}"
     else:
         imputation, layer, head = place
         name = f"L{layer}H{head} ({names[imputation]})"

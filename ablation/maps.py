@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any, NamedTuple
@@ -40,6 +41,13 @@ PAGE = 7.2, 9.0
 """Width and height of a figure in inches, at most if its maps can be that small."""
 NARROWEST_MAP = 1.15
 """Width of a map in inches, at least, so that a title fits above it."""
+
+
+MARKS = (
+    *(("o", "white"), ("s", "black"), ("^", "white"), ("D", "black"), ("v", "white"), ("X", "0.55"), ("P", "0.55")),
+    *(("o", "black"), ("s", "white"), ("^", "black"), ("D", "white"), ("v", "black")),
+)
+"""Marker and colour of each imputation, which differ in grey, too."""
 
 
 class Panel(NamedTuple):
@@ -88,7 +96,7 @@ class Arrangement(NamedTuple):
 
 
 def arranged(layers: int, heads: int, sizes: Sequence[int]) -> Arrangement:
-    """Return the arrangement in which cells are largest, the most compact of equals.
+    """Return the most compact arrangement of those in which cells are nearly as large as possible.
 
     sizes: the number of maps in each group. Groups are blocks of as many columns, one below the other or side by side.
     """
@@ -107,11 +115,11 @@ def arranged(layers: int, heads: int, sizes: Sequence[int]) -> Arrangement:
             cell = min(LARGEST_CELL, room_across / (heads * wide), max(room_down, 0.5) / (layers * rows))
             found.append(Arrangement(cell, rows, wide, bars, places))
     largest = max(of.cell for of in found)
-    return min((of for of in found if of.cell > 0.99 * largest), key=lambda of: max(of.rows, of.columns))
+    return min((of for of in found if of.cell > 0.7 * largest), key=lambda of: (max(of.rows, of.columns), of.rows))
 
 
 def maps(has_head: Flags, groups: Sequence[Group], finding: str, argmax: str = "") -> Drawing:
-    """Draw groups of maps, in the arrangement in which cells are largest. Each colour scale is symmetric about 0.
+    """Draw groups of maps, arranged by `arranged`. Each colour scale is symmetric about 0.
 
     has_head: [layer, head]. argmax: the clean one, as text, for the legend of flips.
     """
@@ -149,15 +157,16 @@ def maps(has_head: Flags, groups: Sequence[Group], finding: str, argmax: str = "
             for axes in own:
                 say_nothing(axes, group.nothing)
             continue
-        bar = figure.colorbar(image, ax=own, aspect=30, fraction=0.05, pad=0.02, format=FuncFormatter(tick_label))
-        bar.locator = MaxNLocator(4)
         height = down * len({row for row, _ in own_places})
+        shape: dict[str, Any] = {"aspect": max(20.0, height / 0.11), "fraction": 0.05, "pad": 0.02}
+        bar = figure.colorbar(image, ax=own, format=FuncFormatter(tick_label), **shape)
+        bar.locator = MaxNLocator(4)
         bar.set_label("\n".join(wrapped(group.label, max(1.2, height), 8)))
         dashes = dashes or negative_legend(values, low, None if len(groups) == 1 else "20% of the scale")
     if any(panel.flipped is not None and panel.flipped.any() for panel in panels):
         legend.append(Line2D([], [], markersize=6, label=f"the argmax is not {argmax}", **RING))
     if any(panel.certain is not None and panel.certain.any() for panel in panels):
-        legend.append(Line2D([], [], markersize=2.5, label=f"the mean differs from 0 ({CHANCE})", **DOT))
+        legend.append(Line2D([], [], markersize=3, label=f"the mean differs from 0 ({CHANCE})", **DOT))
     add_legend(figure, [*legend, *dashes])
     return drawing
 
@@ -183,7 +192,7 @@ def heat_map(axes: Axes, panel: Panel, scale: tuple[float, float], across: float
     if panel.certain is not None:
         y, x = np.nonzero(panel.certain)
         beside = 0.28 * (panel.values[y, x] < low / 5)  # of a dash
-        axes.plot(x + beside, y + beside, markersize=min(2.5, max(0.9, 0.14 * side)), **DOT)
+        axes.plot(x + beside, y + beside, markersize=min(3.0, max(1.3, 0.18 * side)), **DOT)
     if panel.flipped is not None:
         y, x = np.nonzero(panel.flipped)
         axes.plot(x, y, markersize=0.65 * side, path_effects=RIM, **RING)
@@ -191,6 +200,22 @@ def heat_map(axes: Axes, panel: Panel, scale: tuple[float, float], across: float
 
 
 # ---- legends
+
+
+def marks(names: Sequence[str]) -> list[dict[str, Any]]:
+    """Return how the points of each imputation are drawn: arguments of Line2D."""
+    return [
+        {
+            "marker": marker,
+            "mfc": colour,
+            "mec": "black",
+            "markersize": 4.5,
+            "mew": 0.7,
+            "linestyle": "none",
+            "label": name,
+        }
+        for name, (marker, colour) in zip(names, itertools.cycle(MARKS))
+    ]
 
 
 def add_legend(figure: Figure, handles: Sequence[Line2D | Patch]) -> None:
