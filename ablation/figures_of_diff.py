@@ -45,7 +45,7 @@ def draw(pair: Pair, found: Mapping[str, Any], path: Path, names: tuple[str, str
         axes.set_ylabel(f"second: {second}")
         axes.spines[["top", "right"]].set_visible(False)
         add_legend(figure, handles)
-        what = f"mean change of {metric} by each ablation, in nats: {first} and {second}"
+        what = f"mean change of {metric} by each ablation, in nats"
         add_title(figure, _finding(found), what)
         worst = np.argsort(-np.abs(other - one), kind="stable")[:LABELLED]
         labels = [pair.one.ablations[i].label for i in worst]
