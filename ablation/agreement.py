@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from itertools import combinations
 from typing import Any
 
@@ -21,8 +21,7 @@ Flags = NDArray[np.bool_]
 def matters(effects: Floats, differs: Flags | None = None) -> Flags:
     """Return which heads matter under each imputation: the `STRONGEST` ones, if they also differ from 0, [I, L, H].
 
-    effects: the change of the target's probability, or its mean over the prompts, [I, L, H]; NaN where there is no
-    head. differs: [I, L, H] which effects differ from 0 beyond chance; None if this is not known, as for one prompt.
+    effects: the change of a metric, or its mean over the prompts, [I, L, H]; NaN where there is no head. differs: [I, L, H] which effects differ from 0 beyond chance; None if this is not known, as for one prompt.
     """
     sizes = np.nan_to_num(np.abs(effects)).reshape(len(effects), -1)
     order = np.argsort(-sizes, axis=1, kind="stable")[:, :STRONGEST]
@@ -85,8 +84,11 @@ def findings(names: Sequence[str], effects: Floats, differs: Flags | None = None
 # ---- text
 
 
-def lines(found: Sequence[Mapping[str, Any]]) -> list[str]:
-    """Return findings as lines of text, the pair that agrees least first; none if there are no pairs."""
+def lines(found: Sequence[Mapping[str, Any]], amount: Callable[[float], str]) -> list[str]:
+    """Return findings as lines of text, the pair that agrees least first; none if there are no pairs.
+
+    amount: returns a change as text, with its unit.
+    """
     if not found:
         return []
     least, most = found[0], [of for of in found if of["rank_correlation"] is not None][-1:]
@@ -94,7 +96,7 @@ def lines(found: Sequence[Mapping[str, Any]]) -> list[str]:
     if found[1:] and most and most[0] is not least:
         words += f"; most between {_pair(most[0])}"
     far, heads = least["largest_difference"], least["disagreements"]
-    changes = ", ".join(f"{name} {points(change)}" for name, change in far["changes"].items())
+    changes = ", ".join(f"{name} {amount(change)}" for name, change in far["changes"].items())
     more = f" and {len(heads) - NAMED} more" if len(heads) > NAMED else ""
     named = ", ".join(map(head_label, heads[:NAMED])) + more
     disputed = f"{len(heads)} head{'' if len(heads) == 1 else 's'} among the {STRONGEST} strongest of one, but not "

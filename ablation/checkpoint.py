@@ -43,7 +43,8 @@ class Checkpoint:
             values = f"{one_line(found.get(other[0]))} there, {one_line(wanted.get(other[0]))} now"
             raise InvalidOutput(
                 f"{self.folder} holds an unfinished run with other settings ({other[0]}: {values}): finish it with the "
-                "same settings, choose another folder, or discard it with --overwrite"
+                "same settings, choose another folder, or discard it with --overwrite (in "
+                "Python, overwrite=True)"
             )
 
     def _holds_other(self, wanted: Mapping[str, Any]) -> bool:

@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from ablation.errors import InvalidResult
+from ablation.errors import InvalidResult, one_line
 from ablation.results import LISTED, LOSS, AblationKey, PromptRecord, Result
 
 IN_NATS = ("target_log_probability", "control_log_probability", LOSS)
@@ -164,6 +164,7 @@ def _place(result: Result, prompt: int, ablation: int | None = None) -> dict[str
         "prompt_index": prompt,
         "heads": None if key is None else key.label,
         "imputation": None if key is None else key.imputation,
+        "positions": None if key is None else key.positions,
     }
 
 
@@ -183,20 +184,24 @@ def _correlation(pair: Pair) -> float | None:
 def render(found: Mapping[str, Any], one: str, other: str) -> str:
     """Return findings as text. one, other: the names of the two results."""
     lines = [f"first   {one}", f"second  {other}", ""]
-    lines += [f"{key}: {first} -> {second}" for key, (first, second) in found["made_with"].items()]
+    lines += [f"{key}: {one_line(first)} -> {one_line(second)}" for key, (first, second) in found["made_with"].items()]
     if not found["made_with"]:
         lines.append("made with the same model, versions and settings")
     for name in ("of_the_first", "of_the_second"):
         prompts, ablations = found["left_out"][name]
         if prompts or ablations:
-            lines.append(f"left out, only in the {name.split('_')[-1]}: {prompts} prompts, {ablations} ablations")
+            lines.append(
+                f"left out, only in the {name.split('_')[-1]}: {_number(prompts, 'prompt')}, "
+                f"{_number(ablations, 'ablation')}"
+            )
     tolerance, r = found["tolerance"], found["correlation"]
     bound = f"{tolerance['largest']:.2g}"
     if tolerance["least"] != tolerance["largest"]:
         bound = f"{tolerance['least']:.2g} to {bound}"
     lines += [
         "",
-        f"{found['moved']} of {found['of']} ablated runs, and {found['clean_moved']} of {found['prompts']} clean runs, "
+        f"{found['moved']} of {_number(found['of'], 'ablated run')}, and {found['clean_moved']} of "
+        f"{_number(found['prompts'], 'clean run')}, "
         f"moved by more than the tolerance of {bound} nats",
         "" if r is None else f"mean changes of {found['compared']} over the prompts: correlation {r:.4f}",
         "",
@@ -206,7 +211,8 @@ def render(found: Mapping[str, Any], one: str, other: str) -> str:
     if found["worst"]:
         lines += ["", "moved most, in nats"]
         lines += [f"  {cell['difference']:9.3g}  {_where(cell)}" for cell in found["worst"]]
-    lines += ["", f"{len(found['flips'])} predictions differ"]
+    flips = len(found["flips"])
+    lines += ["", f"{_number(flips, 'prediction')} differ{'s' if flips == 1 else ''}"]
     lines += [f"  {_where(flip)}: token {flip['first']} -> {flip['second']}" for flip in found["flips"][:10]]
     if len(found["flips"]) > 10:
         lines.append(f"  and {len(found['flips']) - 10} more")
@@ -221,4 +227,7 @@ def _number(count: int, what: str) -> str:
 
 def _where(cell: Mapping[str, Any]) -> str:
     prompt = repr(cell["prompt"]) if cell["prompt"] is not None else f"prompt {cell['prompt_index']}"
-    return f"{cell['heads'] or 'clean'}{'' if cell['imputation'] is None else ', ' + cell['imputation']}, {prompt}"
+    if cell["imputation"] is None:
+        return f"clean, {prompt}"
+    at = "" if cell["positions"] == "all" else f" at {cell['positions']}"
+    return f"{cell['heads'] or 'no head'}, {cell['imputation']}{at}, {prompt}"

@@ -131,27 +131,25 @@ def apply_edits(z: Tensor, layer: AttentionLayer, edits: Sequence[Edit], rows: R
     edited = z.clone()
     before, after = (t.unflatten(-1, (layer.num_heads, layer.head_dim)) for t in (z, edited))  # views
     counts = torch.zeros(len(edits), 3, dtype=torch.long, device=z.device)
-    for imputation, positions in dict.fromkeys((edit.imputation, edit.positions) for edit in edits):
-        # All slices of one imputation are replaced at once: a growing batch has an edit for each row.
-        slices = [
-            (number, row, edit.head)
-            for number, edit in enumerate(edits)
-            if (edit.imputation, edit.positions) == (imputation, positions)
-            for row in (range(len(z)) if edit.row is None else [edit.row])
-        ]
+    # All slices of one imputation are replaced at once: a growing batch has an edit for each row.
+    groups: dict[tuple[Imputation, Positions | None], list[tuple[int, int, int]]] = {}
+    for number, edit in enumerate(edits):
+        every = range(len(z)) if edit.row is None else [edit.row]
+        groups.setdefault((edit.imputation, edit.positions), []).extend((number, row, edit.head) for row in every)
+    for (imputation, positions), slices in groups.items():
         number, row, head = torch.tensor(slices, device=z.device).reshape(-1, 3).unbind(-1)
+        at = torch.ones(len(row), z.shape[1], dtype=torch.bool, device=z.device)  # [slices, tokens]
+        if positions is not None:
+            at = rows.selected(positions, z)[row]
         site = Site(
             layer=layer.index,
             heads=head,
             longest=rows.past + z.shape[1],
             mask=None if mask is None else mask[row, rows.past :],
-            positions=rows.positions(z)[row] if imputation.by_position else None,
+            positions=rows.positions(z)[row].where(at, 0) if imputation.by_position else None,
         )
         value = _imputed(imputation, before[row, :, head], site)  # [slices, tokens, head_dim]
         own = before[row, :, head]  # not the tensor that was passed to the imputation, which may write into it
-        at = torch.ones_like(own[..., 0], dtype=torch.bool)  # [slices, tokens]
-        if positions is not None:
-            at = rows.selected(positions, z)[row]
         after[row, :, head] = value if positions is None else torch.where(at[..., None], value, own)
         held = edited.unflatten(-1, (layer.num_heads, layer.head_dim))[row, :, head]  # what the projection receives
         expected = at[..., None].expand_as(held)
@@ -164,12 +162,18 @@ def _imputed(imputation: Imputation, z: Tensor, site: Site) -> Tensor:
     """Return the replacement of z, in its shape. Raises InvalidAblation if an imputation returns anything else."""
     value = imputation(z, site)
     try:
-        return value.expand_as(z)
+        expanded = value.expand_as(z)
     except (RuntimeError, AttributeError):
         returned = list(value.shape) if isinstance(value, Tensor) else type(value).__name__
         raise InvalidAblation(
             f"the imputation {imputation.name!r} returned {returned}, which does not broadcast to z of {list(z.shape)}"
         ) from None
+    if (expanded.dtype, expanded.device) != (z.dtype, z.device):
+        raise InvalidAblation(
+            f"the imputation {imputation.name!r} returned {value.dtype} on {value.device}, but z is {z.dtype} on "
+            f"{z.device}"
+        )
+    return expanded
 
 
 def _check_editable(z: Any, layer: AttentionLayer) -> None:

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedModel
 
-from ablation import provenance
+from ablation import choices, provenance
 from ablation.causality import verify_causal_lm
 from ablation.edits import Ablation
 from ablation.forward import Request, at_prompt, rows_per_pass, validated_request, verify_positions_exist
@@ -235,7 +235,7 @@ def _result(request: Request, run: Run, clean: Values, ablated: Values, record: 
 
 
 def _key(ablation: Ablation) -> AblationKey:
-    positions = "all" if ablation.positions is None else ",".join(map(str, ablation.positions))
+    positions = choices.label("all" if ablation.positions is None else ablation.positions)
     return AblationKey(ablation.heads, ablation.imputation.name, positions)
 
 

@@ -5,30 +5,27 @@ from __future__ import annotations
 import dataclasses
 import hashlib
 import json
-import warnings
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
+from functools import partial
 from pathlib import Path
 from types import CodeType, FunctionType
-from typing import Any, NamedTuple
+from typing import Any
 
-import torch
-
-from ablation.causality import verify_causal_lm
+from ablation.choices import OF_REFERENCE, RESAMPLE
 from ablation.edits import Ablation
+from ablation.engine import run
 from ablation.errors import InvalidPrompt, UnsupportedModel
-from ablation.forward import last_logits, validated_request
 from ablation.imputation import DEFAULT_IMPUTATIONS, Imputation
-from ablation.measure import Metric, float64, lowest_best, tie_tolerance
+from ablation.measure import Metric
 from ablation.models import LoadedModel
 from ablation.passes import Progress
-from ablation.prompt_files import Row, as_rows, left_out, valid_rows
-from ablation.prompts import continuation_ids, other_spacing, prompt_ids
+from ablation.plan import Plan, PreparedPlan
+from ablation.prompt_files import Columns, as_rows, valid_rows
+from ablation.questions import Asked, reference_prompts, tokenised, warn
+from ablation.reference import Reference
+from ablation.replacements import TokenIds
 from ablation.results import Result
-from ablation.study import Task, origin, run_tasks, settings_of
-from ablation.sweeps import as_imputations, one_head_ablations, sweep
-
-FAR_LIKELIER = 10.0
-"""A text is suggested in place of another if its first token is more probable by this factor."""
+from ablation.study import origin, run_tasks, settings_of, subrange
 
 
 def sweep_prompts(
@@ -36,6 +33,10 @@ def sweep_prompts(
     prompts: Iterable[Any],
     imputations: Sequence[str | Imputation] = DEFAULT_IMPUTATIONS,
     *,
+    reference: Reference | Iterable[Any] | None = None,
+    positions: str | Iterable[int] = "all",
+    seed: int = 0,
+    draws: int = 1,
     metrics: Mapping[str, Metric] | None = None,
     skip_bad: bool = False,
     max_rows: int | None = None,
@@ -45,110 +46,167 @@ def sweep_prompts(
 ) -> Result:
     """Sweep a model on several prompts, each by itself and without padding.
 
-    prompts: `Question` objects, or records with the columns prompt, target, and optionally control and group; see
-    `ablation.prompt_files.as_rows`. skip_bad: leave out prompts that cannot be used, and warn. checkpoint: a folder for
-    the prompts that are finished, one by one. The same call goes on where an earlier one was interrupted, with the same
-    bits, and removes the checkpoint at the end; overwrite: discard a checkpoint of other settings. Processes started by
-    torchrun or `accelerate launch` share the prompts if there is a checkpoint; each returns the whole result. The other
-    arguments are those of `sweep`.
+    prompts: `Question` objects, or records with the columns prompt, target, and optionally control, group and resample;
+    see `ablation.prompt_files.as_rows`. imputations: names or `Imputation` objects; see docs/imputations.md. reference:
+    for reference means, a `Reference`, or prompts, of which only the column prompt matters; by default, `prompts`.
+    `resample` takes the prompt of the column resample, or draws among reference prompts of equal length, if they are
+    prompts, or else among `prompts`. draws: how many prompts are drawn for each prompt; metrics are averaged over them.
+    seed: of the draws. positions: "all", "last", positions, or a column with spans of characters of the prompt, at
+    whose tokens ablations act; see `ablation.prompt_files.spans_of`. skip_bad: leave out prompts that cannot be used,
+    and warn. checkpoint: a folder for the prompts that are finished, one by one. The same call goes on where an earlier
+    one was interrupted, with the same bits, and removes the checkpoint at the end; overwrite: discard a checkpoint of
+    other settings. Processes started by torchrun or `accelerate launch` share the prompts if there is a checkpoint;
+    each returns the whole result. The other arguments are those of `sweep`.
 
     Warns if a target or control would be far more probable with, or without, its leading space, and if the model
     ignores weights of its file. Raises the errors of `sweep`; InvalidPrompt, before any sweep, for a prompt, target or
-    control that cannot be used, and if target and control are equal; InvalidOutput for a checkpoint of other settings.
+    control that cannot be used, if target and control are equal, and if there is no prompt to resample from;
+    InvalidAblation for a reference of other weights; InvalidOutput for a checkpoint of other settings.
     """
-    if not isinstance(loaded, LoadedModel):
-        raise UnsupportedModel(f"a {type(loaded).__name__} has no tokenizer: pass what `ablation.load` returns")
-    one_head_ablations(loaded.model, as_imputations(imputations))  # raises its errors before any work
-    rows, bad = valid_rows(as_rows(prompts), skip_bad=skip_bad)
-    asked, unusable = valid_rows(_tokenised(loaded, rows), skip_bad=skip_bad)
-    _warn(loaded, [*bad, *unusable], asked)
-
-    chosen, known = as_imputations(imputations), origin(loaded)
-    questions = [[*dataclasses.astuple(of.row.question), of.token_ids, of.target, of.control] for of in asked]
-    settings = {
-        **settings_of(loaded),
-        "prompts": len(asked),
-        "prompts_sha256": hashlib.sha256(json.dumps(questions).encode()).hexdigest(),
-        "imputations": [imputation.name for imputation in chosen],
-        "metrics": {name: _code_of(metric) for name, metric in (metrics or {}).items()},
-        "max_rows": max_rows,
-    }
-    arguments = {"imputations": chosen, "metrics": metrics, "max_rows": max_rows}
-    tasks = [_task(loaded, of, known, arguments) for of in asked]
-    return run_tasks(tasks, settings, checkpoint, overwrite=overwrite, progress=progress)
+    study = Study(
+        loaded,
+        prompts,
+        imputations,
+        reference=reference,
+        positions=positions,
+        seed=seed,
+        draws=draws,
+        skip_bad=skip_bad,
+        stacklevel=3,
+    )
+    return study.run(metrics=metrics, max_rows=max_rows, progress=progress, checkpoint=checkpoint, overwrite=overwrite)
 
 
-# ---- questions and their tokens
+class Study:
+    """Questions and what replaces z in them, checked before any sweep. The arguments are those of `sweep_prompts`."""
 
+    def __init__(
+        self,
+        loaded: LoadedModel,
+        prompts: Iterable[Any],
+        imputations: Sequence[str | Imputation],
+        *,
+        reference: Reference | Iterable[Any] | None = None,
+        positions: str | Iterable[int] = "all",
+        seed: int = 0,
+        draws: int = 1,
+        skip_bad: bool = False,
+        stacklevel: int = 2,
+    ) -> None:
+        """stacklevel: of the warnings."""
+        if not isinstance(loaded, LoadedModel):
+            raise UnsupportedModel(f"a {type(loaded).__name__} has no tokenizer: pass what `ablation.load` returns")
+        self.loaded = loaded
+        self.plan = plan = Plan.of(loaded, imputations, positions, reference, draws, seed)
+        self.prepared: PreparedPlan | None = None
+        column = plan.positions if plan.positions not in ("all", "last") else None
+        columns = Columns(spans=column if isinstance(column, str) else None)
+        rows, bad = valid_rows(as_rows(prompts, columns=columns), skip_bad=skip_bad)
+        others, bad_others = reference_prompts(loaded, reference, skip_bad)
+        asked, unusable = valid_rows(
+            tokenised(loaded, rows, plan.positions, resample=plan.resamples), skip_bad=skip_bad
+        )
+        plan.texts = {ids: row.question.prompt for row, ids in others}
+        plan.texts |= {of.token_ids: of.row.question.prompt for of in asked}
+        plan.reference_ids = plan.pool = [ids for _, ids in others] or [of.token_ids for of in asked]
+        if not others and len(asked) == 1:
+            _verify_needs_no_others(plan, asked[0])
+        parts, unmatched = valid_rows(map(self._with_sources, asked), skip_bad=skip_bad)
+        self.asked, self.sources = [of for of, _ in parts], [sources for _, sources in parts]
+        if not others:
+            plan.reference_ids = [of.token_ids for of in self.asked]
+        warn(loaded, [*bad_others, *bad, *unusable, *unmatched], self.asked, stacklevel=stacklevel)
 
-class _Asked(NamedTuple):
-    """A question as token ids; None for a target or control that the clean run chooses. hint: about its spacing."""
-
-    row: Row
-    token_ids: list[int]
-    target: tuple[int, ...] | None
-    control: tuple[int, ...] | None
-    hint: str | None
-
-
-def _tokenised(loaded: LoadedModel, rows: Sequence[Row]) -> Iterator[_Asked | InvalidPrompt]:
-    """Yield each question with its tokens, or what is wrong with it, found in a clean run."""
-    for number, row in enumerate(rows):
-        question = row.question
+    def _with_sources(self, of: Asked) -> tuple[Asked, tuple[TokenIds, ...]] | InvalidPrompt:
+        """Return a question with the prompts that `resample` takes z from, or what is wrong with it."""
         try:
-            ids = prompt_ids(loaded.tokenizer, question.prompt, chat=question.chat)
-            target, control = (
-                None if text is None else continuation_ids(loaded.tokenizer, text)
-                for text in (question.target, question.control)
-            )
-            if target is not None and target == control:
-                raise InvalidPrompt(
-                    f"target and control are the same tokens, {question.target!r}: name another with --control"
-                )
-            request = validated_request(loaded.model, ids, [Ablation([])], target, control, None)
-            if number == 0:
-                verify_causal_lm(request)
-            with torch.no_grad():
-                logits = last_logits(request, 1)[0, 0]
-            prediction = int(lowest_best(float64(logits), tie_tolerance(logits)))
-            if target is None and control == (prediction,):
-                raise InvalidPrompt(
-                    f"the control, {question.control!r}, is the model's own prediction: name a target with --target"
-                )
-            yield _Asked(row, ids, target, control, _spacing_hint(loaded, row, float64(logits).softmax(dim=-1)))
+            self.plan.verify_length(of.token_ids)
+            return of, self.plan.sources(of.token_ids, of.resample)
         except InvalidPrompt as error:
-            yield row.problem(error)
+            return of.row.problem(error)
+
+    def run(
+        self,
+        *,
+        metrics: Mapping[str, Metric] | None = None,
+        max_rows: int | None = None,
+        progress: Progress | None = None,
+        checkpoint: Path | str | None = None,
+        overwrite: bool = False,
+    ) -> Result:
+        """Compute the reference, if it is needed and was not given, and sweep all questions."""
+        known = origin(self.loaded)
+        share = self.plan.work_of_reference(self.loaded, len(self.asked))
+        prepared = self.plan.prepare(self.loaded, known, subrange(progress, 0, share))
+        self.prepared = prepared
+        settings = {
+            **settings_of(self.loaded),
+            "prompts": len(self.asked),
+            "prompts_sha256": hashlib.sha256(
+                json.dumps(list(map(_settings_of_question, self.asked))).encode()
+            ).hexdigest(),
+            **prepared.settings,
+            "metrics": {name: _code_of(metric) for name, metric in (metrics or {}).items()},
+            "max_rows": max_rows,
+        }
+        tasks = [
+            partial(self._sweep, index, known, {"metrics": metrics, "max_rows": max_rows})
+            for index in range(len(self.asked))
+        ]
+        rest = subrange(progress, share, 1.0)
+        return run_tasks(tasks, settings, checkpoint, overwrite=overwrite, progress=rest)
+
+    def ablations(self, index: int) -> list[Ablation]:
+        """Return the ablations of a question, once the reference is computed."""
+        assert self.prepared is not None
+        return self.prepared.ablations(self.loaded, self.sources[index], self.asked[index].positions)
+
+    def _sweep(
+        self, index: int, known: Mapping[str, Any], arguments: Mapping[str, Any], progress: Progress | None
+    ) -> Result:
+        """Return the result of one question. known: where the model came from. arguments: those of `run`."""
+        of, question = self.asked[index], self.asked[index].row.question
+        result = run(
+            self.loaded.model,
+            of.token_ids,
+            self.ablations(index),
+            of.target,
+            of.control,
+            **arguments,
+            progress=progress,
+        )
+        assert self.prepared is not None
+        (record,) = result.prompts
+        named = dataclasses.replace(
+            record,
+            prompt=question.prompt,
+            target_text=self.loaded.decode(*record.target),
+            control_text=self.loaded.decode(*record.control),
+            group=question.group,
+        )
+        provenance = {**known, "chat": question.chat, **result.provenance}
+        result = dataclasses.replace(result, prompts=(named,), provenance=provenance)
+        given = None if of.resample is None else question.resample
+        texts = [given or self.plan.texts[ids] for ids in self.sources[index]]
+        return self.prepared.completed(result, texts, of.positions)
 
 
-def _spacing_hint(loaded: LoadedModel, row: Row, probability: torch.Tensor) -> str | None:
-    """Return a sentence if a target or control would be far likelier with, or without, a leading space."""
-    for name, text in (("target", row.question.target), ("control", row.question.control)):
-        other = None if text is None else other_spacing(loaded.tokenizer, text)
-        if text is not None and other is not None:
-            own, others = (float(probability[continuation_ids(loaded.tokenizer, t)[0]]) for t in (text, other))
-            if others > FAR_LIKELIER * own:
-                return (
-                    f"the {name} {text!r} begins with probability {own:.2g}, but {other!r} with {others:.2g}: "
-                    "a leading space makes another token"
-                )
-    return None
+def _verify_needs_no_others(plan: Plan, of: Asked) -> None:
+    """Raise InvalidPrompt if one prompt, for which there is no other one, needs others."""
+    needed = [name for name in OF_REFERENCE if name in plan.imputations and plan.reference is None]
+    needed += [RESAMPLE] if plan.resamples and of.resample is None else []
+    if needed:
+        raise InvalidPrompt(
+            f"{needed[0]!r} takes z from other prompts, and there is one prompt only: pass others as `reference` "
+            "(on the command line, --reference FILE)"
+        )
 
 
-def _warn(loaded: LoadedModel, bad: Sequence[InvalidPrompt], asked: Sequence[_Asked]) -> None:
-    """Warn of prompts that are left out, of spaces that may be wrong, and of weights that the model ignores."""
-    if bad:
-        warnings.warn(left_out(bad), stacklevel=3)
-    hints = [(of.row.where, of.hint) for of in asked if of.hint]
-    if hints:
-        (where, hint), others = hints[0], len(hints) - 1
-        more = f" (and in {others} other prompts)" if others else ""
-        warnings.warn(hint if len(asked) == 1 else f"{where}: {hint}{more}", stacklevel=3)
-    if loaded.ignored_weights:
-        count, first = len(loaded.ignored_weights), loaded.ignored_weights[0]
-        warnings.warn(f"{loaded.name} has {count} weights that this model does not use, such as {first}", stacklevel=3)
-
-
-# ---- results
+def _settings_of_question(of: Asked) -> list[Any]:
+    """Return everything about a question on which the bits of its result depend, as values that JSON can hold."""
+    question = of.row.question
+    texts = (question.prompt, question.target, question.control, question.chat, question.group)
+    return [*texts, of.token_ids, of.target, of.control, of.positions, of.resample]
 
 
 def _code_of(metric: Any) -> Any:
@@ -167,22 +225,3 @@ def _code_of(metric: Any) -> Any:
     enclosed = [repr(cell.cell_contents) for cell in metric.__closure__ or ()]
     whole = [described(metric.__code__), repr(metric.__defaults__), repr(metric.__kwdefaults__), enclosed]
     return hashlib.sha256(json.dumps(whole).encode()).hexdigest()
-
-
-def _task(loaded: LoadedModel, of: _Asked, known: Mapping[str, Any], arguments: Mapping[str, Any]) -> Task:
-    """Return the sweep of one question. known: where the model came from. arguments: those of `sweep`."""
-
-    def run(progress: Progress | None) -> Result:
-        result = sweep(loaded.model, of.token_ids, of.target, of.control, **arguments, progress=progress)
-        (record,), question = result.prompts, of.row.question
-        named = dataclasses.replace(
-            record,
-            prompt=question.prompt,
-            target_text=loaded.decode(*record.target),
-            control_text=loaded.decode(*record.control),
-            group=question.group,
-        )
-        provenance = {**known, "chat": question.chat, **result.provenance}
-        return dataclasses.replace(result, prompts=(named,), provenance=provenance)
-
-    return run

@@ -62,7 +62,7 @@ def validated_request(
     hook = HeadAblation(model)
     if any(module.training for module in model.modules()):
         raise InvalidAblation("the model is in training mode, where dropout hides effects: call model.eval()")
-    ids = tuple(_token_id(token) for token in _listed(token_ids, "a prompt"))
+    ids = as_token_ids(token_ids)
     wanted = _listed(ablations, "`ablations`", InvalidAblation)
     if not ids:
         raise InvalidPrompt("a run needs at least one prompt token")
@@ -83,6 +83,11 @@ def validated_request(
         raise InvalidPrompt(f"the prompt{continued} has {read} tokens, the model takes at most {longest}")
     ablated = tuple(ablation.validated(hook.heads) for ablation in wanted)
     return Request(hook, model, ids, ablated, *continuations, _validated_metrics(metrics or {}))
+
+
+def as_token_ids(prompt: Any) -> tuple[int, ...]:
+    """Return the token ids of a prompt as ints. Raises InvalidPrompt unless it is one flat list of integers."""
+    return tuple(_token_id(token) for token in _listed(prompt, "a prompt"))
 
 
 def verify_positions_exist(request: Request) -> None:

@@ -196,9 +196,11 @@ class HeadAblation:
 
     def _not_applied(self) -> str:
         pairs = [f"layer {layer}, head {edit.head}" for layer, edits in self.edits.items() for edit in edits]
+        somewhere = any(edit.positions is not None for edits in self.edits.values() for edit in edits)
         return (
             f"{pairs[0] if pairs else 'a head'} was set to be ablated, but no forward pass did it: the model was not "
             "run before the heads were set again or the context was left, or another object or thread ran in its place"
+            + (", or no row had a token at the positions" if somewhere else "")
         )
 
     def _remember_mask(self, model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:

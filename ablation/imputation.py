@@ -5,7 +5,7 @@ docs/imputations.md says what each choice means and assumes, and who uses it.
 
 from __future__ import annotations
 
-import math
+import sys
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import ClassVar, Literal, get_args
@@ -27,8 +27,8 @@ class Site:
     layer: the index of the layer. heads: the head of each slice, int64 [slices]. longest: no row has more tokens, those
     in a key/value cache included; known without a wait for the device. mask: [slices, tokens], nonzero at real tokens,
     or None if no token is known to be padding. positions: int64 [slices, tokens], the number of real tokens before each
-    token of its row, those in a cache included, and 0 in padding before the first real token; None unless the
-    imputation is `by_position`. All tensors are on z's device.
+    token of its row, those in a cache included; in padding, that of the last real token, or 0 before the first; 0 at
+    tokens whose z is not replaced; None unless the imputation is `by_position`. All tensors are on z's device.
     """
 
     layer: int
@@ -117,7 +117,7 @@ def _mean_over_tokens(values: Tensor, mask: Tensor | None) -> Tensor:
 class Scale(Imputation):
     """Multiplies z by a number: 0 gives what `Zero` gives, and 1 changes no bit.
 
-    factor: any finite number. Raises UnknownImputation for anything else.
+    factor: any finite number, kept as a float. Raises UnknownImputation for anything else.
     """
 
     factor: float
@@ -125,13 +125,16 @@ class Scale(Imputation):
 
     def __post_init__(self) -> None:
         factor = self.factor
-        if isinstance(factor, bool) or not isinstance(factor, int | float) or not math.isfinite(factor):
-            raise UnknownImputation(f"scale multiplies z by a finite number, not by {factor!r}")
+        if isinstance(factor, bool) or not isinstance(factor, int | float):
+            raise UnknownImputation(f"scale multiplies z by a number, not by {factor!r}")
+        if not abs(factor) <= sys.float_info.max:  # NaN, infinity, or an int beyond all floats
+            raise UnknownImputation("scale multiplies z by a finite number that fits a float")
+        object.__setattr__(self, "factor", float(factor) + 0.0)  # not -0.0
 
     @property
     def name(self) -> str:  # type: ignore[override]
         """The imputation with its factor, such as scale:0.5."""
-        return f"scale:{self.factor:g}"
+        return f"scale:{str(self.factor).removesuffix('.0')}"  # all digits: another factor has another name
 
     def __call__(self, z: Tensor, site: Site) -> Tensor:
         """Return z times the factor, or 0 also where z is not finite if the factor is 0."""
@@ -216,4 +219,10 @@ def as_imputation(imputation: str | Imputation) -> Imputation:
             f"{type(imputation).__name__} has to declare `name`, a str, `reads`, which is "
             f"{' or '.join(map(repr, get_args(Reads)))}, and `by_position`, a bool"
         )
+    try:
+        hash(imputation)
+    except TypeError:
+        raise UnknownImputation(
+            f"{type(imputation).__name__} has to be hashable, as a dataclass is with `frozen=True` or `eq=False`"
+        ) from None
     return imputation

@@ -21,9 +21,10 @@ from ablation.errors import InvalidOutput, one_line
 MANIFEST = "sweep.json"
 UNFINISHED = "unfinished"
 """The folder, in that of a result, for the finished prompts of an unfinished run; see `ablation.checkpoint`."""
+REFERENCE = "reference.npz"
 FILES = (
     MANIFEST,
-    "sweep.npz",
+    *("sweep.npz", REFERENCE),
     *("results.csv", "results.parquet", "top_tokens.csv", "report.html"),
     *(
         "sensitivity.png",

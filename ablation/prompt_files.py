@@ -8,16 +8,19 @@ import io
 import json
 import math
 from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any, NamedTuple, TypeVar
 
 from ablation.errors import InvalidPrompt, one_line
-from ablation.prompts import Question, check_text
+from ablation.prompts import Question, check_spans, check_text, is_integer
 
 T = TypeVar("T")
 
-COLUMNS = ("prompt", "target", "control", "group")
+COLUMNS = ("prompt", "target", "control", "group", "resample")
 REQUIRED = COLUMNS[:2]
+SIMILARITY = dict.fromkeys(COLUMNS, 0.8) | {"resample": 0.9}
+"""How similar the name of a column has to be to be taken for a misspelt one; `sample` and `example` are others."""
 NAMED = 5
 """So many rows that are left out are named."""
 SHIPPED = Path(__file__).parent / "data"
@@ -35,12 +38,25 @@ class Row(NamedTuple):
         return InvalidPrompt(f"{self.where}: {reason}" if self.where else str(reason))
 
 
-def read_rows(name: str, *, chat: bool = False) -> Iterator[Row | InvalidPrompt]:
+class Columns(NamedTuple):
+    """The columns of a table. text: those that hold texts. required: those that each row has. spans: one with spans."""
+
+    text: tuple[str, ...] = COLUMNS
+    required: tuple[str, ...] = REQUIRED
+    spans: str | None = None
+
+
+OF_QUESTIONS, PROMPTS_ONLY = Columns(), Columns(("prompt",), ("prompt",))
+"""The columns of questions, and of reference prompts."""
+
+
+def read_rows(name: str, *, chat: bool = False, columns: Columns = OF_QUESTIONS) -> Iterator[Row | InvalidPrompt]:
     """Yield the questions of a .jsonl or .csv file, and an InvalidPrompt for each row that is not a question.
 
     name: a path, or the name of a shipped file without its ending. The columns `prompt` and `target` are required,
-    `control` and `group` optional, others ignored. In a CSV file, an empty control or group is none. chat: see
-    `Question`. Raises InvalidPrompt if the file cannot be read, or has no rows.
+    `control`, `group` and `resample` optional, others ignored. In a CSV file, an empty optional cell is none. chat: see
+    `Question`. columns: which others are read, or required; see `spans_of` for a column of spans. Raises InvalidPrompt
+    if the file cannot be read, or has no rows.
     """
     path = _path(name)
     try:
@@ -53,14 +69,16 @@ def read_rows(name: str, *, chat: bool = False) -> Iterator[Row | InvalidPrompt]
     try:
         for line, record in records:
             empty = False
-            yield _row(f"{path.name}, line {line}", record, chat)
+            yield _row(f"{path.name}, line {line}", record, chat, columns)
     except csv.Error as error:
         raise InvalidPrompt(f"cannot read prompts from {one_line(path)}: {error}") from None
     if empty:
         raise InvalidPrompt(f"{one_line(path)} has no prompts")
 
 
-def as_rows(records: Iterable[Any], *, chat: bool = False) -> Iterator[Row | InvalidPrompt]:
+def as_rows(
+    records: Iterable[Any], *, chat: bool = False, columns: Columns = OF_QUESTIONS
+) -> Iterator[Row | InvalidPrompt]:
     """Yield the questions of records, and an InvalidPrompt for each record that is not a question.
 
     records: rows, with their problems, or `Question` objects; or mappings with the columns of `read_rows`, as in a list
@@ -77,7 +95,7 @@ def as_rows(records: Iterable[Any], *, chat: bool = False) -> Iterator[Row | Inv
         if isinstance(record, Row | InvalidPrompt):
             yield record
         else:
-            yield Row(where, record) if isinstance(record, Question) else _row(where, record, chat)
+            yield Row(where, record) if isinstance(record, Question) else _row(where, record, chat, columns)
     if empty:
         raise InvalidPrompt("there are no prompts")
 
@@ -121,20 +139,32 @@ def _jsonl_records(text: str) -> Iterator[tuple[int, Any]]:
     for number, line in enumerate(text.split("\n"), start=1):
         if line.strip():
             try:
-                yield number, json.loads(line)
+                yield number, json.loads(line, object_pairs_hook=_without_duplicates)
             except (ValueError, RecursionError) as error:
                 yield number, error
 
 
+def _without_duplicates(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    """Return a JSON object as a dict. Raises ValueError if a key occurs twice: only its last value would be read."""
+    found = dict(pairs)
+    if len(found) < len(pairs):
+        names = [name for name, _ in pairs]
+        raise ValueError(f"it has several values of {next(name for name in names if names.count(name) > 1)!r}")
+    return found
+
+
 def _csv_records(text: str) -> Iterator[tuple[int, Any]]:
-    """Yield (line, record). Raises csv.Error."""
+    """Yield (line, record). Raises csv.Error, also for columns that share a name."""
     reader = csv.DictReader(io.StringIO(text, newline=""), strict=True)
+    header = list(reader.fieldnames or ())
+    for name in header:
+        if header.count(name) > 1:
+            raise csv.Error(f"it has several columns {name!r}")
+        if len(header) == 1 and any(mark in name for mark in ";\t|"):
+            raise csv.Error(f"its header has the one column {name!r}: is this a CSV with commas?")
     for record in reader:
         if None in record or None in record.values():
-            yield (
-                reader.line_num,
-                ValueError(f"it does not have {len(reader.fieldnames or ())} cells, as the header has"),
-            )
+            yield reader.line_num, ValueError(f"it does not have {len(header)} cells, as the header has")
         else:
             yield (
                 reader.line_num,
@@ -142,18 +172,17 @@ def _csv_records(text: str) -> Iterator[tuple[int, Any]]:
             )
 
 
-def _row(where: str, record: Any, chat: bool) -> Row | InvalidPrompt:
+def _row(where: str, record: Any, chat: bool, columns: Columns) -> Row | InvalidPrompt:
     """Return the question of a record, or what is wrong with it."""
     if isinstance(record, Exception):
         return InvalidPrompt(f"{where}: {one_line(str(record))}")
     if not isinstance(record, Mapping):
         return InvalidPrompt(f"{where}: a record has columns, unlike {one_line(repr(record))}")
-    values = {name: record[name] for name in COLUMNS if not _is_missing(record.get(name))}
-    for name in COLUMNS:
-        meant = difflib.get_close_matches(name, [str(key) for key in record], n=1, cutoff=0.8)
-        if name not in record and meant:
-            return InvalidPrompt(f"{where}, column {meant[0]}: is this {name}?")
-        if name in REQUIRED and name not in values:
+    values = {name: record[name] for name in columns.text if not _is_missing(record.get(name))}
+    for name in columns.text:
+        if (meant := _misspelt(name, record)) is not None:
+            return InvalidPrompt(f"{where}, column {meant}: is this {name}?")
+        if name in columns.required and name not in values:
             return InvalidPrompt(f"{where}, column {name}: it is missing")
         if name in values and not isinstance(values[name], str):
             return InvalidPrompt(f"{where}, column {name}: a text is needed, not {one_line(repr(values[name]))}")
@@ -163,7 +192,48 @@ def _row(where: str, record: Any, chat: bool) -> Row | InvalidPrompt:
             check_text(values.get(name, ""), name)
         except InvalidPrompt as error:
             return InvalidPrompt(f"{where}, column {name}: {error}")
-    return Row(where, Question(**values, chat=chat))
+    question = Question(**values, chat=chat)
+    if columns.spans is None:
+        return Row(where, question)
+    try:
+        return Row(where, replace(question, spans=spans_of(question.prompt, columns.spans, record)))
+    except InvalidPrompt as error:
+        return InvalidPrompt(f"{where}, column {columns.spans}: {error}")
+
+
+def _misspelt(name: str, record: Mapping[Any, Any]) -> str | None:
+    """Return the column of a record that is similar to a column that it lacks."""
+    others = [str(key) for key in record]
+    meant = difflib.get_close_matches(name, others, n=1, cutoff=SIMILARITY.get(name, 0.8))
+    return meant[0] if meant and name not in record else None
+
+
+def spans_of(prompt: str, column: str, record: Mapping[Any, Any]) -> tuple[tuple[int, int], ...]:
+    """Return the spans of a prompt that a column names: (start, end) pairs of characters, counted from 0.
+
+    The column holds a list of pairs [start, end], one such pair, or a text that occurs once in the prompt. Raises
+    InvalidPrompt if it holds anything else, or is missing.
+    """
+    value: Any = record.get(column)
+    if hasattr(value, "tolist"):  # an array, as in a frame
+        value = value.tolist()
+    if _is_missing(value):
+        meant = _misspelt(column, record)
+        raise InvalidPrompt("it is missing" if meant is None else f"it is missing: is this {meant}?")
+    if isinstance(value, str):
+        if not value:
+            raise InvalidPrompt("it is empty")
+        start = prompt.find(value)
+        if start < 0 or prompt.find(value, start + 1) >= 0:
+            often = "does not occur" if start < 0 else "occurs more than once"
+            raise InvalidPrompt(f"{one_line(repr(value))} {often} in the prompt: pass spans [start, end] of characters")
+        return ((start, start + len(value)),)
+    if isinstance(value, list | tuple):
+        value = [pair.tolist() if hasattr(pair, "tolist") else pair for pair in value]
+        if value and all(is_integer(end) for end in value):
+            value = [value]
+    check_spans(prompt, value)
+    return tuple((int(start), int(end)) for start, end in value)
 
 
 def _is_missing(value: Any) -> bool:

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import numbers
 import unicodedata
+from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
@@ -13,6 +15,8 @@ if TYPE_CHECKING:
 
 SHOWN_CHARACTERS = 60
 """Texts in messages are cut to this length."""
+MARK = "\ue000"
+"""A character that no chat template contains: of the private use area of Unicode."""
 
 
 @dataclass(frozen=True)
@@ -21,7 +25,9 @@ class Question:
 
     None as target or control stands for the most probable token of the clean run that is not the other one. chat: the
     prompt is a message of the user, to be rendered by the model's chat template; the target begins the answer. group:
-    any name, by which the results of several questions are summarised.
+    any name, by which the results of several questions are summarised. resample: a prompt of as many tokens, whose z
+    replaces that of this prompt; None for one that is drawn. spans: (start, end) pairs of characters of the prompt, at
+    whose tokens an ablation acts if it acts at the tokens of a column.
     """
 
     prompt: str
@@ -29,6 +35,8 @@ class Question:
     control: str | None = None
     chat: bool = False
     group: str | None = None
+    resample: str | None = None
+    spans: tuple[tuple[int, int], ...] | None = None
 
 
 def check_prompt(prompt: str) -> None:
@@ -64,6 +72,46 @@ def prompt_ids(tokenizer: PreTrainedTokenizerBase, prompt: str, *, chat: bool = 
     if not _round_trips(tokenizer, own, text):
         raise InvalidPrompt(f"this tokenizer loses the prompt: {_shown(text)} becomes {_shown(tokenizer.decode(own))}")
     return ids
+
+
+def span_positions(
+    tokenizer: PreTrainedTokenizerBase, prompt: str, spans: Iterable[tuple[int, int]], *, chat: bool = False
+) -> tuple[int, ...]:
+    """Return the positions of the tokens that overlap with spans of characters of the prompt, in `prompt_ids`.
+
+    spans: (start, end) pairs. tokenizer: a fast one. Raises InvalidPrompt for a span that the prompt does not have, or
+    that has no token.
+    """
+    check_spans(prompt, spans)
+    text = _rendered(tokenizer, prompt) if chat else prompt
+    begin, shown = _place_in_rendered(tokenizer, prompt, text) if chat else (0, range(len(prompt)))
+    encoded: Any = tokenizer(text, add_special_tokens=not chat, return_offsets_mapping=True)
+    offsets = encoded["offset_mapping"]
+    found: list[int] = []
+    for start, end in spans:
+        low, high = max(begin + start, shown.start), min(begin + end, shown.stop)
+        at = [number for number, (first, last) in enumerate(offsets) if max(first, low) < min(last, high)]
+        if not at:
+            raise InvalidPrompt(f"no token is at the characters {start} to {end} of the prompt")
+        found += at
+    return tuple(sorted(set(found)))
+
+
+def is_integer(value: object) -> bool:
+    """Whether a value is an integer, of Python or numpy, and no bool."""
+    return isinstance(value, numbers.Integral) and not isinstance(value, bool)
+
+
+def check_spans(prompt: str, spans: object) -> None:
+    """Raise InvalidPrompt unless these are spans of the prompt: (start, end) pairs of integers, at least one."""
+    pairs = list(spans) if isinstance(spans, list | tuple) else []
+    for pair in pairs:
+        if not isinstance(pair, list | tuple) or len(pair) != 2 or not all(map(is_integer, pair)):
+            raise InvalidPrompt(f"a span is a pair [start, end] of characters of the prompt, not {_shown(pair)}")
+        if not 0 <= pair[0] < pair[1] <= len(prompt):
+            raise InvalidPrompt(f"the prompt has {len(prompt)} characters, and so no span {list(pair)}")
+    if not pairs:
+        raise InvalidPrompt(f"spans are pairs [start, end] of characters of the prompt, not {_shown(spans)}")
 
 
 def continuation_ids(tokenizer: PreTrainedTokenizerBase, text: str) -> tuple[int, ...]:
@@ -119,6 +167,19 @@ def _rendered(tokenizer: PreTrainedTokenizerBase, message: str) -> str:
         return str(tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=True))
     except Exception as error:  # a template is a program of the model's authors, which may raise anything
         raise InvalidPrompt(f"the model's chat template fails: {type(error).__name__}: {_shown(str(error))}") from error
+
+
+def _place_in_rendered(tokenizer: PreTrainedTokenizerBase, message: str, text: str) -> tuple[int, range]:
+    """Return where the first character of a message is in its rendered text, and the characters that are shown.
+
+    They are where a mark is that is rendered in place of the message. Spaces around the message may be left out. Raises
+    InvalidPrompt if the template changes the message in another way.
+    """
+    start, stripped = _rendered(tokenizer, MARK).find(MARK), message.strip()
+    for shown, skipped in ((message, 0), (stripped, message.find(stripped))):
+        if start >= 0 and text.startswith(shown, start):
+            return start - skipped, range(start, start + len(shown))
+    raise InvalidPrompt("the chat template changes the prompt, so the tokens of its characters are unknown")
 
 
 def _encode(tokenizer: PreTrainedTokenizerBase, text: str) -> list[int]:

@@ -18,8 +18,8 @@ from transformers import PreTrainedModel
 
 from ablation import provenance
 from ablation.edits import Ablation, verify_called_once, verify_shape
-from ablation.errors import InvalidPrompt, InvalidResult, one_line
-from ablation.forward import last_logits, validated_request
+from ablation.errors import InvalidPrompt, InvalidResult, NonFiniteLogits, one_line
+from ablation.forward import as_token_ids, last_logits, validated_request
 from ablation.heads import AttentionLayer
 from ablation.imputation import Values
 from ablation.module_hooks import register
@@ -33,7 +33,8 @@ def record_z(model: PreTrainedModel, token_ids: Sequence[int]) -> dict[int, Tens
     """Return the z of a prompt in the clean run, {layer: [tokens, num_heads, head_dim]}, in the model's dtype.
 
     With `Values`, it replaces the z of other prompts at the same positions. token_ids: one row without padding. Raises
-    InvalidPrompt, UnsupportedModel, and InvalidAblation if the model carries an ablation or is in training mode.
+    InvalidPrompt, UnsupportedModel, NonFiniteLogits if z is not finite, and InvalidAblation if the model carries an
+    ablation or is in training mode.
     """
     request = validated_request(model, token_ids, [Ablation([])], None, None, None)
     found: dict[int, Tensor] = {}
@@ -49,6 +50,9 @@ def record_z(model: PreTrainedModel, token_ids: Sequence[int]) -> dict[int, Tens
         last_logits(request, 1)
         for layer in request.heads.layers:
             verify_called_once(layer, hook.receipt)
+    for index, z in found.items():
+        if not z.isfinite().all():
+            raise NonFiniteLogits(f"z is not finite in layer {index} of the clean run, so it cannot replace other z")
     return found
 
 
@@ -80,7 +84,7 @@ class Reference:
         the provenance. progress: called with the share of the work that is done. Raises InvalidPrompt if there are
         none, and the errors of `record_z`.
         """
-        listed = sorted(tuple(prompt) for prompt in prompts)
+        listed = sorted(map(as_token_ids, prompts))
         if not listed:
             raise InvalidPrompt("there are no reference prompts")
         counts = torch.tensor([sum(len(ids) > at for ids in listed) for at in range(max(map(len, listed)))])
@@ -138,6 +142,8 @@ class Reference:
                 raise ValueError("it is not a reference")
             if any(z.ndim != 3 or z.dtype != np.float64 or len(z) != len(counts) for z in sums.values()):
                 raise ValueError("its arrays have the wrong dimensions")
+            if not counts.size or counts.min() < 1 or not all(np.isfinite(z).all() for z in sums.values()):
+                raise ValueError("its numbers are none that prompts give")
         except Exception as error:  # a damaged file makes json, zipfile, zlib and numpy raise many kinds of errors
             raise InvalidResult(f"no reference can be read from {one_line(path)}: {one_line(error)}") from error
         return cls(torch.from_numpy(counts), {layer: torch.from_numpy(z) for layer, z in sorted(sums.items())}, known)

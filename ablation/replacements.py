@@ -11,6 +11,7 @@ import numpy as np
 from transformers import PreTrainedModel
 
 from ablation.errors import InvalidAblation, InvalidPrompt, UnknownImputation
+from ablation.forward import as_token_ids
 from ablation.imputation import Imputation, Values, as_imputation
 from ablation.reference import MEAN, MEAN_BY_POSITION, Reference, record_z
 from ablation.sweeps import listed, verify_names
@@ -65,7 +66,7 @@ class Replacements:
                 found.append(reference.imputation(str(imputation)))
             else:
                 found.append(as_imputation(imputation))
-        replacements = cls(tuple(found), tuple(sorted({tuple(ids) for ids in pool})), draws, seed)
+        replacements = cls(tuple(found), tuple(sorted(set(map(as_token_ids, pool)))), draws, seed)
         verify_names(replacements.names)
         return replacements
 
@@ -82,16 +83,17 @@ class Replacements:
         the prompt and the pool, not on the order of the prompts. Raises InvalidPrompt if there are none, or if the
         given one has another length.
         """
-        own = tuple(token_ids)
-        if RESAMPLE not in self.names:
+        if not any(isinstance(of, str) for of in self.imputations):
             return ()
+        own = as_token_ids(token_ids)
         if given is not None:
-            if len(given) != len(own):
+            source = as_token_ids(given)
+            if len(source) != len(own):
                 raise InvalidPrompt(
-                    f"the prompt to resample from has {len(given)} tokens, the prompt {len(own)}: z is replaced at the "
-                    "same positions"
+                    f"the prompt to resample from has {len(source)} tokens, the prompt {len(own)}: z is replaced at "
+                    "the same positions"
                 )
-            return (tuple(given),)
+            return (source,)
         others = [ids for ids in self.pool if len(ids) == len(own) and ids != own]
         if not others:
             raise InvalidPrompt(f"no other prompt has {len(own)} tokens, so there is none to resample from")

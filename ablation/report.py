@@ -11,7 +11,8 @@ from numpy.typing import NDArray
 
 from ablation import agreement
 from ablation.agreement import head_label, points
-from ablation.results import Result
+from ablation.errors import InvalidResult
+from ablation.results import LOSS, Result
 
 if TYPE_CHECKING:
     from ablation.heads import HeadMap
@@ -61,8 +62,12 @@ def findings(sweep: Result, decode: Decode, strongest: int = 3) -> dict[str, Any
     """Return the content of the report as values that JSON can hold.
 
     sweep: of one prompt. strongest: how many heads are listed that raise, or lower, the probability of the target most.
-    Changes of probability are in [-1, 1].
+    Changes of probability are in [-1, 1]. Raises InvalidResult for a result of several prompts, of a text, or of sets of
+    heads.
     """
+    if LOSS in sweep.clean or len(sweep.prompts) != 1:
+        what = "a text" if LOSS in sweep.clean else f"{len(sweep.prompts)} prompts"
+        raise InvalidResult(f"these are the findings of one prompt, not of {what}: see `ablation.summary`")
     (prompt,) = sweep.prompts
     clean = {name: values[0] for name, values in sweep.clean.items()}
     prediction = int(clean["argmax"])
@@ -188,7 +193,7 @@ def render(found: dict[str, Any]) -> str:
         if of["changed_nothing"]:
             lines.append(f"  {'no effect':12} {of['changed_nothing']} ablations changed no element of z")
     if found["agreement"]:
-        lines += ["", *agreement.lines(found["agreement"])]
+        lines += ["", *agreement.lines(found["agreement"], points)]
     if found["layers_without_heads"]:
         without, of_all = ", ".join(map(str, found["layers_without_heads"])), found["layers"]
         lines += ["", f"no attention heads in {len(found['layers_without_heads'])} of {of_all} layers: {without}"]

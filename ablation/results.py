@@ -137,17 +137,24 @@ class Result:
 
     @cached_property
     def _places(self) -> tuple[NDArray[np.int64], ...]:
-        """The imputation, layer and head of each ablation, three times [A]. Raises InvalidResult for sets of heads."""
+        """The imputation, layer and head of each ablation, three times [A].
+
+        Raises InvalidResult for sets of heads, and if two ablations have one place.
+        """
         if any(len(key.heads) != 1 for key in self.ablations):
             raise InvalidResult("ablations of several heads, or of none, cannot be arranged as a map of heads")
         index = {name: number for number, name in enumerate(self.imputations)}
-        return tuple(np.array([(index[key.imputation], *key.heads[0]) for key in self.ablations], dtype=np.int64).T)
+        places = [(index[key.imputation], *key.heads[0]) for key in self.ablations]
+        if len(set(places)) < len(places):
+            raise InvalidResult("a head has several ablations of one imputation, but one place on a map of heads")
+        return tuple(np.array(places, dtype=np.int64).T)
 
     def grid(self, values: NDArray[Any]) -> NDArray[Any]:
         """Arrange the values of one-head ablations as maps of all heads, [..., A] -> [..., I, L, H].
 
         Where there is no head, a map holds NaN if it is of floats, -1 if of integers, and False if of booleans. Raises
-        InvalidResult if an ablation has several heads, or none.
+        InvalidResult if an ablation has several heads, or none, and if a head has several ablations of one imputation,
+        such as at different positions.
         """
         missing: Any = {"f": np.nan, "b": False}.get(values.dtype.kind, -1)
         maps = np.full((*values.shape[:-1], len(self.imputations), *self.head_mean.shape[1:]), missing, values.dtype)

@@ -76,7 +76,7 @@ class Rows:
         mask, found = self.mask_of(z), self.positions(z)
         real = None if mask is None else mask != 0
         lengths = found.new_full((len(z), 1), self.past + z.shape[1]) if real is None else real.sum(dim=1, keepdim=True)
-        if not self.is_cached:
+        if not self.is_cached or min(positions) < 0:  # positions from the end need the whole row in this pass
             shortest = z.shape[1] if real is None else int(lengths.min())
             verify_positions(positions, shortest, "a row")
         wanted = found.new_tensor(positions)

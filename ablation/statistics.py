@@ -15,6 +15,7 @@ import numpy as np
 from numpy.typing import NDArray
 from scipy import stats
 
+from ablation.errors import InvalidResult
 from ablation.results import Result
 
 CONFIDENCE = 0.95
@@ -74,9 +75,15 @@ def effects(result: Result, metric: str, prompts: Sequence[int] | None = None) -
     """Return the mean change of a metric over prompts. prompts: their indices; by default all.
 
     The intervals are those of `scipy.stats.bootstrap` (percentile method, `RESAMPLES` samples, a fixed seed); the
-    prompts are drawn together for all ablations. Raises KeyError for an unknown metric.
+    prompts are drawn together for all ablations. Raises InvalidResult for an unknown metric, for token ids, whose change
+    means nothing, and if there are no prompts.
     """
+    if metric not in result.clean or metric == "argmax":
+        known = ", ".join(name for name in result.clean if name != "argmax")
+        raise InvalidResult(f"{metric!r} is no metric of the result with a change: it has {known}")
     chosen = slice(None) if prompts is None else list(prompts)
+    if not len(result.clean[metric][chosen]):
+        raise InvalidResult("there are no prompts to take a mean over")
     change, clean = result.change(metric)[chosen], result.clean[metric][chosen]
     low, high = bootstrap_interval(change)
     return Effects(metric, len(change), float(clean.mean()), change.mean(axis=0), low, high, _adjusted_p_values(change))
@@ -92,7 +99,10 @@ def groups(result: Result) -> dict[str, list[int]]:
 
 
 def share(flags: NDArray[np.bool_]) -> Share:
-    """Return the share of true flags, of any shape with at least one."""
+    """Return the share of true flags. flags: of any shape. Raises InvalidResult unless they are at least one bool."""
+    flags = np.asarray(flags)
+    if flags.dtype != np.bool_ or not flags.size:
+        raise InvalidResult(f"a share is one of at least one bool, not of {flags.size} values of {flags.dtype}")
     count, of = int(flags.sum()), int(flags.size)
     interval = stats.binomtest(count, of).proportion_ci(CONFIDENCE, method="wilson")
     return Share(count, of, float(interval.low), float(interval.high))

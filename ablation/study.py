@@ -33,7 +33,7 @@ def run_tasks(
     the errors of the tasks, InvalidOutput, AblationError if another process has stopped, and OSError.
     """
     if checkpoint is None:
-        parts = [task(_subrange(progress, number, len(tasks))) for number, task in enumerate(tasks)]
+        parts = [task(_part(progress, number, len(tasks))) for number, task in enumerate(tasks)]
         return Result.joined(parts)
     folder, processes = Path(checkpoint), Processes.current()
     if processes.is_first:
@@ -42,7 +42,7 @@ def run_tasks(
     saved = Checkpoint(folder, settings)
     own = range(processes.rank, len(tasks), processes.total)
     for number, index in enumerate(own):
-        report = _subrange(progress, number, len(own))
+        report = _part(progress, number, len(own))
         if not saved.has(index):
             saved.save(index, tasks[index](report))
         elif report is not None:
@@ -77,6 +77,11 @@ def origin(loaded: LoadedModel) -> dict[str, Any]:
     }
 
 
-def _subrange(progress: Progress | None, number: int, count: int) -> Progress | None:
+def subrange(progress: Progress | None, start: float, end: float) -> Progress | None:
+    """Return a callback for the progress of a part of the work. start, end: the part, as shares of the whole."""
+    return None if progress is None else lambda share: progress(start + (end - start) * share)
+
+
+def _part(progress: Progress | None, number: int, count: int) -> Progress | None:
     """Return a callback for the progress of one of `count` equal parts. number: of the part, from 0."""
     return None if progress is None else lambda share: progress((number + share) / count)

@@ -8,6 +8,8 @@ from typing import Any
 import numpy as np
 
 from ablation import agreement, statistics
+from ablation.agreement import points
+from ablation.errors import InvalidResult
 from ablation.report import ablated_line, trend, where
 from ablation.results import LOSS, Result
 from ablation.statistics import Effects, Share
@@ -24,8 +26,11 @@ def findings(result: Result, strongest: int = 10) -> dict[str, Any]:
     """Return the content of the report as values that JSON can hold; see `ablation.statistics` for the intervals.
 
     result: of one-head ablations and at least two prompts. strongest: how many heads are listed for each imputation,
-    those with the largest mean change of the target's probability. Probabilities are in [0, 1].
+    those with the largest mean change of the target's probability. Probabilities are in [0, 1]. Raises InvalidResult for
+    a result of a text, or of sets of heads.
     """
+    if LOSS in result.clean:
+        raise InvalidResult("this is a result of a text: see `findings_of_text`")
     effects = {name: statistics.effects(result, name) for name in SHOWN}
     control = statistics.effects(result, "control_probability")
     has_head, head_mean = result.has_head, result.head_mean.mean(axis=0)
@@ -113,9 +118,12 @@ def findings_of_text(result: Result, strongest: int = 10) -> dict[str, Any]:
     """Return the content of the report on a text, as values that JSON can hold. Losses are in nats per token.
 
     result: of `ablation.texts.sweep_text`. strongest: how many heads are listed for each imputation, those with the
-    largest mean change of the loss over the windows.
+    largest mean change of the loss over the windows. Raises InvalidResult for a result of prompts.
     """
+    if LOSS not in result.clean:
+        raise InvalidResult("this is a result of prompts, not of a text: see `findings`")
     effects = {LOSS: statistics.effects(result, LOSS)}
+    mean, differs = (result.grid(getattr(effects[LOSS], name)) for name in ("mean", "differs"))
     return {
         "windows": len(result.prompts),
         "scored_tokens": sum(len(prompt.target) for prompt in result.prompts),
@@ -132,6 +140,7 @@ def findings_of_text(result: Result, strongest: int = 10) -> dict[str, Any]:
             }
             for name in result.imputations
         },
+        "agreement": agreement.findings(result.imputations, mean, differs if len(result.prompts) > 1 else None),
     }
 
 
@@ -152,6 +161,8 @@ def render_text(found: dict[str, Any]) -> str:
             "(false discovery rate 5%)",
         ]
         lines += [f"  {head['head']:8} {_numbers(head[LOSS], '+.4f'):>28}" for head in of["strongest"]]
+    if found["agreement"]:
+        lines += ["", *agreement.lines(found["agreement"], lambda change: f"{change:+.4f} nats")]
     if found["windows"] > 1:
         lines += [
             "",
@@ -183,7 +194,7 @@ def render(found: dict[str, Any]) -> str:
         if of["changed_nothing"]:
             lines.append(f"  in {of['changed_nothing']} runs, the ablation changed no element of z")
     if found["agreement"]:
-        lines += ["", *agreement.lines(found["agreement"])]
+        lines += ["", *agreement.lines(found["agreement"], points)]
     if found["groups"]:
         width = max(map(len, found["groups"]))
         lines += ["", "groups, with the head that changes P(target) most"]

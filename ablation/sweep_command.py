@@ -4,25 +4,22 @@ from __future__ import annotations
 
 import argparse
 import dataclasses
-import hashlib
-import json
 import re
-import sys
-from collections.abc import Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import TYPE_CHECKING, Any
 
-from ablation import output, sources
+from ablation import choices, output, sources
 from ablation.errors import InvalidAblation, InvalidOutput, InvalidPrompt, one_line, shortened
 from ablation.processes import Processes
-from ablation.prompt_files import Row, read_rows, valid_rows
-from ablation.prompts import Question, check_prompt
+from ablation.sweep_arguments import DEFAULT_IMPUTATIONS, LONGEST_PROMPT, Asking, asking, default_folder
 from ablation.terminal import print_json, say, silence_transformers, status_line, warnings_as_notes
 
 if TYPE_CHECKING:
+    from ablation.experiment import Study
     from ablation.models import LoadedModel
     from ablation.moved import Moved
     from ablation.results import Result
+    from ablation.texts import TextStudy
 
 EPILOG = """\
 examples:
@@ -32,9 +29,10 @@ examples:
   ablation sweep --model path/to/a/folder --prompt "Two and two are" --imputation zero --json
   ablation sweep --prompts capitals
   ablation sweep --model smollm2 --prompts my-prompts.jsonl --out my-study
+  ablation sweep --imputation reference-mean resample --reference capitals --positions last
 """
-LONGEST_PROMPT = 400
-"""Characters of a prompt that are printed."""
+NEGATIVE = re.compile(r"-\d[\d,-]*")
+"""An argument that is a list of positions, not an option."""
 
 
 def add_command(commands: Any) -> None:
@@ -63,7 +61,8 @@ def add_command(commands: Any) -> None:
         "--prompts",
         metavar="FILE",
         help="sweep many prompts: a .jsonl or .csv file with the columns prompt and target, and optionally control and "
-        "group; or capitals or smollm2, files that are part of the package",
+        "group, and others that --positions and resample name; or capitals or smollm2, files that are part of the "
+        "package",
     )
     add("--skip-bad", action="store_true", help="leave out the prompts of FILE that cannot be used")
     add("--text", metavar="FILE", help="measure the mean next-token loss on a text file instead of an answer")
@@ -78,12 +77,33 @@ def add_command(commands: Any) -> None:
     add(
         "--imputation",
         nargs="+",
-        choices=["zero", "mean"],
-        default=["zero", "mean"],
+        type=choices.imputation,
+        default=DEFAULT_IMPUTATIONS,
         metavar="NAME",
-        help="what replaces the output of a head (z): zero, mean (one number, the mean of z over tokens and channels), "
-        "or both (default: both)",
+        help="what replaces the output of a head (z), one or several (default: zero mean): "
+        + "; ".join(f"{name}: {meaning}" for name, meaning in choices.IMPUTATIONS.items()),
     )
+    add(
+        "--reference",
+        metavar="FILE",
+        help="the prompts of the reference means, and those from which resample draws: a .jsonl or .csv file with the "
+        "column prompt, capitals or smollm2; or reference.npz of an earlier sweep, for the means (default: the prompts "
+        "of --prompts, or the windows of --text)",
+    )
+    add(
+        "--positions",
+        default="all",
+        metavar="WHERE",
+        help="the tokens at which z is replaced: all, last, integers such as 0,3,-1, or a column of --prompts with "
+        "spans [start, end] of characters, or with a text that occurs once in the prompt (default: all)",
+    )
+    add(
+        "--draws",
+        type=choices.whole_number(1),
+        metavar="N",
+        help="prompts that resample draws for each prompt; metrics are averaged over them (default: 1)",
+    )
+    add("--seed", type=choices.whole_number(0), metavar="N", help="of the draws of resample (default: 0)")
     add(
         "--top",
         type=int,
@@ -105,20 +125,19 @@ def add_command(commands: Any) -> None:
     add("--dtype", choices=["float32", "float64", "bfloat16", "float16"], default="float32", help="(default: float32)")
     add("--json", action="store_true", help="print the findings as JSON")
     parser.set_defaults(run=_sweep)
+    parser._negative_number_matcher = NEGATIVE  # or else -2,-1 would be taken for an option
 
 
 def _sweep(arguments: argparse.Namespace) -> int:
     source = sources.resolve(arguments.model)
-    asking = _asking(arguments, source)
+    of = asking(arguments, source)
     if arguments.max_rows is not None and arguments.max_rows < 2:
         raise InvalidAblation(
             f"--max-rows is {arguments.max_rows}: a pass needs 2 rows, a clean one and an ablated one"
         )
-    imputations = list(dict.fromkeys(arguments.imputation))
-    asked = {**asking.asked, "imputations": imputations, "dtype": arguments.dtype}
-    folder = _default_folder(source, asked) if arguments.out is None else arguments.out
-    out = output.check_output(folder, asked, source.full, overwrite=arguments.overwrite)
-    if asking.is_single and not arguments.overwrite and (out / output.UNFINISHED).exists():
+    folder = default_folder(source, of.asked) if arguments.out is None else arguments.out
+    out = output.check_output(folder, of.asked, source.full, overwrite=arguments.overwrite)
+    if of.is_single and not arguments.overwrite and (out / output.UNFINISHED).exists():
         raise InvalidOutput(f"{out} holds an unfinished study of several prompts: choose another folder")
     status_line(f"loading {arguments.model} ...")
     import torch
@@ -128,17 +147,17 @@ def _sweep(arguments: argparse.Namespace) -> int:
     silence_transformers()
     with warnings_as_notes():
         loaded = models.load(arguments.model, device=arguments.device, dtype=getattr(torch, arguments.dtype))
-        result = _sweep_with_progress(loaded, asking, imputations, out, arguments)
+        study, result = _sweep_with_progress(loaded, of, out, arguments)
     if not Processes.current().is_first:
         return 0
-    moved = None if arguments.top is None else _moved(loaded, result, arguments)
-    result = dataclasses.replace(result, provenance={**result.provenance, "asked": asked})
+    moved = None if arguments.top is None else _moved(study, result, arguments)
+    result = dataclasses.replace(result, provenance={**result.provenance, "asked": of.asked})
     unprinted = None
     try:
-        _print_report(result, loaded, asking, moved, arguments)
+        _print_report(result, loaded, of, moved, arguments)
     except OSError as error:  # the output is closed, as by `| head`: the result is saved all the same
         unprinted = error
-    out = _save(result, loaded, moved, out, arguments)
+    out = _save(result, study, moved, out, arguments)
     if isinstance(unprinted, BrokenPipeError):
         raise unprinted
     if unprinted is not None:
@@ -148,85 +167,30 @@ def _sweep(arguments: argparse.Namespace) -> int:
     return 0
 
 
-class _Asking(NamedTuple):
-    """What a sweep is about. asked: identifies it, as values that JSON can hold. rows: questions, or none with a text.
-
-    bad: rows that are left out.
-    """
-
-    asked: dict[str, Any]
-    rows: Sequence[Row] = ()
-    bad: Sequence[InvalidPrompt] = ()
-    text: str | None = None
-
-    @property
-    def is_single(self) -> bool:
-        """Whether it is one question."""
-        return self.text is None and len(self.rows) == 1
-
-
-def _asking(arguments: argparse.Namespace, source: sources.Source) -> _Asking:
-    """Return what the arguments ask. Raises InvalidPrompt."""
-    ways = {"--prompts": arguments.prompts, "--text": arguments.text}
-    ways |= {f"--{name}": getattr(arguments, name) for name in ("prompt", "target", "control")}
-    given = [name for name, value in ways.items() if value is not None]
-    if given[0:1] in (["--prompts"], ["--text"]) and len(given) > 1:
-        raise InvalidPrompt(f"{given[0]} and {given[1]} exclude each other: pass one of the two")
-    if arguments.skip_bad and arguments.prompts is None:
-        raise InvalidPrompt("--skip-bad leaves out prompts of a file: pass one with --prompts")
-    if arguments.stride is not None and (arguments.text is None or arguments.stride < 1):
-        raise InvalidPrompt("--stride is a number of tokens, of at least 1, of a file that --text names")
-    if arguments.top is not None and arguments.top < 1:
-        raise InvalidPrompt(f"--top is {arguments.top}: it is a number of ablations, at least 1")
-    if arguments.text is not None:
-        if arguments.chat or arguments.top:
-            raise InvalidPrompt(f"{'--chat' if arguments.chat else '--top'} is for questions, not for a --text")
-        text = _read_text(arguments.text)
-        digest = hashlib.sha256(text.encode()).hexdigest()
-        return _Asking({"text_sha256": digest, "stride": arguments.stride}, text=text)
-    if arguments.prompts is None:
-        question = _question(arguments, source)
-        return _Asking(dataclasses.asdict(question), [Row("", question)])
-    rows, bad = valid_rows(read_rows(arguments.prompts, chat=arguments.chat), skip_bad=arguments.skip_bad)
-    questions = [dataclasses.asdict(row.question) for row in rows]
-    digest = hashlib.sha256(json.dumps(questions).encode()).hexdigest()
-    return _Asking({"prompts": len(rows), "prompts_sha256": digest, "chat": arguments.chat}, rows, bad)
-
-
-def _read_text(name: str) -> str:
-    """Return the content of a text file. Raises InvalidPrompt if it cannot be read, or is empty."""
-    try:
-        text = Path(name).expanduser().read_text(encoding="utf-8-sig")
-    except (OSError, UnicodeDecodeError) as error:
-        raise InvalidPrompt(
-            f"cannot read the text {one_line(name)}: {getattr(error, 'strerror', None) or error}"
-        ) from None
-    text = text.removesuffix("\n").removesuffix("\r")  # the end of the last line is not part of the text
-    if not text:
-        raise InvalidPrompt(f"the text {one_line(name)} is empty")
-    return text
-
-
-def _moved(loaded: LoadedModel, result: Result, arguments: argparse.Namespace) -> list[Moved]:
+def _moved(study: Study | TextStudy, result: Result, arguments: argparse.Namespace) -> list[Moved]:
     from ablation import moved
+    from ablation.experiment import Study
 
-    return moved.of_strongest(loaded, result, arguments.top, max_rows=arguments.max_rows)
+    assert isinstance(study, Study)  # --top is refused with a text
+    return moved.of_strongest(
+        study.loaded, result, arguments.top, ablations=study.ablations, max_rows=arguments.max_rows
+    )
 
 
 def _print_report(
     result: Result,
     loaded: LoadedModel,
-    asking: _Asking,
+    of: Asking,
     moved: list[Moved] | None,
     arguments: argparse.Namespace,
 ) -> None:
     """Print the findings. Raises OSError."""
     from ablation import report, summary
 
-    if asking.text is not None:
+    if of.text is not None:
         heading, found, render = "a text", summary.findings_of_text(result), summary.render_text
     elif len(result.prompts) == 1:
-        heading = repr(shortened(asking.rows[0].question.prompt, LONGEST_PROMPT))
+        heading = repr(shortened(of.rows[0].question.prompt, LONGEST_PROMPT))
         found, render = report.findings(result, loaded.decode), report.render
     else:
         heading, found, render = f"{len(result.prompts)} prompts", summary.findings(result), summary.render
@@ -234,25 +198,29 @@ def _print_report(
         print_json(found | {"provenance": result.provenance})
     else:
         print(f"{loaded.name}: {heading}\n\n{render(found)}", flush=True)
-        if moved is not None and asking.is_single:
+        if moved is not None and of.is_single:
             from ablation.moved import render as render_moved
 
             print("\n" + "\n".join(render_moved(loaded, moved)), flush=True)
 
 
 def _save(
-    result: Result, loaded: LoadedModel, moved: list[Moved] | None, out: Path, arguments: argparse.Namespace
+    result: Result, study: Study | TextStudy, moved: list[Moved] | None, out: Path, arguments: argparse.Namespace
 ) -> Path:
     """Save a result with its table and figures, and without figures if they cannot be drawn. Returns its folder.
+
+    A reference that was computed for it is saved, too.
 
     Raises InvalidOutput if the figures or the result could not be written.
     """
     from ablation import html_report, results, tables
 
-    undrawn = None
+    undrawn, loaded = None, study.loaded
     try:
         with output.staging(out) as draft:
             result.write_arrays(draft)
+            if study.plan.computed is not None:
+                study.plan.computed.save(draft / output.REFERENCE)
             tables.write_csv(result, draft / "results.csv")
             if html_report.available() and results.LOSS not in result.clean:
                 html_report.write_html(result, draft / "report.html", title=loaded.name, decode=loaded.decode)
@@ -304,64 +272,13 @@ def _draw(result: Result, loaded: LoadedModel, folder: Path) -> None:
     figures.draw(result, folder, title=title, decode=loaded.decode)
 
 
-def _default_folder(source: sources.Source, asked: dict[str, Any]) -> str:
-    """Return the name of the folder of a sweep: ablation-MODEL, and for another question its words and a digest."""
-    name = f"ablation-{_file_name(source.name.removesuffix('.gguf')) or 'model'}"
-    usual = {"imputations": ["zero", "mean"], "dtype": "float32"}
-    named = sources.NAMED_MODELS.get(source.full)
-    if named is not None and asked == {**dataclasses.asdict(named.question), **usual}:
-        return name
-    digest = hashlib.sha256(json.dumps([source.full, asked]).encode()).hexdigest()[:8]
-    words = "text" if "text_sha256" in asked else _file_name(asked.get("prompt") or f"{asked['prompts']} prompts")
-    return "-".join(filter(None, (name, words, digest)))
-
-
-def _file_name(text: str) -> str:
-    """Return the letters and digits of a text as part of a file name."""
-    return re.sub(r"[^\w.]+", "-", text, flags=re.ASCII)[:40].strip("-.").lower()
-
-
-def _question(arguments: argparse.Namespace, source: sources.Source) -> Question:
-    """Return the question of the arguments; without --prompt, the model's own, with --target and --control if given."""
-    target = _utf8(arguments.target, "--target")
-    control = _utf8(arguments.control, "--control")
-    if arguments.prompt is not None:
-        prompt = _utf8(arguments.prompt, "--prompt")
-        check_prompt(prompt)
-        return Question(prompt, target, control, arguments.chat)
-    default = sources.default_question(arguments.model)
-    if default is None:
-        source.check_exists()
-        raise InvalidPrompt(f"{source.name} has no prompt of its own: pass one with --prompt")
-    return Question(
-        default.prompt,
-        default.target if target is None else target,
-        default.control if control is None else control,
-        arguments.chat,
-    )
-
-
-def _utf8(text: Any, option: str) -> Any:
-    """Return an argument as text, also if the locale is not UTF-8. Raises InvalidPrompt if its bytes are not UTF-8."""
-    try:
-        return text if text is None else text.encode(sys.getfilesystemencoding(), "surrogateescape").decode("utf-8")
-    except UnicodeError:
-        try:
-            text.encode("utf-8")
-        except UnicodeError:
-            raise InvalidPrompt(f"{option} is not valid UTF-8: {shortened(text, LONGEST_PROMPT)!a}") from None
-        return text  # passed by a Python program, not by the shell
-
-
 def _sweep_with_progress(
-    loaded: LoadedModel, asking: _Asking, imputations: list[str], out: Path, arguments: argparse.Namespace
-) -> Result:
+    loaded: LoadedModel, of: Asking, out: Path, arguments: argparse.Namespace
+) -> tuple[Study | TextStudy, Result]:
     """Sweep with a progress bar if standard error is a terminal. Several prompts are kept as they are finished."""
     from tqdm import tqdm
 
-    from ablation import experiment, texts
-
-    count = len(asking.rows)
+    count = len(of.rows)
     shape: dict[str, Any] = {"total": 100, "bar_format": "sweeping {percentage:3.0f}% |{bar:40}| {remaining} left"}
     if count > 1:
         bar_format = "{n:.1f} of {total} prompts |{bar:40}| {rate_fmt}, {remaining} left"
@@ -371,17 +288,36 @@ def _sweep_with_progress(
 
         def progress(share: float) -> None:
             arguments.interruptions.check()
-            if not asking.is_single and (out / output.UNFINISHED).exists():
+            if not of.is_single and (out / output.UNFINISHED).exists():
                 arguments.kept = f"what is finished is kept in {out}, and the same command goes on from there"
             bar.update(bar.total * share - bar.n)
 
-        shared: dict[str, Any] = {
-            "imputations": imputations,
-            "max_rows": arguments.max_rows,
-            "progress": progress,
-            "checkpoint": None if asking.is_single else out,
-            "overwrite": arguments.overwrite,
-        }
-        if asking.text is not None:
-            return texts.sweep_text(loaded, asking.text, arguments.stride, **shared)
-        return experiment.sweep_prompts(loaded, [*asking.rows, *asking.bad], skip_bad=arguments.skip_bad, **shared)
+        study = _study(loaded, of, arguments)
+        checkpoint = None if of.is_single else out
+        return study, study.run(
+            max_rows=arguments.max_rows, progress=progress, checkpoint=checkpoint, overwrite=arguments.overwrite
+        )
+
+
+def _study(loaded: LoadedModel, of: Asking, arguments: argparse.Namespace) -> Study | TextStudy:
+    """Return the study of the arguments."""
+    from ablation.experiment import Study
+    from ablation.reference import Reference
+    from ablation.texts import TextStudy
+
+    reference: Any = None if of.reference is None else [*of.reference, *of.bad_reference]
+    if of.reference_file is not None:
+        reference = Reference.load(of.reference_file)
+    shared: dict[str, Any] = {
+        "reference": reference,
+        "positions": of.positions,
+        "seed": arguments.seed or 0,
+        "draws": arguments.draws or 1,
+        "skip_bad": arguments.skip_bad,
+    }
+    if of.text is None:
+        return Study(loaded, [*of.rows, *of.bad], of.asked["imputations"], **shared)
+    try:
+        return TextStudy(loaded, of.text, arguments.stride, of.asked["imputations"], **shared)
+    except InvalidPrompt as error:
+        raise InvalidPrompt(f"--text {one_line(arguments.text)}: {error}") from None

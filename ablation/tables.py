@@ -18,11 +18,11 @@ if TYPE_CHECKING:
 
 COLUMNS = (
     *("prompt_index", "prompt", "target", "control", "group"),
-    *("imputation", "layer", "head", "heads"),
+    *("imputation", "positions", "layer", "head", "heads"),
     *("metric", "clean", "ablated", "change"),
 )
-"""heads: all heads of the ablation, such as L0H8+L0H9; layer and head are empty unless it is one. change: ablated -
-clean; empty for token ids."""
+"""positions: the tokens at which z was replaced. heads: all heads of the ablation, such as L0H8+L0H9; layer and head
+are empty unless it is one. change: ablated - clean; empty for token ids."""
 
 
 def write_csv(result: Result, path: Path) -> None:
@@ -75,6 +75,7 @@ def to_frame(result: Result) -> pandas.DataFrame:
             "prompt_index": np.repeat(np.arange(prompts, dtype=np.int32), len(metrics) * ablations),
             **{name: texts(list(values), 0) for name, values in columns.items()},
             "imputation": texts([key.imputation for key in result.ablations], 2),
+            "positions": texts([key.positions for key in result.ablations], 2),
             "layer": integers([layer for layer, _ in single]),
             "head": integers([head for _, head in single]),
             "heads": texts([key.label for key in result.ablations], 2),
@@ -94,7 +95,8 @@ def _texts(prompt: Any) -> tuple[str | None, ...]:
 def _blocks(result: Result) -> Iterator[Iterator[tuple[Any, ...]]]:
     """Yield the rows of the table, one block for each prompt and metric."""
     keys = [
-        (key.imputation, *(key.heads[0] if len(key.heads) == 1 else ("", "")), key.label) for key in result.ablations
+        (key.imputation, key.positions, *(key.heads[0] if len(key.heads) == 1 else ("", "")), key.label)
+        for key in result.ablations
     ]
     for index, prompt in enumerate(result.prompts):
         texts = (index, *("" if text is None else text for text in _texts(prompt)))

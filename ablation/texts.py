@@ -5,20 +5,24 @@ from __future__ import annotations
 import dataclasses
 import hashlib
 import json
-from collections.abc import Mapping, Sequence
+import warnings
+from collections.abc import Iterable, Mapping, Sequence
 from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
 
 from ablation.engine import score
-from ablation.errors import InvalidPrompt, UnsupportedModel
+from ablation.errors import InvalidAblation, InvalidPrompt, UnsupportedModel
 from ablation.imputation import DEFAULT_IMPUTATIONS, Imputation
 from ablation.models import LoadedModel
 from ablation.passes import Progress
+from ablation.plan import Plan, PreparedPlan
+from ablation.prompt_files import left_out
 from ablation.prompts import prompt_ids
+from ablation.questions import positions_from_start, reference_prompts
+from ablation.reference import Reference
 from ablation.results import Result
-from ablation.study import Task, origin, run_tasks, settings_of
-from ablation.sweeps import as_imputations, one_head_ablations
+from ablation.study import Task, origin, run_tasks, settings_of, subrange
 
 LARGEST_STRIDE = 128
 """Tokens that each window scores by default, unless this is more than half of the model's longest input."""
@@ -52,6 +56,10 @@ def sweep_text(
     stride: int | None = None,
     imputations: Sequence[str | Imputation] = DEFAULT_IMPUTATIONS,
     *,
+    reference: Reference | Iterable[Any] | None = None,
+    positions: str | Iterable[int] = "all",
+    seed: int = 0,
+    draws: int = 1,
     max_rows: int | None = None,
     progress: Progress | None = None,
     checkpoint: Path | str | None = None,
@@ -61,28 +69,105 @@ def sweep_text(
 
     The text is read in windows, see `windows`; the prompts of the result are the windows, and its only metric is
     `loss`. stride: by default `LARGEST_STRIDE`. An imputation that takes a mean over the tokens takes it over the
-    tokens of a window. The other arguments are those of `ablation.sweep_prompts`. Raises the errors of `sweep`, and
-    InvalidPrompt for a text that is unusable or a stride that does not fit the model.
+    tokens of a window. reference: for reference means; by default the windows. `resample` draws among the other
+    windows, of which longer ones are cut to the length of the window. positions: "all", "last", or positions in a
+    window, whose last token is not read. The other arguments are those of `ablation.sweep_prompts`. Raises the errors
+    of `sweep`, and InvalidPrompt for a text that is unusable or a stride that does not fit the model.
     """
-    if not isinstance(loaded, LoadedModel):
-        raise UnsupportedModel(f"a {type(loaded).__name__} has no tokenizer: pass what `ablation.load` returns")
-    stride = _checked_stride(loaded, stride)
-    try:
-        ids = prompt_ids(loaded.tokenizer, text)
-    except InvalidPrompt as error:
-        raise InvalidPrompt(f"the text cannot be used as a prompt: {error}") from None
-    parts = windows(ids, stride)
-    chosen, known = as_imputations(imputations), origin(loaded)
-    settings = {
-        **settings_of(loaded),
-        "text_sha256": hashlib.sha256(json.dumps(ids).encode()).hexdigest(),
-        "stride": stride,
-        "imputations": [imputation.name for imputation in chosen],
-        "max_rows": max_rows,
-    }
-    arguments = {"ablations": one_head_ablations(loaded.model, chosen), "max_rows": max_rows}
-    tasks: list[Task] = [partial(_score, loaded, window, known, arguments) for window in parts]
-    return run_tasks(tasks, settings, checkpoint, overwrite=overwrite, progress=progress)
+    study = TextStudy(
+        loaded, text, stride, imputations, reference=reference, positions=positions, seed=seed, draws=draws
+    )
+    return study.run(max_rows=max_rows, progress=progress, checkpoint=checkpoint, overwrite=overwrite)
+
+
+class TextStudy:
+    """A text in windows, and what replaces z in them. The arguments are those of `sweep_text`."""
+
+    def __init__(
+        self,
+        loaded: LoadedModel,
+        text: str,
+        stride: int | None,
+        imputations: Sequence[str | Imputation],
+        *,
+        reference: Reference | Iterable[Any] | None = None,
+        positions: str | Iterable[int] = "all",
+        seed: int = 0,
+        draws: int = 1,
+        skip_bad: bool = False,
+    ) -> None:
+        if not isinstance(loaded, LoadedModel):
+            raise UnsupportedModel(f"a {type(loaded).__name__} has no tokenizer: pass what `ablation.load` returns")
+        self.loaded = loaded
+        self.stride = _checked_stride(loaded, stride)
+        self.plan = plan = Plan.of(loaded, imputations, positions, reference, draws, seed)
+        if isinstance(plan.positions, str) and plan.positions not in ("all", "last"):
+            raise InvalidAblation(f"a text has no column {plan.positions!r}: its positions are all, last or integers")
+        try:
+            self.ids = prompt_ids(loaded.tokenizer, text)
+        except InvalidPrompt as error:
+            raise InvalidPrompt(f"the text cannot be used as a prompt: {error}") from None
+        self.windows = windows(self.ids, self.stride)
+        read = [window.token_ids[:-1] for window in self.windows]
+        others, bad = reference_prompts(loaded, reference, skip_bad)
+        if bad:
+            warnings.warn(left_out(bad), stacklevel=3)
+        plan.reference_ids = [ids for _, ids in others] or read
+        plan.pool = [ids[:length] for length in set(map(len, read)) for ids in read if len(ids) >= length]
+        self.sources, self.positions = [], []
+        for number, ids in enumerate(read, start=1):
+            try:
+                plan.verify_length(ids)
+                self.sources.append(plan.sources(ids))
+                self.positions.append(positions_from_start(plan.positions, len(ids)))
+            except InvalidPrompt as error:
+                raise InvalidPrompt(f"window {number} of the text: {error}") from None
+
+    def run(
+        self,
+        *,
+        max_rows: int | None = None,
+        progress: Progress | None = None,
+        checkpoint: Path | str | None = None,
+        overwrite: bool = False,
+    ) -> Result:
+        """Compute the reference, if it is needed and was not given, and measure the loss on all windows."""
+        known = origin(self.loaded)
+        share = self.plan.work_of_reference(self.loaded, len(self.windows))
+        prepared = self.plan.prepare(self.loaded, known, subrange(progress, 0, share))
+        settings = {
+            **settings_of(self.loaded),
+            "text_sha256": hashlib.sha256(json.dumps(self.ids).encode()).hexdigest(),
+            "stride": self.stride,
+            **prepared.settings,
+            "max_rows": max_rows,
+        }
+        tasks: list[Task] = [
+            partial(self._score, index, prepared, known, max_rows) for index in range(len(self.windows))
+        ]
+        rest = subrange(progress, share, 1.0)
+        return run_tasks(tasks, settings, checkpoint, overwrite=overwrite, progress=rest)
+
+    def _score(
+        self,
+        index: int,
+        prepared: PreparedPlan,
+        known: Mapping[str, Any],
+        max_rows: int | None,
+        progress: Progress | None,
+    ) -> Result:
+        """Return the loss on one window. known: where the model came from."""
+        window, sources, positions = self.windows[index], self.sources[index], self.positions[index]
+        ablations = prepared.ablations(self.loaded, sources, positions)
+        result = score(
+            self.loaded.model, window.token_ids, window.scored, ablations, max_rows=max_rows, progress=progress
+        )
+        (record,) = result.prompts
+        named = dataclasses.replace(
+            record, prompt=self.loaded.decode(*record.token_ids), target_text=self.loaded.decode(*record.target)
+        )
+        result = dataclasses.replace(result, prompts=(named,), provenance={**known, **result.provenance})
+        return prepared.completed(result, [self.loaded.decode(*ids) for ids in sources], positions)
 
 
 def _checked_stride(loaded: LoadedModel, stride: int | None) -> int:
@@ -95,19 +180,3 @@ def _checked_stride(loaded: LoadedModel, stride: int | None) -> int:
     if longest is not None and 2 * stride > longest:
         raise InvalidPrompt(f"a stride of {stride} needs windows of {2 * stride} tokens, the model takes {longest}")
     return stride
-
-
-def _score(
-    loaded: LoadedModel,
-    window: Window,
-    known: Mapping[str, Any],
-    arguments: Mapping[str, Any],
-    progress: Progress | None,
-) -> Result:
-    """Return the loss on one window. known: where the model came from. arguments: those of `score`."""
-    result = score(loaded.model, window.token_ids, window.scored, **arguments, progress=progress)
-    (record,) = result.prompts
-    named = dataclasses.replace(
-        record, prompt=loaded.decode(*record.token_ids), target_text=loaded.decode(*record.target)
-    )
-    return dataclasses.replace(result, prompts=(named,), provenance={**known, **result.provenance})

@@ -46,13 +46,13 @@ def interrupt_after(prompts: float) -> Progress:
 def asked(monkeypatch: pytest.MonkeyPatch) -> list[tuple[int, ...]]:
     """The prompts that are swept, as token ids, in their order."""
     found: list[tuple[int, ...]] = []
-    real = experiment.sweep
+    real = experiment.run
 
     def sweep(model: Any, token_ids: Any, *arguments: Any, **options: Any) -> Result:
         found.append(tuple(token_ids))
         return real(model, token_ids, *arguments, **options)
 
-    monkeypatch.setattr(experiment, "sweep", sweep)
+    monkeypatch.setattr(experiment, "run", sweep)
     return found
 
 
@@ -300,18 +300,18 @@ def test_interrupted_command_keeps_prompts_and_goes_on(
     monkeypatch: pytest.MonkeyPatch,
     asked: list[tuple[int, ...]],
 ) -> None:
-    counting = experiment.sweep
+    counting = experiment.run
 
     def sweep(*positional: Any, **options: Any) -> Result:
         if len(asked) == 2:
             raise KeyboardInterrupt
         return counting(*positional, **options)
 
-    monkeypatch.setattr(experiment, "sweep", sweep)
+    monkeypatch.setattr(experiment, "run", sweep)
     status, out, err = run(*arguments)
     assert (status, out) == (130, "") and err.startswith("ablation: interrupted, ") and "kept in out" in err
     assert err.count("\n") == 1 and len(list(Path("out/unfinished").glob("0*"))) == 2
-    monkeypatch.setattr(experiment, "sweep", counting)
+    monkeypatch.setattr(experiment, "run", counting)
     status, out, err = run(*arguments)
     assert (status, err) == (0, "") and out.startswith("capitals: 4 prompts\n") and len(asked) == 4
     assert not Path("out/unfinished").exists() and len(Result.load("out").prompts) == 4
@@ -327,7 +327,7 @@ def test_command_refuses_other_settings_unless_overwritten(
         raise KeyboardInterrupt
 
     with monkeypatch.context() as patched:
-        patched.setattr(experiment, "sweep", stop)
+        patched.setattr(experiment, "run", stop)
         assert run(*arguments)[0] == 130
     status, out, err = run(*arguments, "--max-rows", "40")
     assert (status, out) == (2, "") and "(max_rows: None there, 40 now)" in err and err.count("\n") == 1

@@ -211,7 +211,7 @@ def test_output_that_is_a_file_is_kept(run: Run) -> None:
     assert [path.name for path in Path().iterdir()] == ["file"] and Path("file").read_text() == "mine"
 
 
-@pytest.mark.parametrize("where", [(experiment, "sweep"), (figures, "draw")])
+@pytest.mark.parametrize("where", [(experiment, "run"), (figures, "draw")])
 def test_interrupt_writes_nothing(run: Run, monkeypatch: pytest.MonkeyPatch, where: tuple[Any, str]) -> None:
     def interrupt(*_: Any, **__: Any) -> None:
         raise KeyboardInterrupt

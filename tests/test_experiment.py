@@ -29,7 +29,7 @@ def no_sweep(monkeypatch: pytest.MonkeyPatch) -> None:
     def sweep(*_: Any, **__: Any) -> None:
         raise SweepHasBegun
 
-    monkeypatch.setattr(experiment, "sweep", sweep)
+    monkeypatch.setattr(experiment, "run", sweep)
 
 
 @pytest.mark.usefixtures("no_sweep")

@@ -17,7 +17,7 @@ from typing import Any
 import numpy as np
 import pytest
 
-from ablation import cli, experiment, figures, output, sources, sweep_command
+from ablation import cli, experiment, figures, output, sources, sweep_arguments
 from ablation.checks.decoders import Decoder
 from ablation.errors import InvalidOutput
 from ablation.results import Result
@@ -123,9 +123,7 @@ def test_default_folder_names_model_and_question(arguments: list[str], name: str
     parsed = cli._parser().parse_args(["sweep", *arguments])
     known = parsed.model.partition("=")[0]
     source = replace(sources.NAMED_MODELS["capitals"].source(), name=known, full=parsed.model)
-    asking = sweep_command._asking(parsed, source)
-    asked = {**asking.asked, "imputations": parsed.imputation, "dtype": parsed.dtype}
-    found = sweep_command._default_folder(source, asked)
+    found = sweep_arguments.default_folder(source, sweep_arguments.asking(parsed, source).asked)
     assert re.fullmatch(name + ("[0-9a-f]{8}" if name.endswith("-") else ""), found)
 
 
@@ -318,13 +316,13 @@ def test_writers_at_the_same_moment_do_not_mix_results(tmp_path: Path, monkeypat
 
 def test_result_that_came_meanwhile_is_kept(run: Run, monkeypatch: pytest.MonkeyPatch) -> None:  # noqa: F811
     """Another process fills the folder while this one sweeps."""
-    real = experiment.sweep
+    real = experiment.run
 
     def slow(*arguments: Any, **options: Any) -> Result:
         sweep(GPT2.shared(), IDS).save("out")
         return real(*arguments, **options)
 
-    monkeypatch.setattr(experiment, "sweep", slow)
+    monkeypatch.setattr(experiment, "run", slow)
     status, _, err = run(*ZERO, "--out", "out")
     assert status == 0 and "this result is in out/result-2" in err
     assert Result.load("out").prompts[0].token_ids == tuple(IDS)
@@ -345,7 +343,8 @@ def test_killed_process_leaves_no_part_of_a_result(tmp_path: Path) -> None:
 
 def test_checked_files_are_those_of_a_sweep() -> None:
     optional = {"results.parquet", "report.html"}  # if their packages are installed
-    asked_for = {"strongest.png", "top_tokens.csv", "loss.png"}  # of several prompts; with --top; of a text
+    # Of several prompts; with --top; of a text; of a reference mean.
+    asked_for = {"strongest.png", "top_tokens.csv", "loss.png", "reference.npz"}
     # tests/test_cli.py compares FILES with the files that a sweep writes.
     assert set(output.FILES) == FILES | optional | asked_for
 

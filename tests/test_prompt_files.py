@@ -189,7 +189,7 @@ def test_bad_jsonl_row_names_line_and_column(tmp_path: Path, line: str, reason: 
         ("prompt,target\nBerlin is, a\n, a\n", "p.csv, line 3, column prompt: it is empty"),
         ("prompt,target\nBerlin is, a\nBerlin is,\n", "p.csv, line 3, column target: it is empty"),
         ("prompt,traget\nBerlin is, a\n", "p.csv, line 2, column traget: is this target?"),
-        ("prompt;target\nBerlin is; a\n", "p.csv, line 2, column prompt"),
+        ("prompt;target\nBerlin is; a\n", "its header has the one column .prompt;target.: is this a CSV with commas?"),
         ("Prompt,target\nBerlin is, a\n", "p.csv, line 2, column Prompt: is this prompt?"),
         ("question,target\nBerlin is, a\n", "p.csv, line 2, column prompt: it is missing"),
         ('prompt,target\n"Berlin\nis", a\n\n, a\n', "p.csv, line 5, column prompt: it is empty"),

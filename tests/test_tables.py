@@ -24,7 +24,7 @@ from tests.synthetic import synthetic
 GPT2 = Decoder("gpt2", num_layers=2, num_heads=3, head_dim=2)
 INTEGERS = ["prompt_index", "layer", "head"]
 NUMBERS = ["clean", "ablated", "change"]
-TEXTS = ["prompt", "target", "control", "group", "imputation", "heads", "metric"]
+TEXTS = ["prompt", "target", "control", "group", "imputation", "positions", "heads", "metric"]
 AWKWARD = ['say "yes"', "two\nlines", "a,b", "\t $x$ '", "日本 \u2028", ' " Germany" ', "=1+1", "r\r", ""]
 """Texts that a CSV file must quote, or that a spreadsheet could misread."""
 

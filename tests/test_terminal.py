@@ -15,7 +15,7 @@ from typing import Any
 
 import pytest
 
-from ablation import experiment, figures, sweep_command
+from ablation import experiment, figures, sweep_arguments
 from ablation.results import Result
 from ablation.terminal import Interruptions, print_json
 from tests.test_cli import FILES, Run, run  # noqa: F401 (fixture)
@@ -26,7 +26,7 @@ SIGNALS = [signal.SIGINT, signal.SIGTERM, signal.SIGHUP]
 
 
 @pytest.mark.parametrize("number", SIGNALS)
-@pytest.mark.parametrize("where", [(experiment, "sweep"), (figures, "draw")])
+@pytest.mark.parametrize("where", [(experiment, "run"), (figures, "draw")])
 def test_signal_ends_a_sweep_and_leaves_nothing(
     run: Run,  # noqa: F811
     monkeypatch: pytest.MonkeyPatch,
@@ -75,7 +75,7 @@ def test_interrupt_that_a_callback_drops_ends_the_sweep(
         progress(0.5)
         pytest.fail("the sweep goes on")
 
-    monkeypatch.setattr(experiment, "sweep", sweep)
+    monkeypatch.setattr(experiment, "run", sweep)
     assert run(*ZERO)[0] == 130
 
 
@@ -185,7 +185,7 @@ def test_json_is_valid_in_every_encoding(tmp_path: Path, monkeypatch: pytest.Mon
 def test_arguments_are_utf8_in_every_locale(monkeypatch: pytest.MonkeyPatch, locale: str) -> None:
     given = "Zürich".encode().decode(locale, "surrogateescape")
     monkeypatch.setattr(sys, "getfilesystemencoding", lambda: locale)
-    assert sweep_command._utf8(given, "--prompt") == "Zürich"
+    assert sweep_arguments._utf8(given, "--prompt") == "Zürich"
 
 
 def test_warning_is_a_note_at_once(
@@ -194,14 +194,14 @@ def test_warning_is_a_note_at_once(
     capsys: pytest.CaptureFixture[str],
     quick: None,  # noqa: F811
 ) -> None:
-    real, seen = experiment.sweep, []
+    real, seen = experiment.run, []
 
     def falls_back(*arguments: Any, **options: Any) -> Result:
         warnings.warn("the growing batch does not suit it:\nrunning one forward per ablation", stacklevel=2)
         seen.append(capsys.readouterr().err)
         return real(*arguments, **options)
 
-    monkeypatch.setattr(experiment, "sweep", falls_back)
+    monkeypatch.setattr(experiment, "run", falls_back)
     assert run(*ZERO)[0] == 0
     assert seen == ["ablation: note: the growing batch does not suit it: running one forward per ablation\n"]
 

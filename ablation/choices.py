@@ -1,0 +1,101 @@
+"""What replaces z, and where, as a person writes it: names with their meanings, `scale:0.5`, `0,3,-1`.
+
+This module imports neither torch nor transformers.
+"""
+
+from __future__ import annotations
+
+import argparse
+import difflib
+import math
+import re
+from pathlib import Path
+
+from ablation.errors import InvalidAblation
+
+IMPUTATIONS = {
+    "zero": "0",
+    "mean": "one number, the mean of the head's z over the tokens and channels of the prompt; not the mean over a data "
+    "set, which the literature calls mean ablation",
+    "channel-mean": "for each channel, the mean of the head's z over the tokens of the prompt",
+    "reference-mean": "for each channel, the mean of the head's z over all tokens of reference prompts",
+    "reference-mean-by-position": "for each channel and position, the mean of the head's z over reference prompts",
+    "resample": "the z of the same head at the same position in another prompt of equal length",
+    "scale:FACTOR": "z times a number: 0 is zero, 1 changes nothing",
+    "values:FILE": "given numbers, of an .npz file with the arrays layer.0, layer.1, ... of [heads, head_dim] or "
+    "[positions, heads, head_dim]",
+}
+"""{imputation: what z is replaced by}, for tooltips and `--help`."""
+SCALE, VALUES, RESAMPLE = "scale", "values", "resample"
+OF_REFERENCE = ("reference-mean", "reference-mean-by-position")
+"""The imputations that need a reference."""
+_POSITIONS = re.compile(r"\s*[+-]?\d+\s*(,\s*[+-]?\d+\s*)*")
+
+Positions = str | tuple[int, ...]
+"""Where an ablation acts: "all", "last", positions, or the name of a column with spans of characters."""
+
+
+def meaning(name: str) -> str | None:
+    """Return what replaces z, given the name of an imputation in a result; None for one of the user's own."""
+    kind, colon, _ = name.partition(":")
+    patterns = {pattern.partition(":")[0]: pattern for pattern in IMPUTATIONS}
+    pattern = patterns.get(kind)
+    return IMPUTATIONS[pattern] if pattern is not None and (":" in pattern) == bool(colon) else None
+
+
+def imputation(text: str) -> str:
+    """Return the name of an imputation on the command line. Raises argparse.ArgumentTypeError."""
+    kind, colon, rest = text.partition(":")
+    if kind == SCALE:
+        return f"{SCALE}:{_factor(rest)}"
+    if kind == VALUES:
+        if not Path(rest).expanduser().is_file():
+            raise argparse.ArgumentTypeError(f"{text!r} names no file: pass values:FILE, an .npz file")
+        return text
+    if colon or text not in IMPUTATIONS:
+        meant = difflib.get_close_matches(text, IMPUTATIONS, n=1)
+        hint = f"did you mean {meant[0]}? " if meant else ""
+        raise argparse.ArgumentTypeError(f"invalid choice: {text!r} ({hint}choose from {', '.join(IMPUTATIONS)})")
+    return text
+
+
+def _factor(text: str) -> str:
+    """Return a factor in its shortest form, so that equal factors have equal names."""
+    try:
+        factor = float(text) + 0.0  # not -0.0
+    except ValueError:
+        factor = math.nan
+    if not math.isfinite(factor):
+        raise argparse.ArgumentTypeError(f"'scale:{text}' names no finite number: pass scale:FACTOR, such as scale:0.5")
+    return str(factor).removesuffix(".0")
+
+
+def whole_number(least: int) -> type[int]:
+    """Return a type of argparse: whole numbers of at least `least`."""
+
+    class WholeNumber(int):
+        def __new__(cls, text: str) -> WholeNumber:
+            if not re.fullmatch(r"\s*\+?\d+\s*", text) or int(text) < least:
+                raise argparse.ArgumentTypeError(f"it is a whole number, at least {least}, not {text!r}")
+            return super().__new__(cls, text)
+
+    return WholeNumber
+
+
+def parse_positions(text: str) -> Positions:
+    """Return positions, or the name of a column. text: such as "0,3,-1". Raises InvalidAblation."""
+    text = text.strip()
+    if _POSITIONS.fullmatch(text):
+        return tuple(dict.fromkeys(map(int, text.split(","))))
+    if re.fullmatch(r"[\d\s,;.:+-]*", text):
+        raise InvalidAblation(
+            f"{text!r} names no positions: pass all, last, integers such as 0,3,-1, or the name of a column"
+        )
+    return text
+
+
+def label(positions: Positions) -> str:
+    """Return positions as text, as results name them: "all", "last", "0,3,-1" or a column."""
+    if isinstance(positions, str):
+        return positions
+    return "last" if positions == (-1,) else ",".join(map(str, positions))
