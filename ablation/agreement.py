@@ -21,7 +21,8 @@ Flags = NDArray[np.bool_]
 def matters(effects: Floats, differs: Flags | None = None) -> Flags:
     """Return which heads matter under each imputation: the `STRONGEST` ones, if they also differ from 0, [I, L, H].
 
-    effects: the change of a metric, or its mean over the prompts, [I, L, H]; NaN where there is no head. differs: [I, L, H] which effects differ from 0 beyond chance; None if this is not known, as for one prompt.
+    effects: the change of a metric, or its mean over the prompts, [I, L, H]; NaN where there is no head. differs: [I,
+    L, H] which effects differ from 0 beyond chance; None if this is not known, as for one prompt.
     """
     sizes = np.nan_to_num(np.abs(effects)).reshape(len(effects), -1)
     order = np.argsort(-sizes, axis=1, kind="stable")[:, :STRONGEST]
@@ -58,24 +59,26 @@ def findings(names: Sequence[str], effects: Floats, differs: Flags | None = None
     matter = matters(effects, differs)
     found = []
     for pair in combinations(range(len(names)), 2):
-        at = list(pair)
-        gap = np.nan_to_num(np.abs(effects[pair[1]] - effects[pair[0]]))
-        order = [tuple(map(int, np.unravel_index(i, gap.shape))) for i in np.argsort(-gap, axis=None, kind="stable")]
-        heads = [
+        one, other = (effects[i] for i in pair)
+        gap = np.where(np.isfinite(one), np.abs(other - one), -1.0)  # a missing head is never the largest
+        disputed = disagree(effects[list(pair)], matter[list(pair)])
+        largest = int(gap.argmax())
+        order = [int(i) for i in np.argsort(-gap, axis=None, kind="stable") if disputed.flat[i]]
+        cells = [np.unravel_index(i, gap.shape) for i in (largest, *order)]
+        far, *heads = (
             {
-                "layer": layer,
-                "head": head,
+                "layer": int(layer),
+                "head": int(head),
                 "changes": {names[i]: float(effects[i, layer, head]) for i in pair},
             }
-            for layer, head in order
-        ]
-        disputed = disagree(effects[at], matter[at])
+            for layer, head in cells
+        )
         found.append(
             {
                 "imputations": [names[i] for i in pair],
-                "rank_correlation": rank_correlation(*effects[at]),
-                "largest_difference": heads[0],
-                "disagreements": [of for of in heads if disputed[of["layer"], of["head"]]],
+                "rank_correlation": rank_correlation(one, other),
+                "largest_difference": far,
+                "disagreements": heads,
             }
         )
     return sorted(found, key=lambda of: np.inf if of["rank_correlation"] is None else of["rank_correlation"])

@@ -235,8 +235,8 @@ def strongest(drawn: Drawn) -> Drawing:
             values = change.of_prompts[:, index, *cell]
             axes.plot(values, np.full(len(values), row), "o", color="0.55", alpha=0.4, mew=0, markersize=3)
         axes.hlines(range(listed), low, high, color="black", linewidth=1.5)
-        for certain, face in ((True, "black"), (False, "white")):
-            (at,) = np.nonzero(differs == certain)
+        for is_certain, face in ((True, "black"), (False, "white")):
+            (at,) = np.nonzero(differs == is_certain)
             axes.plot(mean[at], at, "D", color="black", mfc=face, markersize=4.5, mew=1)
         axes.axvline(0, color="black", linewidth=0.5, linestyle=":")
         axes.locator_params(axis="x", nbins=5)

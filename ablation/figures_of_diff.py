@@ -98,5 +98,5 @@ def _name_points(axes: Axes, points: Floats, names: list[str]) -> None:
                     side = free[0].x1 if centre[0] < point[0] else free[0].x0
                     near = axes.transData.inverted().transform((side, centre[1]))
                     axes.plot(*np.stack([near, end], axis=1), color="0.5", linewidth=0.4)
-                axes.text(*place, name, fontsize=NAME_SIZE, ha="center", va="center", gid=NAME)
+                axes.text(place[0], place[1], name, fontsize=NAME_SIZE, ha="center", va="center", gid=NAME)
                 break

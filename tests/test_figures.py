@@ -73,10 +73,10 @@ def decode(*tokens: int) -> str:
     return "".join(TEXTS[token] for token in tokens)
 
 
-def drawing_of(name: str, result: Result) -> figures.Drawing:
+def drawing_of(name: str, result: Result) -> maps.Drawing:
     """A drawing before its title is added."""
     with figures.style.context(["default", STYLE]):
-        drawing: figures.Drawing = getattr(figures, name)(Drawn(result, decode))
+        drawing: maps.Drawing = getattr(figures, name)(Drawn(result, decode))
     return drawing
 
 
