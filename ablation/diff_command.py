@@ -69,7 +69,7 @@ def _diff(arguments: argparse.Namespace) -> int:
     if arguments.out is not None:
         from ablation import figures_of_diff
 
-        figures_of_diff.draw(pair, Path(arguments.out), (arguments.first, arguments.second))
+        figures_of_diff.draw(pair, found, Path(arguments.out), (arguments.first, arguments.second))
     if arguments.json:
         print_json(found)
     else:

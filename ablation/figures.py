@@ -1,106 +1,55 @@
 """Figures of a sweep. They stay legible at the size of a paper, for colour-blind readers, and printed in grey.
 
-Figures of several prompts show means over the prompts; `figures_of_prompts` computes the values that are drawn.
+Figures of several prompts show means over the prompts; `drawn` computes the values that are drawn. In all of them, a
+dot marks a mean that differs from 0 at a false discovery rate of 5 %, the heads that the report counts.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Callable
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 import numpy as np
 from matplotlib import style
-from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
 from matplotlib.patches import Patch
 from matplotlib.ticker import FuncFormatter, MaxNLocator
 
-from ablation.figures_of_prompts import (
-    FONT,
-    LARGEST_CELL,
+from ablation.drawn import CHANCE, Drawn
+from ablation.figure_texts import (
     MINUS,
-    RIM,
-    Drawn,
-    Flags,
-    Floats,
+    STYLE,
     add_title,
     cell_size,
     largest_magnitude,
     name_heads,
-    printable,
     rounded,
     say_nothing,
-    strongest,
     tick_label,
-    tick_step,
     wrapped,
 )
-from ablation.report import trend
+from ablation.figures_of_agreement import agreement
+from ablation.maps import (
+    ACCENT,
+    NARROWEST,
+    Drawing,
+    Group,
+    Panel,
+    add_legend,
+    heat_map,
+    maps,
+    missing_heads_legend,
+    negative_legend,
+)
+from ablation.report import trend, where
 from ablation.results import Result
 
-STYLE: dict[Any, Any] = {
-    "font.family": FONT,
-    "font.size": 8,
-    "axes.titlesize": 8,
-    "axes.titlelocation": "left",
-    "axes.linewidth": 0.5,
-    "xtick.major.width": 0.5,
-    "ytick.major.width": 0.5,
-    "xtick.labelsize": 7,
-    "ytick.labelsize": 7,
-    "legend.frameon": False,
-    "figure.constrained_layout.use": True,
-    "figure.constrained_layout.h_pad": 0.07,
-    "text.parse_math": False,  # a token may contain $
-    "figure.dpi": 200,
-}
-DIVERGING, SEQUENTIAL = "RdBu_r", "Greys"  # distinguishable by the colour-blind; white is 0
-ACCENT = "#D55E00"
-ABSENT: dict[str, Any] = {"facecolor": "0.85", "edgecolor": "0.55", "hatch": "/////", "linewidth": 0}
-RING: dict[str, Any] = {"marker": "o", "mfc": "none", "mec": "black", "linestyle": "none", "mew": 0.8}
-DASH: dict[str, Any] = {"marker": "_", "linestyle": "none", "mew": 0.5}
-DOT: dict[str, Any] = {"marker": "o", "mec": "white", "mew": 0.25, "color": "black", "linestyle": "none"}
-NARROWEST = 4.2
-"""Width of a figure in inches, at least."""
 TREND_FROM = 0.1
 """The trend line is drawn if depth explains at least this share of the variance."""
-
-
-class Panel(NamedTuple):
-    """One map of all heads.
-
-    values: [layer, head]. title: lines. flipped: [layer, head], the heads to mark by a ring because their ablation
-    changes the argmax. certain: [layer, head], the heads whose interval excludes 0. None: without such marks.
-    """
-
-    values: Floats
-    title: Sequence[str]
-    flipped: Flags | None = None
-    certain: Flags | None = None
-
-
-class Group(NamedTuple):
-    """Maps with one colour scale and one colour bar.
-
-    label: of the bar. nothing: words that stand for the bar if all values are 0. shares: whether the scale starts at 0.
-    """
-
-    panels: Sequence[Panel]
-    label: str
-    nothing: str = "no change"
-    shares: bool = False
-
-
-@dataclass
-class Drawing:
-    """A figure, the finding for its title, and its maps whose strongest heads are to be named."""
-
-    figure: Figure
-    finding: str
-    maps: list[tuple[Axes, Panel]] = field(default_factory=list)
+LISTED = 10
+"""How many heads the figure of the strongest heads shows for each imputation."""
 
 
 def draw(result: Result, folder: Path | str, *, title: str, decode: Callable[..., str]) -> list[Path]:
@@ -110,12 +59,14 @@ def draw(result: Result, folder: Path | str, *, title: str, decode: Callable[...
     """
     drawn = Drawn(result, decode)
     heading = f"{title.rstrip(': ')}: {drawn.prompts} prompts" if drawn.many else title
+    if (place := where(result)) != "at every token":
+        heading += f"; heads ablated {place}"
     drawings: dict[str, Callable[[Drawn], Drawing]] = {"sensitivity": sensitivity}
     if len(drawn.imputations) > 1:
-        drawings["difference"] = difference
+        drawings["agreement"] = agreement
     drawings |= {"histograms": histograms, "head_means": head_means, "margins": margins}
     if drawn.many:
-        drawings["strongest"] = lambda drawn: Drawing(*strongest(drawn))
+        drawings["strongest"] = strongest
     paths = []
     with style.context(["default", STYLE]):  # ignores matplotlib settings of the user, and leaves them unchanged
         for name, drawing in drawings.items():
@@ -133,36 +84,18 @@ def sensitivity(drawn: Drawn) -> Drawing:
     groups = []
     for role, metric in ((drawn.target, "target_probability"), (drawn.control, "control_probability")):
         change = drawn.change(metric)
+        is_target = metric == "target_probability"
         panels = [
-            Panel(change.mean[i], [f"{role}, {printable(name)}", drawn.kept_line(i)], drawn.flips(i), change.certain(i))
-            for i, name in enumerate(drawn.imputations)
+            Panel(
+                change.mean[i],
+                [f"{role.split()[0]}, {name}", *([drawn.kept_line(i)] if is_target else [])],
+                drawn.flips(i),
+                change.certain(i),
+            )
+            for i, name in enumerate(drawn.names)
         ]
-        groups.append(Group(panels, f"{drawn.averaged}change in P({role.split()[0]}) (pp)"))
+        groups.append(Group(panels, f"{drawn.averaged}change in P({role}) (pp)"))
     return maps(drawn.has_head, groups, f"{drawn.kept_line()}; {drawn.strongest_line()}", drawn.argmax)
-
-
-def difference(drawn: Drawn) -> Drawing:
-    """Draw a map of the target and one of the control: the change under the second imputation - that under the first.
-
-    Changes are of probabilities, in percentage points.
-    """
-    first, second = map(printable, drawn.imputations[:2])
-    changes = [drawn.difference(metric) for metric in ("target_probability", "control_probability")]
-    groups = [
-        Group(
-            [Panel(change.mean[0], [role, f"{second} {MINUS} {first}"], None, change.certain(0))],
-            f"{drawn.averaged}difference in P({role.split()[0]}) (pp)",
-            "no difference",
-        )
-        for role, change in zip((drawn.target, drawn.control), changes, strict=True)
-    ]
-    place = changes[0].strongest
-    if place is None:
-        return maps(drawn.has_head, groups, f"{second} and {first} change {drawn.probability} alike")
-    _, layer, head = place
-    more = "more" if changes[0].mean[place] > 0 else "less"
-    finding = f"L{layer}H{head}: {drawn.probability} is {changes[0].amount(place, 'pp')} {more} under {second} than"
-    return maps(drawn.has_head, groups, f"{finding} under {first}, the largest difference")
 
 
 def margins(drawn: Drawn) -> Drawing:
@@ -171,36 +104,30 @@ def margins(drawn: Drawn) -> Drawing:
     The margin, top-1 logit - top-2 logit, counts as negative if the ablation changes the argmax.
     """
     change = drawn.change("signed_margin")
-    kept = [[printable(name), drawn.kept_line(i)] for i, name in enumerate(drawn.imputations)]
-    panels = [Panel(change.mean[i], title, drawn.flips(i), change.certain(i)) for i, title in enumerate(kept)]
+    panels = [
+        Panel(change.mean[i], [name, drawn.kept_line(i)], drawn.flips(i), change.certain(i))
+        for i, name in enumerate(drawn.names)
+    ]
     clean = rounded(float(drawn.result.clean["margin"].mean()))
     label = f"{drawn.averaged}change of top-1 {MINUS} top-2 logit (clean {clean}; counts as negative if flipped)"
     groups = [Group(panels, label)]
-    if drawn.many:
-        shares = [
-            Panel(of, [printable(n), "share flipped"]) for n, of in zip(drawn.imputations, drawn.flipped, strict=True)
-        ]
-        groups.append(Group(shares, "prompts whose argmax changes (%)", "no flips", True))
-    place = change.strongest
-    if place is None:
-        return maps(drawn.has_head, groups, f"No ablation changes the margin of {clean} logits", drawn.argmax)
-    verb = "raises" if change.mean[place] > 0 else "lowers"
-    finding = f"{drawn.head(place)} {verb} the margin of {clean} logits most, by {change.amount(place, 'logits')}"
+    if drawn.many and not drawn.kept.all(where=drawn.has_head):
+        shares = [Panel(of, [name, "share flipped"]) for name, of in zip(drawn.names, drawn.flipped, strict=True)]
+        groups.append(Group(shares, "prompts whose argmax changes (%)", shares=True))
+    finding = drawn.largest_line(change, f"the margin of {clean} logits", "logits")
     return maps(drawn.has_head, groups, f"{finding}; {drawn.kept_line()}", drawn.argmax)
 
 
 def histograms(drawn: Drawn) -> Drawing:
-    """Draw histograms of the change in probability, in percentage points, of all heads."""
-    columns = len(drawn.imputations)
-    figure = Figure(figsize=(max(0.6 + 2.5 * columns, NARROWEST), 0.7 + 2 * 1.75))
-    rows = ((drawn.target, "target_probability"), (drawn.control, "control_probability"))
-    for row, (role, metric) in zip(
-        figure.subplots(2, columns, sharex="row", sharey="row", squeeze=False), rows, strict=True
-    ):
+    """Draw histograms of the change in probability of all heads, in percentage points: a row for each imputation."""
+    figure = Figure(figsize=(5.6, 0.7 + max(1.45, 1.75 - 0.1 * len(drawn.names)) * len(drawn.names)))
+    columns = ((drawn.target, "target_probability"), (drawn.control, "control_probability"))
+    panels = figure.subplots(len(drawn.names), 2, sharex="col", sharey="col", squeeze=False).T
+    for column, (role, metric) in zip(panels, columns, strict=True):
         change = drawn.change(metric).mean
-        for axes, name, values in zip(row, drawn.imputations, change, strict=True):
+        for axes, name, values in zip(column, drawn.names, change, strict=True):
             heads = values[np.isfinite(values)]
-            title = wrapped(f"{role}, {printable(name)}", 2.3, 8)
+            title = wrapped(f"{role}, {name}", 2.3, 8)
             axes.set_title("\n".join([*title, f"standard deviation {rounded(heads.std())} pp"]))
             axes.spines[["top", "right"]].set_visible(False)
             if not change[np.isfinite(change)].any():
@@ -273,127 +200,52 @@ def head_means(drawn: Drawn) -> Drawing:
     return Drawing(figure, finding, [(left, shown)])
 
 
-# ---- maps
-
-
-def maps(has_head: Flags, groups: Sequence[Group], finding: str, argmax: str = "") -> Drawing:
-    """Draw groups of maps, in the arrangement in which cells are largest. Each colour scale is symmetric about 0.
-
-    has_head: [layer, head]. argmax: the clean one, as text, for the legend of flips.
-    """
-    layers, heads = has_head.shape
-    numbered = [(index, panel) for index, group in enumerate(groups) for panel in group.panels]
-    grids = [  # a row for each group, a row for all, a column for all
-        [[cell for cell in numbered if cell[0] == index] for index in range(len(groups))],
-        [numbered],
-        [[cell] for cell in numbered],
-    ]
-    sizes = [cell_size(layers * len(grid), heads * len(grid[0])) for grid in grids]
-    cell = max(sizes)
-    grid = grids[sizes.index(cell)]
-    rows, columns = len(grid), len(grid[0])
-    bars = len({index for index, _ in grid[0]})  # side by side
-    across = max(heads * cell, 1.15, (NARROWEST - 0.6 - 0.75 * bars) / columns - 0.15)  # inches
-    down = max(layers * cell, 0.65)
-    titles = [[line for part in panel.title for line in wrapped(part, across, 8)] for _, panel in numbered]
-    room = 0.2 + 0.13 * max(map(len, titles))  # above a row
-    figure = Figure(figsize=(0.6 + columns * (across + 0.15) + 0.75 * bars, 0.9 + rows * (down + room)))
-    places = list(figure.subplots(rows, columns, sharex=True, sharey=True, squeeze=False).flat)
-    drawing = Drawing(figure, finding)
-    legend = missing_heads_legend(numbered[0][1].values)
-    dashes: list[Line2D | Patch] = []
-    certain = [panel.certain for _, panel in numbered if panel.certain is not None]
-    dotted = 2 * np.sum(certain) <= len(certain) * has_head.sum()  # those cells get a dot that are fewer
-    for index, group in enumerate(groups):
-        values = np.stack([panel.values for panel in group.panels])
-        end = largest_magnitude(values)
-        low = 0.0 if group.shares else -end
-        own = []
-        for (at, panel), axes, title in zip(numbered, places, titles, strict=True):
-            if at == index:
-                dots = None if panel.certain is None else (panel.certain == dotted) & has_head
-                image = heat_map(axes, panel, (low, end), across / heads, down / layers, dots)
-                axes.set_title("\n".join(title))
-                axes.label_outer()
-                own.append(axes)
-                drawing.maps.append((axes, panel))
-        if not np.nan_to_num(values).any():
-            for axes in own:
-                say_nothing(axes, group.nothing)
+def strongest(drawn: Drawn) -> Drawing:
+    """Draw the heads that change the target's probability most, with their intervals over the prompts, in pp."""
+    change = drawn.change("target_probability")
+    assert change.low is not None and change.high is not None and change.differs is not None  # as of several prompts
+    listed = min(LISTED, int(drawn.has_head.sum()))
+    columns = min(len(drawn.names), 3 if len(drawn.names) % 2 else 2)
+    rows = -(-len(drawn.names) // columns)
+    figure = Figure(
+        figsize=(max(0.9 + (3.0 if columns < 3 else 2.1) * columns, NARROWEST), 0.8 + rows * (0.6 + 0.17 * listed))
+    )
+    panels = list(figure.subplots(rows, columns, sharex=True, squeeze=False).flat)
+    for axes in panels[len(drawn.names) :]:
+        axes.remove()
+    for index, name in enumerate(drawn.names):
+        axes = panels[index]
+        size = np.where(drawn.has_head, np.abs(change.mean[index]), -1.0)
+        cells = [np.unravel_index(at, size.shape) for at in np.argsort(-size, axis=None, kind="stable")[:listed]]
+        mean, low, high, differs = (
+            np.array([of[index, *cell] for cell in cells])
+            for of in (change.mean, change.low, change.high, change.differs)
+        )
+        axes.set_yticks(range(listed), [f"L{layer}H{head}" for layer, head in cells])
+        axes.set(ylim=(listed - 0.5, -0.5), title="\n".join(wrapped(name, 1.7, 8)))
+        lowest = index + columns >= len(drawn.names)
+        axes.tick_params(labelbottom=lowest)
+        axes.set_xlabel("change in P(target) (pp)" if lowest else "")
+        axes.spines[["top", "right"]].set_visible(False)
+        if not np.nanmax(np.abs(change.of_prompts)):
+            say_nothing(axes, "no change")
+            axes.set_xticks([])
             continue
-        bar = figure.colorbar(image, ax=own, aspect=30, fraction=0.05, pad=0.02, format=FuncFormatter(tick_label))
-        bar.locator = MaxNLocator(4)
-        bar.set_label("\n".join(wrapped(group.label, max(1.2, len(own) / columns * down if bars == 1 else down), 8)))
-        dashes = dashes or negative_legend(values, low, None if len(groups) == 1 else "20% of the scale")
-    if any(panel.flipped is not None and panel.flipped.any() for _, panel in numbered):
-        legend.append(Line2D([], [], markersize=6, label=f"the argmax is not {argmax}", **RING))
-    if any(of is not None and ((of == dotted) & has_head).any() for of in certain):
-        words = "excludes" if dotted else "includes"
-        legend.append(Line2D([], [], markersize=2.5, label=f"95% interval {words} 0", **DOT))
-    add_legend(figure, [*legend, *dashes])
-    return drawing
-
-
-def heat_map(
-    axes: Axes, panel: Panel, scale: tuple[float, float], across: float, down: float, dots: Flags | None = None
-) -> Any:
-    """Draw one map. scale: the values at both ends of the colour scale. across, down: sides of a cell in inches.
-
-    dots: [layer, head], the cells to mark by a dot. A dash marks clearly negative cells, which would look like positive
-    ones in a grey print.
-    """
-    low, high = scale
-    layers, heads = panel.values.shape
-    colours = DIVERGING if low < 0 else SEQUENTIAL
-    image = axes.imshow(panel.values, cmap=colours, vmin=low, vmax=high, aspect="auto", interpolation="nearest")
-    if missing_heads_legend(panel.values):
-        axes.patch.set(**ABSENT)  # shows where there is no head
-    axes.set(xlabel="head", ylabel="layer")
-    axes.set_xticks(range(0, heads, tick_step(across, 0.18)))
-    axes.set_yticks(range(0, layers, tick_step(down, 0.14)))
-    side = 72 * min(across, down, LARGEST_CELL)  # points
-    for colour, dark in (("black", False), ("white", True)):
-        y, x = np.nonzero((panel.values < low / 5) & ((panel.values < low / 2) == dark))
-        axes.plot(x, y, markersize=0.4 * side, color=colour, **DASH)
-    if dots is not None:
-        y, x = np.nonzero(dots)
-        beside = 0.28 * (panel.values[y, x] < low / 5)  # of a dash
-        axes.plot(x + beside, y + beside, markersize=max(1.2, 0.14 * side), **DOT)
-    if panel.flipped is not None:
-        y, x = np.nonzero(panel.flipped)
-        axes.plot(x, y, markersize=0.65 * side, path_effects=RIM, **RING)
-    return image
-
-
-# ---- parts of figures
-
-
-def add_legend(figure: Figure, handles: Sequence[Line2D | Patch]) -> None:
-    """Add a legend below the panels, with as many columns as fit; a figure that is too narrow becomes wider."""
-    for columns in range(len(handles), 0, -1):
-        legend = figure.legend(handles=handles, loc="outside lower center", ncols=columns, columnspacing=1)
-        inches = legend.get_window_extent().width / figure.dpi
-        if inches <= figure.get_figwidth():
-            figure.set_figheight(figure.get_figheight() + 0.13 * -(-len(handles) // columns))
-            return
-        if columns > 1:
-            legend.remove()
-        else:
-            figure.set_figwidth(inches)
-
-
-def negative_legend(values: Floats, low: float, fifth: str | None = None) -> list[Line2D | Patch]:
-    """Return the legend of the dashes in clearly negative cells, if there are any.
-
-    low: the end of the scale. fifth: the name of a fifth of it; by default its value.
-    """
-    if not (values < low / 5).any():
-        return []
-    return [Line2D([], [], markersize=4, label=f"below {MINUS}{fifth or rounded(-low / 5)}", color="black", **DASH)]
-
-
-def missing_heads_legend(values: Floats) -> list[Line2D | Patch]:
-    """Return the legend for cells without a head: one entry, or none if no value [layer, head] is NaN."""
-    missing = np.isnan(values)
-    label = "no heads" if missing.all(axis=1).any() else "no such head"
-    return [Patch(label=label, **ABSENT)] if missing.any() else []
+        for row, cell in enumerate(cells):
+            values = change.of_prompts[:, index, *cell]
+            axes.plot(values, np.full(len(values), row), "o", color="0.55", alpha=0.4, mew=0, markersize=3)
+        axes.hlines(range(listed), low, high, color="black", linewidth=1.5)
+        for is_certain, face in ((True, "black"), (False, "white")):
+            (at,) = np.nonzero(differs == is_certain)
+            axes.plot(mean[at], at, "D", color="black", mfc=face, markersize=4.5, mew=1)
+        axes.axvline(0, color="black", linewidth=0.5, linestyle=":")
+        axes.locator_params(axis="x", nbins=5)
+    mark: dict[str, Any] = {"marker": "D", "color": "black", "markersize": 4.5, "mew": 1}
+    handles = [
+        Line2D([], [], mfc="black", label=f"mean that differs from 0 ({CHANCE})", **mark),
+        Line2D([], [], mfc="white", label="other mean; lines: 95% intervals, not corrected", **mark),
+        Line2D([], [], marker="o", color="0.7", mew=0, markersize=3.5, linestyle="none", label="one prompt"),
+    ]
+    add_legend(figure, handles)
+    certain = f"{int(change.differs.sum())} of {drawn.total} ablations change it on average ({CHANCE})"
+    return Drawing(figure, f"{drawn.strongest_line()}; {certain}" if change.strongest else drawn.strongest_line())

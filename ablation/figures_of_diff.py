@@ -2,48 +2,101 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 from matplotlib import style
+from matplotlib.axes import Axes
 from matplotlib.figure import Figure
+from matplotlib.transforms import Bbox
 
 from ablation.diff import Pair, effects
 from ablation.errors import shortened
-from ablation.figures import ACCENT, STYLE
+from ablation.figure_texts import NAME, NAME_SIZE, STYLE, Floats, add_title, printable, rounded, width
+from ablation.maps import add_legend, marks
 
 LABELLED = 5
 """How many of the ablations that moved most are named."""
 
 
-def draw(pair: Pair, path: Path, names: tuple[str, str]) -> None:
+def draw(pair: Pair, found: Mapping[str, Any], path: Path, names: tuple[str, str]) -> None:
     """Draw the mean change by each ablation, in the one result against the other, as a PNG file; see `diff.effects`.
 
-    names: of the two results. Raises OSError.
+    found: the result of `diff.findings`. names: of the two results. Raises OSError.
     """
     metric, one, other = effects(pair)
+    first, second = (printable(shortened(name, 40)) for name in names)
     with style.context(["default", STYLE]):
-        figure = Figure(figsize=(4.2, 4.2))
+        figure = Figure(figsize=(4.6, 4.4))
         axes = figure.subplots()
         ends = np.array([min(one.min(), other.min()), max(one.max(), other.max())])
-        ends += np.array([-0.05, 0.05]) * (np.ptp(ends) or 1.0)
-        axes.plot(ends, ends, color="0.6", linewidth=0.8, label="equal")
-        for number, imputation in enumerate(pair.one.imputations):
+        ends += np.array([-0.08, 0.08]) * (np.ptp(ends) or 1.0)
+        (line,) = axes.plot(ends, ends, color="0.6", linewidth=0.8, label="equal")
+        handles = [line]
+        for imputation, mark in zip(pair.one.imputations, marks(pair.one.imputations), strict=True):
             own = [key.imputation == imputation for key in pair.one.ablations]
-            colour, marker = (("black", "."), (ACCENT, "x"))[number % 2]
-            axes.plot(one[own], other[own], marker, color=colour, markersize=4, linestyle="none", label=imputation)
-        worst = np.argsort(-np.abs(other - one))[:LABELLED]
-        for index in worst[np.abs(other - one)[worst] > 0]:
-            axes.annotate(
-                pair.one.ablations[index].label,
-                (one[index], other[index]),
-                xytext=(4, 4),
-                textcoords="offset points",
-                fontsize=6,
-            )
-        axes.set(xlim=ends, ylim=ends, aspect="equal")
-        axes.set_xlabel(f"first: {shortened(names[0], 40)}")
-        axes.set_ylabel(f"second: {shortened(names[1], 40)}")
-        axes.set_title(f"change of {metric} by each ablation,\nin nats, averaged over the prompts")
-        axes.legend(loc="upper left")
+            axes.plot(one[own], other[own], **{**mark, "markersize": 3, "mew": 0.5})
+            handles += axes.plot([], [], **mark)
+        axes.set(xlim=ends, ylim=ends, box_aspect=1)
+        axes.locator_params(nbins=5)
+        axes.set_xlabel(f"first: {first}")
+        axes.set_ylabel(f"second: {second}")
+        axes.spines[["top", "right"]].set_visible(False)
+        add_legend(figure, handles)
+        what = f"mean change of {metric} by each ablation, in nats"
+        add_title(figure, _finding(found), what)
+        worst = np.argsort(-np.abs(other - one), kind="stable")[:LABELLED]
+        labels = [pair.one.ablations[i].label for i in worst]
+        moved = np.abs(other - one)[worst] > 0
+        _name_points(
+            axes, np.stack([one, other], axis=1)[worst][moved], [of for of, m in zip(labels, moved, strict=True) if m]
+        )
         figure.savefig(path, backend="agg")
+
+
+def _finding(found: Mapping[str, Any]) -> str:
+    """Return the verdict, in words."""
+    bound = rounded(found["tolerance"]["largest"])
+    if not found["differs"]:
+        return f"The results agree: no log-probability moved by more than {bound} nats"
+    moved = f"{found['moved']} of {found['of']} ablated runs moved by more than {bound} nats"
+    worst = found["worst"][:1]
+    most = (
+        f", {worst[0]['heads']} ({printable(worst[0]['imputation'])}) by {rounded(worst[0]['difference'])}"
+        if worst
+        else ""
+    )
+    flips = len(found["flips"])
+    return f"The results differ: {moved}{most}; {flips} prediction{' differs' if flips == 1 else 's differ'}"
+
+
+def _name_points(axes: Axes, points: Floats, names: list[str]) -> None:
+    """Name points next to them, with a line to names that are further away, so that no name overlaps another."""
+    box, pixels = axes.get_window_extent(), axes.figure.dpi
+    taken: list[Bbox] = []
+    for point, name in zip(axes.transData.transform(points), names, strict=True):
+        across, down = pixels * width(name, NAME_SIZE) + 4, 1.4 * pixels * NAME_SIZE / 72
+        for distance in np.arange(0.6, 12, 0.6) * down:
+            corners = [(point[0] + x * distance, point[1] + y * distance) for x in (1, -1) for y in (1, -1, 0)]
+            places = [Bbox.from_bounds(x - across * (x < point[0]), y - down / 2, across, down) for x, y in corners]
+            free = [
+                at
+                for at in places
+                if at.x0 >= box.x0
+                and at.x1 <= box.x1
+                and at.y0 >= box.y0
+                and at.y1 <= box.y1
+                and not any(at.overlaps(other) for other in taken)
+            ]
+            if free:
+                taken.append(free[0])
+                centre = (free[0].x0 + free[0].x1) / 2, (free[0].y0 + free[0].y1) / 2
+                place, end = axes.transData.inverted().transform([centre, point])
+                if distance > down:
+                    side = free[0].x1 if centre[0] < point[0] else free[0].x0
+                    near = axes.transData.inverted().transform((side, centre[1]))
+                    axes.plot(*np.stack([near, end], axis=1), color="0.5", linewidth=0.4)
+                axes.text(place[0], place[1], name, fontsize=NAME_SIZE, ha="center", va="center", gid=NAME)
+                break

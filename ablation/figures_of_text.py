@@ -4,11 +4,15 @@ from __future__ import annotations
 
 from pathlib import Path
 
+import numpy as np
 from matplotlib import style
 
 from ablation import statistics
-from ablation.figures import STYLE, Group, Panel, maps
-from ablation.figures_of_prompts import MINUS, Change, add_title, name_heads, printable
+from ablation.drawn import CHANCE, LONGEST_NAME, Change
+from ablation.errors import shortened
+from ablation.figure_texts import MINUS, STYLE, add_title, name_heads, printable
+from ablation.maps import Group, Panel, maps
+from ablation.report import where
 from ablation.results import LOSS, Result
 
 
@@ -20,22 +24,26 @@ def draw(result: Result, folder: Path | str, *, title: str) -> Path:
     effects = statistics.effects(result, LOSS)
     several = len(result.prompts) > 1
     mean, low, high = (result.grid(values) for values in (effects.mean, effects.low, effects.high))
-    change = Change(result.grid(result.change(LOSS)), mean, low if several else None, high if several else None)
-    panels = [Panel(mean[i], [printable(name)], None, change.certain(i)) for i, name in enumerate(result.imputations)]
+    of_prompts, differs = result.grid(result.change(LOSS)), result.grid(effects.differs)
+    change = Change(of_prompts, mean, *((low, high, differs) if several else (None, None, None)))
+    names = [printable(shortened(name, LONGEST_NAME)) for name in result.imputations]
+    panels = [Panel(mean[i], [name], None, change.certain(i)) for i, name in enumerate(names)]
     clean = f"{effects.clean:.3f}".replace("-", MINUS)
     place = change.strongest
     if place is None:
-        finding = f"No ablation changes the loss of {clean} nats per token"
+        beyond = f" on average, beyond chance ({CHANCE})" if several and np.nan_to_num(of_prompts).any() else ""
+        finding = f"no ablation changes the loss of {clean} nats per token{beyond}"
     else:
         imputation, layer, head = place
-        verb = "raises" if mean[place] > 0 else "lowers"
-        name = f"L{layer}H{head} ({printable(result.imputations[imputation])})"
-        finding = f"{name} {verb} the loss of {clean} nats per token most, by {change.amount(place, 'nats')}"
+        name = f"L{layer}H{head} ({names[imputation]})"
+        finding = f"{name} changes the loss of {clean} nats per token most, by {change.amount(place, 'nats')}"
     tokens = sum(len(prompt.target) for prompt in result.prompts)
     path = Path(folder, "loss.png")
     with style.context(["default", STYLE]):
         drawing = maps(result.has_head, [Group(panels, "change of the loss (nats per token)")], finding)
-        add_title(drawing.figure, finding, f"{title}: {tokens} tokens of a text")
+        at = where(result)
+        ablated = "" if at == "at every token" else f"; heads ablated {at}"
+        add_title(drawing.figure, finding, f"{title}: {tokens} tokens of a text{ablated}")
         for axes, panel in drawing.maps:
             name_heads(axes, panel.values, panel.flipped)
         drawing.figure.savefig(path, backend="agg")

@@ -1,6 +1,13 @@
 "use strict";
 // Fills the map and the tables of the page. Every text of a model or a prompt goes to textContent, or to Bokeh as data.
 
+// A number as text. Digits would hide a small value, which is written with an exponent. The tables use it, too.
+globalThis.number_text = (value, decimals, signed) => {
+  if (!Number.isFinite(value)) return "not finite";
+  const small = value !== 0 && Math.abs(value) < 0.5 * 10 ** -decimals;
+  return (signed && value > 0 ? "+" : "") + (small ? value.toExponential(1) : value.toFixed(decimals));
+};
+
 (async () => {
   const element = (id) => document.getElementById(id);
   const read = (id) => JSON.parse(element(id).textContent);
@@ -25,14 +32,14 @@
 
   // ---- texts
 
-  const number = (value, decimals, unit) =>
-    value === null ? "not finite" : (value > 0 ? "+" : "") + value.toFixed(decimals) + (unit && ` ${unit}`);
+  const number = (value, decimals, unit) => number_text(value, decimals, true) + (unit && ` ${unit}`);
 
   function value_text(ablation, metric) {
-    const { title, decimals, unit, mean, low, high } = metric;
+    const { title, decimals, unit, mean, low, high, adjusted_p } = metric;
     const average = prompts > 1 ? "mean change" : "change";
     const interval = low && ` [${number(low[ablation], decimals, "")}, ${number(high[ablation], decimals, "")}]`;
-    return `${average} of ${title} ${number(mean[ablation], decimals, unit)}${interval ?? ""}`;
+    const p = adjusted_p && `, corrected p ${number_text(adjusted_p[ablation], 4, false)}`;
+    return `${average} of ${title} ${number(mean[ablation], decimals, unit)}${interval ?? ""}${p ?? ""}`;
   }
 
   function kept_text(ablation) {
@@ -60,6 +67,7 @@
       head: on_map.map((ablation) => place[ablation][1]),
       value: on_map.map((ablation) => finite(metric.mean[ablation])),
       radius: on_map.map((ablation) => 0.4 * Math.sqrt(1 - kept[ablation] / prompts)),
+      dot: on_map.map((ablation) => (metric.adjusted_p && (metric.adjusted_p[ablation] ?? 1) < 0.05 ? 0.1 : 0)),
       label: on_map.map((ablation) => `${label(place[ablation])}, ${content.imputations[imputation[ablation]]}`),
       text: on_map.map((ablation) => value_text(ablation, metric)),
       kept: on_map.map(kept_text),
@@ -72,7 +80,8 @@
       `is no change. ` +
       (on_map.every((ablation) => kept[ablation] === prompts)
         ? "No prediction changes."
-        : prompts > 1 ? "The larger a dot, the more predictions change." : "A dot: the prediction changes.");
+        : prompts > 1 ? "The larger a ring, the more predictions change." : "A ring: the prediction changes.") +
+      (prompts > 1 ? " A dot: the mean change differs from 0 (false discovery rate 5%)." : "");
   }
 
   // ---- the selected head
@@ -160,7 +169,10 @@
   const columns = { imputation: imputation.map((index) => content.imputations[index]), head: names, kept };
   for (const metric of metrics) columns[metric.name] = metric.mean.map(finite);
   const ranked_by = metrics.find(({ name }) => name === content.ranked_by);
-  if (prompts > 1) Object.assign(columns, { low: ranked_by.low.map(finite), high: ranked_by.high.map(finite) });
+  if (prompts > 1) {
+    const { low, high, adjusted_p } = ranked_by;
+    Object.assign(columns, { low: low.map(finite), high: high.map(finite), "corrected p": adjusted_p.map(finite) });
+  }
   head_rows.data = columns;
 
   // ---- events

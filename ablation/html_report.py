@@ -18,29 +18,22 @@ import json
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from string import Template
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
 
-from ablation import statistics
+from ablation import choices, statistics
 from ablation.errors import AblationError
-from ablation.report import token_labels
+from ablation.html_parts import RANKED_BY, map_of_heads, table_of_heads, table_of_prompts
+from ablation.report import token_labels, where
 from ablation.results import METRICS, Result
-
-if TYPE_CHECKING:
-    from bokeh.models.widgets.tables import DataTable, TableColumn
-    from bokeh.plotting import figure
 
 MAX_SINGLE_VALUES = 200_000
 """How many values of single prompts a page holds; those of the weaker heads are left out."""
-RANKED_BY = "target_probability"
-"""The metric by whose mean change heads are ranked."""
 CHANGE_DIGITS, CLEAN_DIGITS = 4, 5
 """Significant digits of a change, and of a clean value."""
 MAX_DECIMALS = 6
-CELL_SIZE = 12, 26
-"""The least and the largest height of a cell of the map, in pixels."""
 
 
 class Shown(NamedTuple):
@@ -69,11 +62,6 @@ SHOWN = {
     "margin": Shown("margin", "logits", "logits"),
     "correct": Shown("correct"),
 }
-IMPUTATIONS = {
-    "zero": "z of the head is replaced by 0.",
-    "mean": "z of the head is replaced by one number, the mean of its z over the tokens and channels of the prompt "
-    "(not the mean over a data set, which the literature calls mean ablation).",
-}
 POLICY = "default-src 'none'; style-src 'unsafe-inline'; img-src data: blob:; font-src data:; script-src 'unsafe-eval'"
 """'unsafe-eval' is for Bokeh, which compiles the order of a table's column; inline scripts are allowed by digest."""
 
@@ -95,9 +83,9 @@ def write_html(result: Result, path: Path, *, title: str, decode: Callable[..., 
 
     content = page_content(result, decode)
     items = {
-        "map": json_item(_map(*result.head_mean.shape[1:])),
-        "heads": json_item(_table_of_heads(content)),
-        "prompts": json_item(_table_of_prompts(content)),
+        "map": json_item(map_of_heads(*result.head_mean.shape[1:])),
+        "heads": json_item(table_of_heads(content)),
+        "prompts": json_item(table_of_prompts(content)),
     }
     resources = Resources(mode="inline", minified=True, components=["bokeh", "bokeh-widgets", "bokeh-tables"])
     own = Path(__file__).with_suffix(".js").read_text(encoding="utf-8")
@@ -151,6 +139,7 @@ def page_content(result: Result, decode: Callable[..., str]) -> dict[str, Any]:
                 "decimals": _decimals(shown.factor * of.mean),
                 "mean": _rounded(shown.factor * of.mean),
                 **{side: _rounded(shown.factor * getattr(of, side)) for side in ("low", "high") if prompts > 1},
+                **({"adjusted_p": _rounded(of.adjusted_p)} if prompts > 1 else {}),
                 "single_decimals": max(_decimals(change), _decimals(np.append(change, clean))),
                 "clean": _rounded(clean, CLEAN_DIGITS),
                 "single": [_rounded(change[:, index]) for index in listed],
@@ -207,131 +196,17 @@ def _text(text: str | None, tokens: tuple[int, ...], decode: Callable[..., str])
     return decode(*tokens) if text is None else text
 
 
-# ---- the parts that Bokeh draws; html_report.js fills them
-
-
-def _map(layers: int, heads: int) -> figure:
-    from bokeh.models import BasicTicker, ColumnDataSource, HoverTool, LinearColorMapper, Range1d, TapTool
-    from bokeh.palettes import RdBu11, interp_palette
-    from bokeh.plotting import figure
-    from bokeh.transform import transform
-
-    fields = ("layer", "head", "value", "radius", "label", "text", "kept", "receipt")
-    source = ColumnDataSource({name: [] for name in fields}, name="cells")
-    cell = float(np.clip(1000 / max(layers, heads), *CELL_SIZE))
-    plot = figure(
-        x_range=Range1d(start=-0.5, end=heads - 0.5),
-        y_range=Range1d(start=layers - 0.5, end=-0.5),
-        x_axis_label="head",
-        y_axis_label="layer",
-        sizing_mode="stretch_width",
-        height=round(max(layers * cell, 60) + 75),
-        max_width=round(max(heads * cell * 1.9, 200) + 150),
-        toolbar_location=None,
-        tools=[],
-        background_fill_color="#d4d4d4",
-        outline_line_color=None,
-    )
-    # The numbers beside the scale take the room that they need at first.
-    colours = LinearColorMapper(palette=interp_palette(RdBu11, 255), low=-1e-4, high=1e-4, name="colours")
-    common: dict[str, Any] = {"source": source, "nonselection_fill_alpha": 1.0, "nonselection_line_alpha": 1.0}
-    common |= {"line_color": "white"}
-    selected: dict[str, Any] = {"selection_line_color": "black", "selection_line_width": 3}
-    cells = plot.rect("head", "layer", 1, 1, fill_color=transform("value", colours), **common, **selected)
-    plot.circle("head", "layer", radius="radius", radius_dimension="min", fill_color="black", **common)
-    tooltip = (
-        '<div class="tip" style="max-width: 18em; white-space: normal">'
-        "<b>@label</b><br>@text<br>@kept<br><small>@receipt</small></div>"
-    )
-    plot.add_tools(HoverTool(renderers=[cells], tooltips=tooltip), TapTool(renderers=[cells]))
-    plot.add_layout(cells.construct_color_bar(width=12, padding=4, label_standoff=6), "right")
-    plot.grid.visible = False
-    plot.axis.ticker = BasicTicker(min_interval=1, num_minor_ticks=0)
-    plot.axis.axis_label_text_font_style = "normal"
-    return plot
-
-
-def _table_of_heads(content: Mapping[str, Any]) -> DataTable:
-    from bokeh.models import CustomJSCompare
-    from bokeh.models.widgets.tables import TableColumn
-
-    by_place = CustomJSCompare(
-        code="const [a, b] = [x, y].map(s => s.match(/\\d+/g).map(Number)); return a[0] - b[0] || a[1] - b[1]"
-    )
-    columns = [
-        TableColumn(field="imputation", title="imputation", width=80),
-        TableColumn(field="head", title="head", width=70, sorter=by_place),
-    ]
-    for metric in content["metrics"]:
-        columns.append(_number_column(metric["name"], metric, _with_unit(metric)))
-        if metric["name"] == RANKED_BY and "low" in metric:
-            columns += [_number_column(name, metric, f"95% {name}", 75) for name in ("low", "high")]
-    prompts = len(content["prompts"])
-    kept = _number_column("kept", {"decimals": 0}, f"kept of {prompts}" if prompts > 1 else "kept", 85, sign="")
-    place = 5 if prompts > 1 else 3  # after P(target) and its interval
-    return _table([*columns[:place], kept, *columns[place:]], 420, frozen=2)
-
-
-def _table_of_prompts(content: Mapping[str, Any]) -> DataTable:
-    from bokeh.models.widgets.tables import TableColumn
-
-    texts = {"prompt": 180, "target": 110, "clean prediction": 130, "ablated prediction": 140}
-    columns = [TableColumn(field=name, title=name, width=width) for name, width in texts.items()]
-    for metric in content["metrics"]:
-        metric = {**metric, "decimals": metric["single_decimals"]}
-        name, unit = metric["title"], f", {metric['clean_unit']}" if metric["clean_unit"] else ""
-        columns += [
-            _number_column(f"{part} {metric['name']}", metric, f"{part} {name}{unit}", sign="")
-            for part in ("clean", "ablated")
-        ]
-        columns.append(_number_column(f"change {metric['name']}", metric, f"change of {_with_unit(metric)}"))
-    return _table(columns, 25 * min(len(content["prompts"]), 11) + 55, frozen=1)
-
-
-def _with_unit(metric: Mapping[str, Any]) -> str:
-    return ", ".join(filter(None, (metric["title"], metric["unit"])))
-
-
-def _number_column(field: str, metric: Mapping[str, Any], title: str, width: int = 0, sign: str = "+") -> TableColumn:
-    from bokeh.models.widgets.tables import NumberFormatter, TableColumn
-
-    decimals = metric["decimals"]
-    column_title = html.escape(title)  # which Bokeh takes for HTML
-    form = NumberFormatter(format=f"{sign}0" + ("." + "0" * decimals if decimals else ""), text_align="right")
-    return TableColumn(
-        field=field, title=column_title, width=width or 22 + 7 * len(title), formatter=form, default_sort="descending"
-    )
-
-
-def _table(columns: list[TableColumn], height: int, frozen: int) -> DataTable:
-    """frozen: how many columns stay in view when the others are scrolled."""
-    from bokeh.models import CDSView, ColumnDataSource, IndexFilter, InlineStyleSheet
-    from bokeh.models.widgets.tables import DataTable
-
-    single: dict[str, Any] = {"multi_selectable": False}  # which Bokeh's type stubs lack
-    return DataTable(
-        source=ColumnDataSource({column.field: [] for column in columns}, name="rows"),
-        view=CDSView(filter=IndexFilter(indices=[], name="filter")),
-        columns=columns,
-        sizing_mode="stretch_width",
-        height=height,
-        autosize_mode="none",
-        index_position=None,
-        frozen_columns=frozen,
-        stylesheets=[InlineStyleSheet(css=".slick-cell, .slick-header-column { font-size: 13px; }")],
-        reorderable=False,
-        **single,
-    )
-
-
 # ---- the texts
 
 
 def _lead(result: Result, decode: Callable[..., str]) -> str:
     """Return the question and the clean run, in words."""
     heads, layers = int(result.has_head.sum()), len(result.has_head)
-    ways = " and ".join(result.imputations)
-    runs = f"Each of the {heads} heads in {layers} layers was ablated with {ways} imputation."
+    *ways, last = result.imputations
+    of = f"{', '.join(ways)} and {last}" if ways else last
+    runs = (
+        f"Each of the {heads} heads in {layers} layers was ablated {where(result)} of the prompt, with {of} imputation."
+    )
     clean = {name: float(values.mean()) for name, values in result.clean.items()}
     if len(result.prompts) > 1:
         right = statistics.share(result.clean["correct"] > 0)
@@ -358,21 +233,27 @@ def _lead(result: Result, decode: Callable[..., str]) -> str:
 def _notes(result: Result, content: Mapping[str, Any]) -> str:
     """Return the definitions that depend on the result, as the rows of a table."""
     several = len(result.prompts) > 1
+    meanings = {name: text for name in result.imputations if (text := choices.meaning(name)) is not None}
     notes = {
-        **{f"{name} imputation": IMPUTATIONS[name] for name in result.imputations if name in IMPUTATIONS},
+        **{f"{name} imputation": f"z of the head is replaced by: {text}." for name, text in meanings.items()},
         "change": "the value with the ablation - the value without (clean)"
         + (", averaged over the prompts." if several else "."),
     }
     if several:
         notes["95% interval"] = (
             "bootstrap interval of the mean change, from resampled prompts. It describes prompts like these, says "
-            "nothing about other prompts, and is not adjusted for the number of heads."
+            "nothing about other prompts, and is not corrected for the number of heads."
+        )
+        notes["corrected p"] = (
+            "two-sided p value of a t-test over the prompts that the mean change is 0, corrected for the number of "
+            "ablations (Benjamini and Hochberg). A dot in the map marks a value below 0.05: at most 5% of the dots are "
+            "expected to be there by chance. The report counts the same heads."
         )
     notes["kept"] = (
-        "for how many prompts the prediction stays that of the clean run. The area of a dot in the map is the share of "
-        "prompts for which it changes."
+        "for how many prompts the prediction stays that of the clean run. The area of a ring in the map is the share "
+        "of prompts for which it changes."
         if several
-        else "1 if the prediction stays that of the clean run, 0 if it changes. A dot in the map marks a head whose "
+        else "1 if the prediction stays that of the clean run, 0 if it changes. A ring in the map marks a head whose "
         "ablation changes it."
     )
     for metric in content["metrics"]:

@@ -28,7 +28,7 @@ FILES = (
     *("results.csv", "results.parquet", "top_tokens.csv", "report.html"),
     *(
         "sensitivity.png",
-        "difference.png",
+        "agreement.png",
         "histograms.png",
         "head_means.png",
         "margins.png",

@@ -9,6 +9,8 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 import numpy as np
 from numpy.typing import NDArray
 
+from ablation import agreement
+from ablation.agreement import head_label, points
 from ablation.errors import InvalidResult
 from ablation.results import LOSS, Result
 
@@ -92,7 +94,9 @@ def findings(sweep: Result, decode: Decode, strongest: int = 3) -> dict[str, Any
         "heads": int(has_head.sum()),
         "layers": len(has_head),
         "layers_without_heads": [int(layer) for layer in np.flatnonzero(~has_head.any(axis=1))],
+        "ablated": where(sweep),
         "imputations": {},
+        "agreement": agreement.findings(sweep.imputations, of_target),
         "head_means": {
             "mean": float(means.mean()),
             "std": float(means.std()),
@@ -121,24 +125,24 @@ def findings(sweep: Result, decode: Decode, strongest: int = 3) -> dict[str, Any
             "control_largest": _change_at(control, _largest(control)),
             "changed_nothing": int((changed[index] == 0).sum()),
         }
-    if {"zero", "mean"} <= set(sweep.imputations):
-        found["agreement"] = agreement(*(of_target[sweep.imputations.index(name)] for name in ("zero", "mean")))
     return found
 
 
-def agreement(zero: NDArray[np.float64], mean: NDArray[np.float64]) -> dict[str, Any]:
-    """Compare the change of the target's probability under mean imputation with that under zero imputation.
+def where(sweep: Result) -> str:
+    """Return at which tokens the heads of a sweep are ablated, in words, such as "at the last token"."""
+    places = dict.fromkeys(key.positions for key in sweep.ablations)
+    return ", ".join(map(_place, places))
 
-    zero, mean: the changes, [layer, head]. largest_difference: at the head where the two differ most, mean - zero.
-    correlation: over all heads, or None if one of the two does not vary.
-    """
-    largest = _change_at(mean - zero, _largest(mean - zero))
-    zero, mean = zero[np.isfinite(zero)], mean[np.isfinite(mean)]
-    both_vary = zero.std() > 0 and mean.std() > 0
-    return {
-        "largest_difference": largest,
-        "correlation": float(np.corrcoef(zero, mean)[0, 1]) if both_vary else None,
-    }
+
+def _place(positions: str) -> str:
+    numbers = positions.split(",")
+    if positions == "all":
+        return "at every token"
+    if positions in ("last", "-1"):
+        return "at the last token"
+    if not all(number.lstrip("-").isdecimal() for number in numbers):
+        return f"at the tokens of {positions!r}"  # a column of the table of prompts
+    return f"at token {numbers[0]}" if len(numbers) == 1 else f"at tokens {', '.join(numbers[:-1])} and {numbers[-1]}"
 
 
 def _largest(change: NDArray[np.float64]) -> int:
@@ -177,22 +181,18 @@ def render(found: dict[str, Any]) -> str:
         f"clean      {prediction}, margin {clean['margin']:.2f} logits; "
         + ", ".join(map(probability, answers.values()))
     ]
+    lines += ablated_line(found)
     for name, of in found["imputations"].items():
         lines += ["", f"{name:10} {of['kept']} of {found['heads']} ablations keep {prediction}"]
         for flip in of["flips"]:
-            lines.append(f"           {_head_label(flip)} turns it to {labels[flip['id']]} ({_margin(flip)})")
+            lines.append(f"           {head_label(flip)} turns it to {labels[flip['id']]} ({_margin(flip)})")
         for label, key in (("target up", "target_raised"), ("target down", "target_lowered")):
             lines.append(f"  {label:12} " + (", ".join(map(_signed_change, of[key])) or "by no head"))
         lines.append(f"  {'control':12} at most {_signed_change(of['control_largest'])}")
         if of["changed_nothing"]:
             lines.append(f"  {'no effect':12} {of['changed_nothing']} ablations changed no element of z")
-    if "agreement" in found:
-        far, r = found["agreement"]["largest_difference"], found["agreement"]["correlation"]
-        lines += [
-            "",
-            f"mean - zero at most {_signed_change(far)} on the target"
-            + ("" if r is None else f"; correlation {r:.3f}"),
-        ]
+    if found["agreement"]:
+        lines += ["", *agreement.lines(found["agreement"], points)]
     if found["layers_without_heads"]:
         without, of_all = ", ".join(map(str, found["layers_without_heads"])), found["layers"]
         lines += ["", f"no attention heads in {len(found['layers_without_heads'])} of {of_all} layers: {without}"]
@@ -205,6 +205,11 @@ def render(found: dict[str, Any]) -> str:
     return "\n".join(lines)
 
 
+def ablated_line(found: Mapping[str, Any]) -> list[str]:
+    """Return the line that says at which tokens heads are ablated; none if at every token."""
+    return [] if found["ablated"] == "at every token" else [f"ablated    {found['ablated']}"]
+
+
 def _percent(probability: float) -> str:
     return f"{probability:.1%}" if probability >= 0.0005 else f"{100 * probability:.0e}%"
 
@@ -213,13 +218,8 @@ def _margin(flip: dict[str, Any]) -> str:
     return f"margin {flip['margin']:.2f}" if flip["margin"] else "a tie"
 
 
-def _head_label(cell: dict[str, Any]) -> str:
-    return f"L{cell['layer']}H{cell['head']}"
-
-
 def _signed_change(cell: dict[str, Any]) -> str:
-    points = 100 * cell["change"]
-    return f"{_head_label(cell)} {points:+.2f} pp" if abs(points) >= 0.005 else f"{_head_label(cell)} {points:+.0e} pp"
+    return f"{head_label(cell)} {points(cell['change'])}"
 
 
 def head_map(heads: HeadMap) -> dict[str, Any]:

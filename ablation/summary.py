@@ -7,9 +7,10 @@ from typing import Any
 
 import numpy as np
 
-from ablation import statistics
+from ablation import agreement, statistics
+from ablation.agreement import points
 from ablation.errors import InvalidResult
-from ablation.report import agreement, trend
+from ablation.report import ablated_line, trend, where
 from ablation.results import LOSS, Result
 from ablation.statistics import Effects, Share
 
@@ -34,6 +35,7 @@ def findings(result: Result, strongest: int = 10) -> dict[str, Any]:
     control = statistics.effects(result, "control_probability")
     has_head, head_mean = result.has_head, result.head_mean.mean(axis=0)
     means = head_mean[has_head]
+    mean, differs = (result.grid(getattr(effects[RANKED_BY], name)) for name in ("mean", "differs"))
     found: dict[str, Any] = {
         "prompts": len(result.prompts),
         "heads": int(has_head.sum()),
@@ -43,7 +45,9 @@ def findings(result: Result, strongest: int = 10) -> dict[str, Any]:
             **{name: float(result.clean[name].mean()) for name in ("target_probability", "control_probability")},
             **{name: float(result.clean[name].mean()) for name in ("logit_difference", "margin")},
         },
+        "ablated": where(result),
         "imputations": {name: _of_imputation(result, name, effects, control, strongest) for name in result.imputations},
+        "agreement": agreement.findings(result.imputations, mean, differs),
         "groups": {
             name: {
                 "prompts": len(members),
@@ -64,9 +68,6 @@ def findings(result: Result, strongest: int = 10) -> dict[str, Any]:
             **{f"trend_{name}": value for name, value in trend(head_mean)._asdict().items()},
         },
     }
-    if {"zero", "mean"} <= set(result.imputations):
-        maps = result.grid(effects[RANKED_BY].mean)
-        found["agreement"] = agreement(*(maps[result.imputations.index(name)] for name in ("zero", "mean")))
     return found
 
 
@@ -122,10 +123,12 @@ def findings_of_text(result: Result, strongest: int = 10) -> dict[str, Any]:
     if LOSS not in result.clean:
         raise InvalidResult("this is a result of prompts, not of a text: see `findings`")
     effects = {LOSS: statistics.effects(result, LOSS)}
+    mean, differs = (result.grid(getattr(effects[LOSS], name)) for name in ("mean", "differs"))
     return {
         "windows": len(result.prompts),
         "scored_tokens": sum(len(prompt.target) for prompt in result.prompts),
         "heads": int(result.has_head.sum()),
+        "ablated": where(result),
         "clean": {LOSS: float(result.clean[LOSS].mean())},
         "imputations": {
             name: {
@@ -137,6 +140,7 @@ def findings_of_text(result: Result, strongest: int = 10) -> dict[str, Any]:
             }
             for name in result.imputations
         },
+        "agreement": agreement.findings(result.imputations, mean, differs if len(result.prompts) > 1 else None),
     }
 
 
@@ -149,6 +153,7 @@ def render_text(found: dict[str, Any]) -> str:
         f"clean      loss {found['clean'][LOSS]:.4f} nats per token, over {found['scored_tokens']} tokens in "
         f"{found['windows']} window{'' if found['windows'] == 1 else 's'}"
     ]
+    lines += ablated_line(found)
     for name, of in found["imputations"].items():
         lines += [
             "",
@@ -156,6 +161,8 @@ def render_text(found: dict[str, Any]) -> str:
             "(false discovery rate 5%)",
         ]
         lines += [f"  {head['head']:8} {_numbers(head[LOSS], '+.4f'):>28}" for head in of["strongest"]]
+    if found["agreement"]:
+        lines += ["", *agreement.lines(found["agreement"], lambda change: f"{change:+.4f} nats")]
     if found["windows"] > 1:
         lines += [
             "",
@@ -171,6 +178,7 @@ def render(found: dict[str, Any]) -> str:
         f"clean      {_correct(clean['correct'])}; on average P(target) = {clean['target_probability']:.1%}, "
         f"P(control) = {_small(clean['control_probability'])}, margin {clean['margin']:.2f} logits"
     ]
+    lines += ablated_line(found)
     for name, of in found["imputations"].items():
         lines += [
             "",
@@ -185,11 +193,8 @@ def render(found: dict[str, Any]) -> str:
         )
         if of["changed_nothing"]:
             lines.append(f"  in {of['changed_nothing']} runs, the ablation changed no element of z")
-    if "agreement" in found:
-        far, r = found["agreement"]["largest_difference"], found["agreement"]["correlation"]
-        place = f"L{far['layer']}H{far['head']} {100 * far['change']:+.2f} pp"
-        correlation = "" if r is None else f"; correlation {r:.3f}"
-        lines += ["", f"mean - zero at most {place} on the target, on average over the prompts{correlation}"]
+    if found["agreement"]:
+        lines += ["", *agreement.lines(found["agreement"], points)]
     if found["groups"]:
         width = max(map(len, found["groups"]))
         lines += ["", "groups, with the head that changes P(target) most"]

@@ -38,7 +38,7 @@ def run(capsys: pytest.CaptureFixture[str], tmp_path: Path, monkeypatch: pytest.
 
 
 DRAW = figures.draw
-FIGURES = {"sensitivity.png", "difference.png", "histograms.png", "head_means.png", "margins.png"}
+FIGURES = {"sensitivity.png", "agreement.png", "histograms.png", "head_means.png", "margins.png"}
 FILES = {"sweep.npz", "sweep.json", "results.csv", *FIGURES}
 """The files of a sweep of one prompt with both imputations."""
 FILES |= {"results.parquet"} if tables.can_write_parquet() else set()
@@ -47,7 +47,7 @@ FILES |= {"report.html"} if html_report.available() else set()
 
 def draw_small_files(result: Result, draft: Path, **_: Any) -> None:
     """Write each figure as a small file that depends on the result."""
-    for name in FIGURES - ({"difference.png"} if len(result.imputations) < 2 else set()):
+    for name in FIGURES - ({"agreement.png"} if len(result.imputations) < 2 else set()):
         (draft / name).write_bytes(result.ablated["argmax"].tobytes())
 
 
@@ -82,7 +82,7 @@ def test_json_holds_findings_and_provenance(run: Run) -> None:
     status, out, _ = run("--json", "--imputation", "zero", "--out", "elsewhere/deep")
     found = json.loads(out)
     assert status == 0 and found["imputations"]["zero"]["kept"] == 144 and found["provenance"]["model"] == "capitals"
-    assert {path.name for path in Path("elsewhere/deep").iterdir()} == FILES - {"difference.png"}
+    assert {path.name for path in Path("elsewhere/deep").iterdir()} == FILES - {"agreement.png"}
 
 
 def test_device_and_dtype_options_apply(run: Run) -> None:

@@ -18,15 +18,17 @@ from matplotlib.figure import Figure
 from matplotlib.legend import Legend
 from matplotlib.text import Text
 
-from ablation import figures
-from ablation.figures_of_prompts import NAME, Drawn, rounded
+from ablation import figures, maps
+from ablation.drawn import Drawn
+from ablation.figure_texts import NAME, STYLE, rounded
 from ablation.results import METRICS, AblationKey, PromptRecord, Result
 
+IMPUTATIONS = ["zero", "mean", "channel-mean", "reference-mean", "reference-mean-by-position", "resample", "scale:0.5"]
 GRIDS = [(12, 12), (30, 9), (2, 4), (1, 1), (48, 32), (6, 64), (2, 32), (40, 2)]
 SMALL = [(3, 4), (2, 2), (1, 1), (12, 12)]
 TEXTS = {0: " Germany", 1: " the", 2: " France"}
 HOLES = (1, 2, 4)
-FILES = ["sensitivity.png", "difference.png", "histograms.png", "head_means.png", "margins.png"]
+FILES = ["sensitivity.png", "agreement.png", "histograms.png", "head_means.png", "margins.png"]
 TITLE = "capitals: Berlin is the capital of"
 MINUS = "\N{MINUS SIGN}"
 
@@ -38,7 +40,7 @@ def random_result(
     rng = np.random.RandomState(0)
     ablations = tuple(
         AblationKey(((layer, head),), name)
-        for name in ("zero", "mean")[:imputations]
+        for name in IMPUTATIONS[:imputations]
         for layer in range(layers)
         if layer not in holes
         for head in range(heads)
@@ -71,10 +73,10 @@ def decode(*tokens: int) -> str:
     return "".join(TEXTS[token] for token in tokens)
 
 
-def drawing_of(name: str, result: Result) -> figures.Drawing:
+def drawing_of(name: str, result: Result) -> maps.Drawing:
     """A drawing before its title is added."""
-    with figures.style.context(["default", figures.STYLE]):
-        drawing: figures.Drawing = getattr(figures, name)(Drawn(result, decode))
+    with figures.style.context(["default", STYLE]):
+        drawing: maps.Drawing = getattr(figures, name)(Drawn(result, decode))
     return drawing
 
 
@@ -87,7 +89,7 @@ def drawn(monkeypatch: pytest.MonkeyPatch) -> list[Figure]:
     def spy(self: Figure, *args: Any, **kwargs: Any) -> None:
         save(self, *args, **kwargs)
         as_saved = np.array([axes.get_position().bounds for axes in self.axes])
-        self.set_layout_engine("constrained", h_pad=figures.STYLE["figure.constrained_layout.h_pad"])
+        self.set_layout_engine("constrained", h_pad=STYLE["figure.constrained_layout.h_pad"])
         for name in names_of_heads(self):
             name.set_in_layout(False)
         self.draw_without_rendering()
@@ -252,7 +254,7 @@ def test_tokens_of_one_text_are_told_apart(tmp_path: Path, monkeypatch: pytest.M
 
 def test_dashes_of_head_means_are_explained() -> None:
     legend = legend_of(drawing_of("head_means", random_result(3, 4)).figure)
-    assert any(label.startswith(f"below {MINUS}0.0") for label in legend)
+    assert any(label.startswith(f"negative: below {MINUS}0.0") for label in legend)
 
 
 @pytest.mark.slow
@@ -269,7 +271,7 @@ def test_any_token_and_title_can_be_drawn(tmp_path: Path, drawn: list[Figure]) -
     assert all(title_of(figure)[-1].endswith("x$y$") for figure in drawn)
 
 
-def test_one_imputation_has_no_difference_figure(tmp_path: Path) -> None:
+def test_one_imputation_has_no_figure_of_agreement(tmp_path: Path) -> None:
     paths = figures.draw(random_result(3, 4, imputations=1), tmp_path, title="x", decode=decode)
     assert [path.name for path in paths] == ["sensitivity.png", "histograms.png", "head_means.png", "margins.png"]
 
@@ -277,48 +279,55 @@ def test_one_imputation_has_no_difference_figure(tmp_path: Path) -> None:
 @pytest.mark.parametrize("prompts", [1, 5])
 def test_target_and_control_have_a_scale_each(prompts: int) -> None:
     result = random_result(12, 12, prompts)
-    figure = drawing_of("sensitivity", result).figure
-    images = [axes.images[0] for axes in figure.axes[:4]]
+    drawing = drawing_of("sensitivity", result)
+    images = [axes.images[0] for axes, _ in drawing.maps]
     changes = [100 * result.grid(result.change(f"{name}_probability")).mean(axis=0) for name in ("target", "control")]
     for image, change in zip(images, np.concatenate(changes), strict=True):
         assert np.allclose(np.asarray(image.get_array()), change, atol=1e-12)  # row: layer, column: head
     for pair, change in zip((images[:2], images[2:]), changes, strict=True):
         (scale,) = {image.get_clim() for image in pair}
         assert -scale[0] == scale[1] == pytest.approx(np.abs(change).max())
-    bars = [axes.get_ylabel().replace("\n", " ") for axes in figure.axes[4:]]
-    mean = "mean " if prompts > 1 else ""
-    assert bars == [f"{mean}change in P({name}) (pp)" for name in ("target", "control")]
-
-
-@pytest.mark.parametrize("prompts", [1, 5])
-def test_difference_is_that_of_the_imputations(prompts: int) -> None:
-    result = random_result(3, 4, prompts)
-    figure = drawing_of("difference", result).figure
-    for axes, name in zip(figure.axes[:2], ("target", "control"), strict=True):
-        zero, mean = 100 * result.grid(result.change(f"{name}_probability")).mean(axis=0)
-        assert np.allclose(np.asarray(axes.images[0].get_array()), mean - zero, atol=1e-12)
-        assert f"mean {MINUS} zero" in axes.get_title(loc="left")
+    panels = {axes for axes, _ in drawing.maps}
+    bars = [axes.get_ylabel().replace("\n", " ") for axes in drawing.figure.axes if axes not in panels]
+    labels = ["mean change in P(target) (pp)", "mean change in P(control) (pp)"]
+    if prompts == 1:
+        labels = ["change in P(target “␣Germany”) (pp)", "change in P(control “␣France”) (pp)"]
+    assert bars == labels
 
 
 def test_rings_mark_flipped_heads() -> None:
     result = random_result(12, 12)
     kept = result.grid(result.kept)[0]
-    figure = drawing_of("margins", result).figure
-    for index, axes in enumerate(figure.axes[:2]):
+    drawing = drawing_of("margins", result)
+    for index, (axes, _) in enumerate(drawing.maps):
         rings: Any = axes.lines[-1].get_xydata()  # x: head, y: layer
         assert [tuple(reversed(xy)) for xy in rings] == [tuple(cell) for cell in np.argwhere(~kept[index])]
-        assert f"{kept[index].sum()} of 144 keep “␣Germany”" in axes.get_title(loc="left").replace("\n", " ")
-    assert "the argmax is not “␣Germany”" in legend_of(figure)
+        assert f"{kept[index].sum()} of 144 kept" in axes.get_title(loc="left")
+    assert "the argmax is not “␣Germany”" in legend_of(drawing.figure)
+
+
+@pytest.mark.parametrize("imputations", [1, 2, 3, 7])
+@pytest.mark.parametrize("grid", [(1, 1), (12, 12), (30, 9), (2, 64), (80, 64)])
+def test_maps_are_arranged_on_a_page(grid: tuple[int, int], imputations: int) -> None:
+    for sizes in ([imputations], [imputations] * 2):
+        found = maps.arranged(*grid, sizes)
+        places = [place for group in found.places for place in group]
+        assert len(set(places)) == len(places) == sum(sizes), "no two maps share a place"
+        assert {row for row, _ in places} == set(range(found.rows)), "no row is empty"
+        assert {column for _, column in places} == set(range(found.columns)), "no column is empty"
+        assert found.cell * grid[1] * found.columns <= maps.PAGE[0]
+        assert found.cell * grid[0] * found.rows <= maps.PAGE[1]
+        assert found.columns == 1 or found.columns * maps.NARROWEST_MAP <= maps.PAGE[0]
 
 
 @pytest.mark.parametrize("flips", [0.0, 0.01, 1.0])
 def test_margins_show_the_change_in_one_colour_map(flips: float) -> None:
     result = random_result(12, 12, flips=flips)
-    figure = drawing_of("margins", result).figure
+    drawing = drawing_of("margins", result)
     margin = result.grid(np.where(result.kept, result.ablated["margin"], -result.ablated["margin"]))[0]
-    for axes, values in zip(figure.axes[:2], margin - 0.7, strict=True):
+    for (axes, _), values in zip(drawing.maps, margin - 0.7, strict=True):
         image = axes.images[0]
-        assert np.allclose(np.asarray(image.get_array()), values) and image.get_cmap().name == figures.DIVERGING
+        assert np.allclose(np.asarray(image.get_array()), values) and image.get_cmap().name == maps.DIVERGING
         low, high = image.get_clim()
         assert low == -high
 
@@ -331,8 +340,10 @@ def test_title_says_the_finding_and_keeps_both_ends_of_prompt(tmp_path: Path, dr
     result.ablated["target_probability"][0, 5] = 0.5 - 0.12
     result.ablated["argmax"][0, 7] = 1
     figures.draw(result, tmp_path, title="capitals: " + "word " * 60 + "the last words", decode=decode)
-    title = " ".join(title_of(drawn[0]))
-    assert title.startswith("23 of 24 ablations keep “␣Germany”; L1H1 (zero) lowers P(“␣Germany”) most, by 12 pp ")
+    title = " ".join(title_of(drawn[0])).replace("\N{NO-BREAK SPACE}", " ")
+    assert title.startswith(
+        f"23 of 24 ablations keep “␣Germany”; L1H1 (zero) changes P(“␣Germany”) most, by {MINUS}12 pp "
+    )
     for figure in drawn:
         finding, _, heading = " ".join(title_of(figure)).partition("capitals: ")
         assert len(finding) > 20 and " ... " in heading and heading.endswith("the last words")
@@ -347,14 +358,14 @@ def test_axes_choose_their_own_steps() -> None:
 @pytest.mark.parametrize("prompts", [1, 3])
 def test_nothing_changes_is_said_in_words_without_a_scale(prompts: int, tmp_path: Path, drawn: list[Figure]) -> None:
     figures.draw(without_changes(random_result(6, 8, prompts)), tmp_path, title=TITLE, decode=decode)
-    words = {"sensitivity": "no change", "difference": "no difference", "histograms": "no change"}
+    words = {"sensitivity": "no change", "agreement": "no difference", "histograms": "no change"}
     words |= {"head_means": "all 0", "margins": "no change", "strongest": "no change"}
     for figure, (name, said) in zip(drawn, words.items(), strict=False):
         assert said in {text.get_text() for text in names_of_heads(figure)}
         assert "colorbar" not in str([axes.get_label() for axes in figure.axes])
         if name in ("histograms", "strongest"):
             assert all(len(axes.get_xticks()) == 0 for axes in figure.axes)
-    assert "never changes" in title_of(drawn[0])[0]
+    assert "No ablation changes" in " ".join(title_of(drawn[0]))
 
 
 @pytest.mark.parametrize("prompts", [1, 3])
@@ -364,7 +375,7 @@ def test_statistic_of_histograms_has_a_unit(prompts: int) -> None:
     change = 100 * result.grid(result.change("target_probability")).mean(axis=0)
     assert f"standard deviation {rounded(change[0].std())} pp" in figure.axes[0].get_title(loc="left")
     scales = [axes.get_xlim() for axes in figure.axes]
-    assert scales[0] == scales[1] and scales[2] == scales[3] and scales[0][1] > 10 * scales[2][1]
+    assert scales[0] == scales[2] and scales[1] == scales[3] and scales[0][1] > 10 * scales[1][1]
 
 
 def test_importing_figures_does_not_import_torch() -> None:

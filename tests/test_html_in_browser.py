@@ -155,7 +155,7 @@ def test_pointer_on_a_cell_shows_its_values(browser: Browser, tmp_path: Path, pr
     effects = statistics.effects(result, "target_probability")
     value = f"{100 * effects.mean[index]:+.2f} pp"
     if prompts > 1:
-        value += f" [{100 * effects.low[index]:+.2f}, {100 * effects.high[index]:+.2f}]"
+        value += f" [{100 * effects.low[index]:+.2f}, {100 * effects.high[index]:+.2f}], corrected p "
     kept = "the prediction is kept" if prompts == 1 else "5 of 5 prompts keep the prediction (100%)"
     for expected in ("L1H2, zero", value, kept, "projection called once, 1 elements of z replaced, 1 changed"):
         assert expected in text, text
@@ -202,7 +202,7 @@ def test_metric_and_imputation_of_the_map_can_be_chosen(browser: Browser, tmp_pa
 def test_table_sorts_by_any_column(browser: Browser, tmp_path: Path) -> None:
     browser.open(large_effects(5), tmp_path)
     headers = browser.headers()
-    assert headers[:6] == ["imputation", "head", "P(target), pp", "95% low", "95% high", "kept of 5"]
+    assert headers[:7] == ["imputation", "head", "P(target), pp", "95% low", "95% high", "corrected p", "kept of 5"]
     browser.sort("P(target), pp")
     browser.wait(lambda: browser.column(1)[0] == "L1H2")
     browser.sort("P(target), pp")
@@ -213,7 +213,7 @@ def test_table_sorts_by_any_column(browser: Browser, tmp_path: Path) -> None:
     browser.wait(lambda: browser.column(1)[:4] == ["L11H10", "L11H10", "L11H9", "L11H9"])
     browser.sort("kept of 5")
     browser.sort("kept of 5")
-    browser.wait(lambda: browser.column(5)[:2] == ["0", "5"])
+    browser.wait(lambda: browser.column(6)[:2] == ["0", "5"])
 
 
 @pytest.mark.end_to_end
@@ -297,3 +297,27 @@ def test_left_out_values_are_announced(browser: Browser, tmp_path: Path, monkeyp
     assert not browser.run("return document.getElementById('prompts').offsetHeight")
     browser.point(11, 10, click=True)
     browser.wait(lambda: browser.column(3, "prompts") == ["' word1'"] * 2)
+
+
+@pytest.mark.end_to_end
+def test_small_changes_are_not_rounded_to_zero(browser: Browser, tmp_path: Path) -> None:
+    result = large_effects(1)
+    result.ablated["target_probability"][0, 7] = 0.3 - 3.3e-7
+    browser.open(result, tmp_path)
+    browser.driver.find_element("id", "filter").send_keys(
+        f"{result.ablations[7].label} {result.ablations[7].imputation}"
+    )
+    browser.wait(lambda: "-3.3e-5" in browser.column(2))
+    browser.click(".slick-cell.l2", 0)
+    browser.wait(lambda: "-3.3e-5 pp" in browser.text("readout"))
+
+
+@pytest.mark.end_to_end
+def test_numbers_that_are_not_finite_are_said(browser: Browser, tmp_path: Path) -> None:
+    result = large_effects(1)
+    result.ablated["target_probability"][0, 7] = np.nan
+    browser.open(result, tmp_path)
+    browser.driver.find_element("id", "filter").send_keys(
+        f"{result.ablations[7].label} {result.ablations[7].imputation}"
+    )
+    browser.wait(lambda: "not finite" in browser.column(2))

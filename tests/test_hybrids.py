@@ -15,7 +15,7 @@ from torch import Tensor
 from transformers import AutoModelForImageTextToText, Lfm2Config, PreTrainedModel
 from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 
-from ablation import figures, report
+from ablation import figures, maps, report
 from ablation.checks.assertions import assert_close
 from ablation.checks.decoders import Decoder, randomised
 from ablation.errors import InvalidHead, UnsupportedModel
@@ -178,7 +178,7 @@ def test_figures_mark_missing_heads(tmp_path: Path, drawn: list[Figure]) -> None
     for path, figure in zip(paths, drawn, strict=True):
         assert_composed(figure)
         assert ("no heads" in {text.get_text() for text in texts_of(figure)}) == (path.stem != "histograms")
-    assert [patch.get_label() for patch in figures.missing_heads_legend(swept(RAGGED).head_mean[0])] == ["no such head"]
+    assert [patch.get_label() for patch in maps.missing_heads_legend(swept(RAGGED).head_mean[0])] == ["no such head"]
 
 
 def test_rows_mixed_up_in_one_layer_are_noticed() -> None:

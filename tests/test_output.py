@@ -49,7 +49,7 @@ def test_repeated_question_replaces_its_own_result(run: Run) -> None:  # noqa: F
     assert run(*ZERO, "--out", "out")[0] == 0
     first = contents("out")
     status, _, err = run(*ZERO, "--out", "out")
-    assert (status, err) == (0, "") and contents("out").keys() == first.keys() == FILES - {"difference.png"}
+    assert (status, err) == (0, "") and contents("out").keys() == first.keys() == FILES - {"agreement.png"}
 
 
 @pytest.mark.parametrize(
@@ -77,7 +77,7 @@ def test_overwriting_removes_figures_that_are_not_drawn_again(run: Run) -> None:
     run("--out", "out")
     Path("out/notes.txt").write_text("mine")
     run(*ZERO, "--out", "out", "--overwrite")
-    assert contents("out").keys() == {*FILES, "notes.txt"} - {"difference.png"}
+    assert contents("out").keys() == {*FILES, "notes.txt"} - {"agreement.png"}
 
 
 def test_models_whose_folders_share_a_name_are_kept_apart(run: Run, folder: Path) -> None:  # noqa: F811
@@ -148,7 +148,7 @@ def test_other_foreign_files_stay_beside_the_result(run: Run) -> None:  # noqa: 
     Path("out/notes.txt").write_text("mine")
     for _ in range(2):
         assert run(*ZERO, "--out", "out")[0] == 0
-    assert contents("out").keys() == {*FILES, "deep", "notes.txt"} - {"difference.png"}
+    assert contents("out").keys() == {*FILES, "deep", "notes.txt"} - {"agreement.png"}
     assert Path("out/notes.txt").read_text() == "mine"
 
 
@@ -162,14 +162,14 @@ def test_edited_figure_counts_as_foreign(run: Run) -> None:  # noqa: F811
 def test_result_is_written_into_the_current_folder(run: Run) -> None:  # noqa: F811
     here = Path.cwd()
     assert run(*ZERO, "--out", ".")[0] == 0
-    assert contents(here).keys() == FILES - {"difference.png"} and Path.cwd() == here
+    assert contents(here).keys() == FILES - {"agreement.png"} and Path.cwd() == here
 
 
 def test_home_folder_is_written_as_a_tilde(run: Run, monkeypatch: pytest.MonkeyPatch) -> None:  # noqa: F811
     monkeypatch.setenv("HOME", str(Path("home").absolute()))
     Path("home").mkdir()
     assert run(*ZERO, "--out", "~/out")[0] == 0
-    assert contents("home/out").keys() == FILES - {"difference.png"} and not Path("~").exists()
+    assert contents("home/out").keys() == FILES - {"agreement.png"} and not Path("~").exists()
 
 
 def dangling(here: Path) -> str:

@@ -111,7 +111,7 @@ def test_prompts_are_swept_summarised_and_saved(
     assert printed.startswith("capitals: 2 prompts\n") and "2 of 2 correct" in printed and "Asia" in printed
     files = {path.name for path in out.iterdir()}
     assert {"sweep.npz", "sweep.json", "results.csv", "top_tokens.csv", "strongest.png"} <= files
-    assert not {"unfinished", "difference.png"} & files
+    assert not {"unfinished", "agreement.png"} & files
     result = Result.load(out)
     assert [prompt.group for prompt in result.prompts] == ["Europe", "Asia"]
     assert [prompt.control_text for prompt in result.prompts] == [" the", " the country"]

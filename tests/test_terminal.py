@@ -92,7 +92,7 @@ def test_signal_while_files_move_waits_for_them(
 
     monkeypatch.setattr(Result, "publish", interrupted)
     status, out, _ = run(*ZERO, "--out", "out")
-    assert status == 143 and "are in out" in out and contents("out").keys() == FILES - {"difference.png"}
+    assert status == 143 and "are in out" in out and contents("out").keys() == FILES - {"agreement.png"}
 
 
 def test_ignored_signal_stays_ignored() -> None:
@@ -142,7 +142,7 @@ def test_closed_or_full_output_does_not_lose_the_result(
     monkeypatch.setattr(sys, "stdout", Closed(error))
     found, _, err = run(*ZERO, "--out", "out")
     assert found == status and err.startswith(message) and err.count("\n") == bool(message)
-    assert contents("out").keys() == FILES - {"difference.png"}
+    assert contents("out").keys() == FILES - {"agreement.png"}
 
 
 def test_missing_standard_output_is_one_line(run: Run, monkeypatch: pytest.MonkeyPatch) -> None:  # noqa: F811

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -11,8 +12,9 @@ import pytest
 from matplotlib.figure import Figure
 from matplotlib.patches import Rectangle
 
-from ablation import figures, statistics
-from ablation.figures_of_prompts import Drawn, add_title, strongest, width, wrapped
+from ablation import figures, statistics, summary
+from ablation.drawn import Drawn
+from ablation.figure_texts import MINUS, NO_BREAK, STYLE, add_title, name_heads, width, wrapped
 from tests.test_figures import (  # noqa: F401 (fixture)
     TITLE,
     decode,
@@ -35,58 +37,91 @@ def test_continuation_of_several_tokens_is_named() -> None:
 
 def test_share_of_prompts_that_flip_is_drawn() -> None:
     result = random_result(12, 12, prompts=5)
-    figure = drawing_of("margins", result).figure
+    drawing = drawing_of("margins", result)
     shares = 100 * (1 - result.grid(result.kept).mean(axis=0))
-    for axes, values in zip(figure.axes[2:4], shares, strict=True):
+    for (axes, _), values in zip(drawing.maps[2:], shares, strict=True):
         assert np.allclose(np.asarray(axes.images[0].get_array()), values)
         low, high = axes.images[0].get_clim()
         assert low == 0 and high == pytest.approx(shares.max())
-    assert "the argmax is not" not in " ".join(legend_of(figure))
+    assert "the argmax is not" not in " ".join(legend_of(drawing.figure))
 
 
-@pytest.mark.parametrize(("noise", "marked"), [(0.0, "includes"), (1.0, "excludes")])
-def test_dots_mark_intervals_on_one_side_of_zero(noise: float, marked: str) -> None:
-    """With little noise, few intervals include 0; with much, few exclude it. The fewer get a dot."""
+def test_dots_mark_the_heads_that_the_report_counts() -> None:
+    """More intervals exclude 0 than means differ from 0: intervals are not corrected for the number of heads."""
     result = random_result(12, 12, prompts=20)
-    rng = np.random.RandomState(1)
-    shape = result.kept.shape
-    for name in ("target", "control"):
-        change = (0.01 + noise * rng.randn(*shape)) * np.ones(shape)
-        if noise == 0:
-            change = change + 1e-3 * rng.randn(*shape)
-            change[:, :3] = 0.01 * rng.randn(20, 3)
-        result = replace(result, ablated={**result.ablated, f"{name}_probability": 0.3 + change})
-        result.clean[f"{name}_probability"][:] = 0.3
-    figure = drawing_of("sensitivity", result).figure
-    assert [label for label in legend_of(figure) if "interval" in label] == [f"95% interval {marked} 0"]
-    excludes = [
-        result.grid(statistics.effects(result, f"{name}_probability").excludes_zero) for name in ("target", "control")
-    ]
-    expected = np.concatenate(excludes) == (marked == "excludes")
-    for axes, cells in zip(figure.axes[:4], expected, strict=True):
+    drawing = drawing_of("sensitivity", result)
+    effects = [statistics.effects(result, f"{name}_probability") for name in ("target", "control")]
+    assert effects[0].excludes_zero.sum() > effects[0].differs.sum() > 0
+    expected = np.concatenate([result.grid(of.differs) for of in effects])
+    for (axes, _), cells in zip(drawing.maps, expected, strict=True):
         dots: Any = [line.get_xydata() for line in axes.lines if line.get_marker() == "o"]
         found = {(round(y - 0.01), round(x - 0.01)) for xy in dots for x, y in xy}
         assert found == {tuple(cell) for cell in np.argwhere(cells)}
-    assert 0 < expected.sum() <= expected.size / 2
+    assert "the mean differs from 0 (false discovery rate 5%)" in legend_of(drawing.figure)
+    counted = summary.findings(result)["imputations"]
+    assert [int(cells.sum()) for cells in expected[:2]] == [of["heads_that_differ"] for of in counted.values()]
+
+
+def test_finding_names_a_head_that_differs_from_zero() -> None:
+    """The largest mean may come from one prompt; the finding names the largest one that is beyond chance."""
+    result = random_result(3, 4, prompts=20)
+    target = result.ablated["target_probability"]
+    target[:] = 0.5 + 1e-3 * np.random.RandomState(1).randn(*target.shape)
+    target[:, 5] += 0.1
+    target[0, 7] += 10
+    line = Drawn(result, decode).strongest_line()
+    assert line.startswith("L1H1 (zero) changes P(target) most, by +10") and line.endswith(" on average")
+    target[:, 5] -= 0.1
+    assert "beyond chance" in Drawn(result, decode).strongest_line()
+
+
+def test_intervals_have_signs_and_are_not_broken(tmp_path: Path, drawn: list[Figure]) -> None:  # noqa: F811
+    result = random_result(3, 4, prompts=20)
+    result.ablated["target_probability"][:, 5] -= 0.2
+    figures.draw(result, tmp_path, title="capitals", decode=decode)
+    for figure in drawn[:2]:
+        assert re.search(
+            rf"by {MINUS}\d+ pp \[{MINUS}\d+, {MINUS}\d+\]",
+            figure.get_suptitle().replace(NO_BREAK, " ").replace("\n", " "),
+        )
+        assert all(line.count("[") == line.count("]") for line in title_of(figure))
+
+
+def test_margins_have_no_shares_if_nothing_flips() -> None:
+    assert len(drawing_of("margins", random_result(3, 4, prompts=5, flips=0.0)).maps) == 2
+    assert len(drawing_of("margins", random_result(3, 4, prompts=5)).maps) == 4
+
+
+def test_positions_are_in_the_title(tmp_path: Path, drawn: list[Figure]) -> None:  # noqa: F811
+    result = random_result(3, 4)
+    keys = tuple(key._replace(positions="-1") for key in result.ablations)
+    figures.draw(replace(result, ablations=keys), tmp_path, title=TITLE, decode=decode)
+    for figure in drawn:
+        assert " ".join(title_of(figure)).endswith("Berlin is the capital of; heads ablated at the last token")
 
 
 def test_strongest_shows_ten_heads_with_all_prompts() -> None:
     result = random_result(12, 12, prompts=5)
     effects = statistics.effects(result, "target_probability")
-    figure, finding = strongest(Drawn(result, decode))
+    drawing = drawing_of("strongest", result)
+    figure, finding = drawing.figure, drawing.finding
     for axes, imputation in zip(figure.axes, ("zero", "mean"), strict=True):
         own = [i for i, key in enumerate(result.ablations) if key.imputation == imputation]
         order = sorted(own, key=lambda i: -abs(effects.mean[i]))[:10]
         assert [label.get_text() for label in axes.get_yticklabels()] == [result.ablations[i].label for i in order]
-        *single, means = [line for line in axes.lines if line.get_marker() in ("o", "D")]
-        assert np.allclose(np.asarray(means.get_xdata()), 100 * effects.mean[order])
+        single = [line for line in axes.lines if line.get_marker() == "o"]
+        for line in (line for line in axes.lines if line.get_marker() == "D"):
+            of = [order[row] for row in np.asarray(line.get_ydata())]
+            assert np.allclose(np.asarray(line.get_xdata()), 100 * effects.mean[of])
+            assert all(effects.differs[of] == (line.get_markerfacecolor() == "black")), "filled if it differs from 0"
         for line, index in zip(single, order, strict=True):
             assert np.allclose(np.asarray(line.get_xdata()), 100 * result.change("target_probability")[:, index])
         segments: Any = axes.collections[0].get_segments()  # type: ignore[attr-defined]
         assert np.allclose([s[:, 0] for s in segments], 100 * np.stack([effects.low, effects.high], -1)[order])
     best = int(np.argmax(np.abs(effects.mean)))
-    verb = "raises" if effects.mean[best] > 0 else "lowers"
-    assert finding.startswith(f"{result.ablations[best].label} ({result.ablations[best].imputation}) {verb} P(target)")
+    name = f"{result.ablations[best].label} ({result.ablations[best].imputation})"
+    assert finding.startswith(f"{name} changes P(target) most") and effects.differs[best]
+    assert f"{effects.differs.sum()} of 288 ablations change it on average" in finding
 
 
 def test_title_of_several_prompts_counts_them(tmp_path: Path, drawn: list[Figure]) -> None:  # noqa: F811
@@ -96,11 +131,11 @@ def test_title_of_several_prompts_counts_them(tmp_path: Path, drawn: list[Figure
 
 @pytest.mark.parametrize("grid", [(3, 4), (12, 12), (2, 32), (40, 2), (32, 32)])
 def test_strongest_cells_are_named_where_they_are(grid: tuple[int, int]) -> None:
-    with figures.style.context(["default", figures.STYLE]):
+    with figures.style.context(["default", STYLE]):
         drawing = drawing_of("sensitivity", random_result(*grid))
         add_title(drawing.figure, drawing.finding, TITLE)
         for axes, panel in drawing.maps:
-            figures.name_heads(axes, panel.values, panel.flipped)
+            name_heads(axes, panel.values, panel.flipped)
             order = np.argsort(-np.abs(panel.values), axis=None)[:3]
             cells = [np.unravel_index(i, panel.values.shape) for i in order]
             names = {text.get_text(): text for text in axes.texts}
