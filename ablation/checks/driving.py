@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, suppress
 from functools import cache
 from typing import Any
@@ -40,13 +40,20 @@ def discard(call: Callable[..., object], *args: Any) -> None:
         call(*args)
 
 
+def ablate(
+    implementation: Implementation, case: Case, heads: Sequence[tuple[int, int]] | None = None, **changes: Any
+) -> None:
+    """Ablate the heads of a case, or others, by its imputation. changes: to the keyword arguments of `ablate`."""
+    implementation.ablate(list(case.heads) if heads is None else heads, case.imputation, **case.keywords() | changes)
+
+
 def ablated_logits(factory: Factory, case: Case, model: PreTrainedModel | None = None) -> Tensor:
     """Return the logits of the implementation under test with the heads of a case ablated, [rows, tokens, vocabulary].
 
     model: the model to use; by default a new one.
     """
     with made(factory, model or case.model()) as implementation:
-        implementation.ablate(list(case.heads), case.imputation)
+        ablate(implementation, case)
         return implementation.run(**case.inputs())
 
 

@@ -16,7 +16,7 @@ from transformers.pytorch_utils import Conv1D
 from ablation.checks.assertions import assert_close
 from ablation.checks.cases import Case, CaseSpec
 from ablation.checks.check import check, unsupported_features
-from ablation.checks.driving import ablated_logits, made, run
+from ablation.checks.driving import ablate, ablated_logits, made, run
 from ablation.checks.oracles import apply_surgery, expected_logits
 from ablation.checks.protocol import Factory
 from ablation.heads import find_heads
@@ -102,6 +102,6 @@ def _assert_right(factory: Factory, case: Case) -> None:
     bare = run(model, case.inputs())
     with made(factory, model) as implementation:
         assert_close(implementation.run(**case.inputs()), bare, "the logits before anything is ablated")
-        implementation.ablate(list(case.heads), case.imputation)
+        ablate(implementation, case)
         got = implementation.run(**case.inputs())
     assert_close(got, expected_logits(case), "the logits, against those of the ablation written into W_O and its bias")

@@ -11,7 +11,7 @@ from transformers import PreTrainedModel
 from ablation.checks.assertions import assert_identical, different
 from ablation.checks.cases import Case, CaseSpec
 from ablation.checks.check import check
-from ablation.checks.driving import made, other_ids, run
+from ablation.checks.driving import ablate, made, other_ids, run
 from ablation.checks.observe import WITH_VALUE_PROJECTION, recorded_inputs, spoil_values
 from ablation.checks.protocol import Factory
 from ablation.heads import find_heads
@@ -83,7 +83,7 @@ def locality_non_finite(factory: Factory, case: Case) -> None:
         run(model, case.inputs())
         old = calls[layer].pop().unflatten(-1, (decoder.num_heads, -1))[0]  # [tokens, heads, head_dim]
         with made(factory, model) as implementation:
-            implementation.ablate([(layer, head)], case.imputation)
+            ablate(implementation, case)
             implementation.run(**case.inputs())
     new = calls[layer].pop().unflatten(-1, (decoder.num_heads, -1))[0]
     problem = _imputation_problem(new[:, head], old[:, head], case.imputation)
@@ -106,7 +106,7 @@ def _assert_local(factory: Factory, case: Case, model: PreTrainedModel) -> None:
         bare = run(model, inputs)
         clean = [layer.pop() for layer in calls.values()]
         with made(factory, model) as implementation:
-            implementation.ablate(list(case.heads), case.imputation)
+            ablate(implementation, case)
             logits = implementation.run(**inputs)
     first = min(layer for layer, _ in case.heads)
     for layer, was, now in zip(layers, clean, calls.values(), strict=True):
@@ -169,7 +169,7 @@ def locality_input_untouched(factory: Factory, case: Case) -> None:
         layer.projection.register_forward_pre_hook(keep(f"{place} before the ablation"))
         layer.projection.register_forward_hook(keep(f"{place} after the projection"))
     with made(factory, model) as implementation:
-        implementation.ablate(list(case.heads), case.imputation)
+        ablate(implementation, case)
         implementation.run(**inputs)
         implementation.run(**inputs | {"input_ids": other_ids(case)})
     for what, tensor, copy in kept:

@@ -22,7 +22,7 @@ from ablation.checks.assertions import assert_close, assert_equals_bare
 from ablation.checks.cases import Case, CaseSpec
 from ablation.checks.check import check, unsupported_features
 from ablation.checks.decoders import VOCABULARY
-from ablation.checks.driving import ablated_logits, made, run
+from ablation.checks.driving import ablate, ablated_logits, made, run
 from ablation.checks.observe import WITH_VALUE_PROJECTION, recorded_inputs, spoil_values
 from ablation.checks.protocol import Factory
 from ablation.heads import AttentionLayer, find_heads
@@ -231,7 +231,7 @@ def unread_head(factory: Factory, case: Case) -> None:
     apply_surgery(model, case.heads)
     with made(factory, model) as implementation:
         clean = implementation.run(**case.inputs())
-        implementation.ablate(list(case.heads), case.imputation)
+        ablate(implementation, case)
         ablated = implementation.run(**case.inputs())
     assert_equals_bare(factory, ablated, clean, "the logits, with W_O's block of the ablated head set to 0,")
 

@@ -31,7 +31,6 @@ from ablation.checks.check import (
     first_error,
     instead,
     isolated_process_state,
-    unsupported_features,
 )
 from ablation.checks.protocol import Factory
 from ablation.checks.signature import adapter_problem
@@ -142,7 +141,7 @@ def tries_nothing(factory: Factory) -> bool:
 def works_with_some_model(factory: Factory) -> bool:
     """Return whether the simplest case of the first check passes with any family and imputation."""
     first = CHECKS[0]
-    cases = first.cases.restrict_to(unsupported_features(factory))
+    cases = first.cases_for(factory)
     return any(
         first.passes(factory, case)
         for family in cases.families
