@@ -25,10 +25,10 @@ FACTORS = ("0.5", "-1", "1.5", "0.25")  # exact in every dtype, so that multiply
 class Case:
     """One case of a check.
 
-    rows: token ids of each prompt. heads: (layer, head) pairs to ablate. imputation: as `ablate` receives it. side: where
-    short prompts are padded ("left", "right" or "both"). pad: the padding token of the configuration, which may also
-    occur in the prompts; if it is None, the configuration has no padding token, and token 0 is used. positions: where
-    the ablation acts; None for all tokens. by_position: whether given values depend on the position. steps: for a
+    rows: token ids of each prompt. heads: (layer, head) pairs to ablate. imputation: as `ablate` receives it. side:
+    where short prompts are padded ("left", "right" or "both"). pad: the padding token of the configuration, which may
+    also occur in the prompts; if it is None, the configuration has no padding token, and token 0 is used. positions:
+    where the ablation acts; None for all tokens. by_position: whether given values depend on the position. steps: for a
     lifecycle check, method names of `LifecycleMachine`, each with its arguments.
     """
 
@@ -70,6 +70,16 @@ class Case:
     def kind(self) -> str:
         """The imputation without a factor, as `protocol.IMPUTATIONS` names it."""
         return self.imputation.partition(":")[0]
+
+    @property
+    def factor(self) -> str:
+        """The factor of scale, as `ablate` receives it."""
+        return self.imputation.partition(":")[2]
+
+    @property
+    def reads_row(self) -> bool:
+        """Whether the values depend on all tokens of the row."""
+        return self.kind in ("mean", "channel-mean")
 
     @property
     def is_padded(self) -> bool:

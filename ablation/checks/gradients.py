@@ -1,4 +1,4 @@
-"""Chapter 8, gradients: the ablated forward pass can be differentiated, and its gradients are its own.
+"""Chapter 10, gradients: the ablated forward pass can be differentiated, and its gradients are its own.
 
 They are tried if the logits that `run` returns require gradients, so an adapter that runs under torch.no_grad() need
 not declare anything.

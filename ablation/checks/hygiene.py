@@ -1,4 +1,4 @@
-"""Chapter 9, hygiene: an implementation has no side effects on the model or the process, even after an error."""
+"""Chapter 11, hygiene: an implementation has no side effects on the model or the process, even after an error."""
 
 from __future__ import annotations
 

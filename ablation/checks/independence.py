@@ -17,7 +17,7 @@ from ablation.checks.cases import Case, CaseSpec
 from ablation.checks.check import check, offered_imputations
 from ablation.checks.decoders import VOCABULARY
 from ablation.checks.driving import ablate, ablated_logits, decode_with_cache, discard, made, other_ids, piece, run
-from ablation.checks.protocol import Factory, Implementation
+from ablation.checks.protocol import WITHOUT_ROW, Factory, Implementation
 from ablation.heads import find_heads
 
 ALL_DTYPES = ("float32", "float64", "bfloat16")
@@ -38,7 +38,7 @@ def earlier_runs(factory: Factory, case: Case) -> None:
 @check(
     "independence.earlier_masks",
     "An attention mask given to an earlier run does not affect later runs.",
-    cases=CaseSpec(max_rows=2, ragged=True, max_heads=4),
+    cases=CaseSpec(without=("resample",), max_rows=2, ragged=True, max_heads=4),
     needs=("batch", "padding"),
 )
 def earlier_masks(factory: Factory, case: Case) -> None:
@@ -148,7 +148,7 @@ def other_models(factory: Factory, case: Case) -> None:
 @check(
     "independence.rows",
     "A row of a batch gives, up to rounding, the logits that the row gives alone.",
-    cases=CaseSpec(max_rows=3),
+    cases=CaseSpec(without=("resample",), max_rows=3),
     needs=("batch",),
 )
 def rows(factory: Factory, case: Case) -> None:
@@ -158,7 +158,7 @@ def rows(factory: Factory, case: Case) -> None:
 @check(
     "independence.padding",
     "Padding on the left, on the right or on both sides changes the logits of real tokens only by rounding.",
-    cases=CaseSpec(max_rows=9, ragged=True, max_heads=4, min_layers=2),
+    cases=CaseSpec(without=("resample",), max_rows=9, ragged=True, max_heads=4, min_layers=2),
     needs=("batch", "padding"),
 )
 def padding(factory: Factory, case: Case) -> None:
@@ -185,7 +185,7 @@ def _assert_rows_stand_alone(factory: Factory, case: Case) -> None:
 @check(
     "independence.many_rows",
     "In a batch of more than 16 rows, each row gives, up to rounding, the logits that the row gives alone.",
-    cases=CaseSpec(dtypes=("float32",)),
+    cases=CaseSpec(without=("resample",), dtypes=("float32",)),
     needs=("batch",),
 )
 def many_rows(factory: Factory, case: Case) -> None:
@@ -266,9 +266,9 @@ def head_order(factory: Factory, case: Case) -> None:
 
 @check(
     "independence.later_tokens",
-    "Under zero imputation, later tokens affect the logits of a token only by rounding.",
-    cases=CaseSpec(imputations=("zero",), min_tokens=2),
-    needs=("zero",),
+    "Under an imputation that does not read the whole row (zero, scale, values and means of a reference), later tokens "
+    "affect the logits of a token only by rounding.",
+    cases=CaseSpec(imputations=WITHOUT_ROW, min_tokens=2),
 )
 def later_tokens(factory: Factory, case: Case) -> None:
     row = case.rows[0]
@@ -283,31 +283,31 @@ def later_tokens(factory: Factory, case: Case) -> None:
 
 @check(
     "independence.cache",
-    "Under zero imputation, decoding with a key/value cache gives, up to rounding, the logits of one forward pass "
-    "over all tokens.",
-    cases=CaseSpec(imputations=("zero",), min_tokens=3),
-    needs=("zero", "cache"),
+    "Under an imputation that does not read the whole row (zero, scale, values and means of a reference), decoding with "
+    "a key/value cache gives, up to rounding, the logits of one forward pass over all tokens.",
+    cases=CaseSpec(imputations=WITHOUT_ROW, min_tokens=3),
+    needs=("cache",),
 )
 def cache(factory: Factory, case: Case) -> None:
-    _assert_cache_changes_nothing(factory, case)
+    assert_cache_changes_nothing(factory, case)
 
 
 @check(
     "independence.cache_padded",
-    "Under zero imputation, decoding a padded batch with a key/value cache gives, up to rounding, the logits of one "
-    "forward pass over all tokens.",
-    cases=CaseSpec(imputations=("zero",), max_rows=3, ragged=True, min_tokens=3),
-    needs=("zero", "cache", "batch", "padding"),
+    "Under an imputation that does not read the whole row (zero, scale, values and means of a reference), decoding a "
+    "padded batch with a key/value cache gives, up to rounding, the logits of one forward pass over all tokens.",
+    cases=CaseSpec(imputations=WITHOUT_ROW, max_rows=3, ragged=True, min_tokens=3),
+    needs=("cache", "batch", "padding"),
 )
 def cache_padded(factory: Factory, case: Case) -> None:
-    _assert_cache_changes_nothing(factory, case)
+    assert_cache_changes_nothing(factory, case)
 
 
 @check(
     "independence.cache_kept",
     "Keys and values that the caller's cache already holds are never written to.",
-    cases=CaseSpec(imputations=("zero",), min_tokens=3, max_rows=2),
-    needs=("zero", "cache"),
+    cases=CaseSpec(imputations=WITHOUT_ROW, min_tokens=3, max_rows=2),
+    needs=("cache",),
 )
 def cache_kept(factory: Factory, case: Case) -> None:
     past: Any = DynamicCache(config=case.decoder.shared().config)
@@ -322,7 +322,8 @@ def cache_kept(factory: Factory, case: Case) -> None:
             assert_identical(now[:, :, : length - 1], was, f"the {name} of layer {index} that the cache held before")
 
 
-def _assert_cache_changes_nothing(factory: Factory, case: Case) -> None:
+def assert_cache_changes_nothing(factory: Factory, case: Case) -> None:
+    """Compare the logits of a case, decoded with a cache, with those of one forward pass."""
     with made(factory, case.model()) as implementation:
         inputs = case.inputs()
         ablate(implementation, case)

@@ -45,8 +45,8 @@ IMPUTATIONS = {
 """The imputations that the checks know. An adapter may have others, of its own."""
 DEFAULT_IMPUTATIONS = ("zero", "mean")
 """Those of an adapter that does not name any."""
-READS_ROW = ("mean", "channel-mean")
-"""Imputations whose values depend on several tokens of the run, which therefore needs the whole row."""
+WITHOUT_ROW = ("zero", "scale", "values", "reference-mean", "reference-mean-by-position")
+"""Imputations that read at most the token that they replace, so that they work with a key/value cache."""
 KEYWORDS = {
     "values": "values",
     "reference-mean": "reference",
@@ -54,6 +54,8 @@ KEYWORDS = {
     "resample": "reference",
 }
 """Imputation -> the keyword argument of `ablate` that holds what it needs."""
+FROM_REFERENCE = tuple(name for name, keyword in KEYWORDS.items() if keyword == "reference")
+"""Imputations for which the implementation runs the model on reference prompts."""
 
 FEATURES = {
     **IMPUTATIONS,

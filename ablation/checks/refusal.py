@@ -1,4 +1,4 @@
-"""Chapter 10, refusal: invalid heads and imputations are refused before any forward pass, without side effects."""
+"""Chapter 12, refusal: invalid heads and imputations are refused before any forward pass, without side effects."""
 
 from __future__ import annotations
 

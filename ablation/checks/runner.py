@@ -18,7 +18,10 @@ from ablation.checks import (
     layouts,
     locality,
     masks,
+    numpy_oracle,
     oracles,
+    positions,
+    reference,
     refusal,
     smoke,
 )
@@ -36,7 +39,21 @@ from ablation.checks.protocol import Factory
 from ablation.checks.signature import adapter_problem
 from ablation.errors import InvalidDeclaration, one_line
 
-CHAPTERS = (smoke, identity, locality, independence, masks, oracles, layouts, gradients, hygiene, refusal)
+CHAPTERS = (
+    smoke,
+    identity,
+    locality,
+    independence,
+    masks,
+    oracles,
+    numpy_oracle,
+    reference,
+    positions,
+    layouts,
+    gradients,
+    hygiene,
+    refusal,
+)
 
 CHECKS: tuple[Check, ...] = tuple(
     found for chapter in CHAPTERS for found in vars(chapter).values() if isinstance(found, Check)
