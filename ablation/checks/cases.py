@@ -15,7 +15,7 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from ablation.checks.decoders import FAMILIES, POSITIONS, VOCABULARY, Decoder, decoders
-from ablation.checks.protocol import KEYWORDS
+from ablation.checks.protocol import KEYWORDS, READ_ROW
 
 MAX_TOKENS = 8  # more than the six of the prompt that hooks are often written for
 FACTORS = ("0.5", "-1", "1.5", "0.25")  # exact in every dtype, so that multiplying rounds at most once
@@ -79,7 +79,7 @@ class Case:
     @property
     def reads_row(self) -> bool:
         """Whether the values depend on all tokens of the row."""
-        return self.kind in ("mean", "channel-mean")
+        return self.kind in READ_ROW
 
     @property
     def is_padded(self) -> bool:
@@ -245,8 +245,8 @@ def _cases(draw: st.DrawFn, spec: CaseSpec) -> Case:
     side = draw(st.sampled_from(["left", "right", "both", "both"])) if spec.ragged else "right"
     pad = draw(st.sampled_from([None, *prompts[0]]))
     names = spec.imputations or ()
-    # The mean is drawn more often, since it goes wrong in more ways.
-    imputation = draw(st.sampled_from([*names, *(["mean"] * (1 + len(names) // 4) if "mean" in names else [])]))
+    # Means of the row are drawn more often, since they go wrong in more ways.
+    imputation = draw(st.sampled_from([*names, *(name for name in names if name in READ_ROW)]))
     by_position = imputation == "values" and draw(st.booleans())
     imputation = with_factor(imputation, draw(st.sampled_from(FACTORS)) if imputation == "scale" else "")
     positions = draw(_positions(min(map(len, prompts)))) if spec.positions else None

@@ -74,6 +74,16 @@ def other_ids(case: Case) -> Tensor:
     return ids
 
 
+def other_keywords(case: Case) -> dict[str, Any]:
+    """Return keyword arguments of `ablate` that fit a case, with other values or other tokens of the reference."""
+    keywords = case.keywords()
+    if "values" in keywords:
+        return {"values": {pair: -value for pair, value in keywords["values"].items()}}
+    batches = keywords.get("reference", [])
+    others = [{**batch, "input_ids": (batch["input_ids"] + 7) % VOCABULARY} for batch in batches]
+    return {"reference": others} if others else {}
+
+
 def piece(case: Case, past: DynamicCache, start: int, stop: int) -> dict[str, Any]:
     """Return the inputs of the tokens from start to stop, which follow those in the cache."""
     inputs = case.inputs()

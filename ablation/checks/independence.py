@@ -16,7 +16,17 @@ from ablation.checks.assertions import assert_close, assert_identical
 from ablation.checks.cases import Case, CaseSpec
 from ablation.checks.check import check, offered_imputations
 from ablation.checks.decoders import VOCABULARY
-from ablation.checks.driving import ablate, ablated_logits, decode_with_cache, discard, made, other_ids, piece, run
+from ablation.checks.driving import (
+    ablate,
+    ablated_logits,
+    decode_with_cache,
+    discard,
+    made,
+    other_ids,
+    other_keywords,
+    piece,
+    run,
+)
 from ablation.checks.protocol import WITHOUT_ROW, Factory, Implementation
 from ablation.heads import find_heads
 
@@ -60,10 +70,12 @@ def _assert_independent_of_history(factory: Factory, case: Case) -> None:
     first, another, every = [case.heads[0]], [case.another_head()], list(case.heads)
     spare = case.model()
 
-    def from_new(heads: list[tuple[int, int]], prompt: int, case: Case = case) -> Tensor:
+    changed = other_keywords(case)
+
+    def from_new(heads: list[tuple[int, int]], prompt: int, case: Case = case, **changes: Any) -> Tensor:
         """Return the logits of a new implementation, which is closed before the next one is made."""
         with made(factory, spare) as implementation:
-            ablate(implementation, case, heads)
+            ablate(implementation, case, heads, **changes)
             return implementation.run(**prompts[prompt]).clone()
 
     alone = [from_new(first, prompt) for prompt in range(len(prompts))]
@@ -83,8 +95,8 @@ def _assert_independent_of_history(factory: Factory, case: Case) -> None:
         for prompt in (1, 2, 3):
             assert_run(prompt, alone[prompt], "after a run")
             assert_run(0, alone[0], "after a run on another prompt")
-        ablate(implementation, case, another)
-        assert_run(0, from_new(another, 0), "with another head, after a run with the first")
+        ablate(implementation, case, another, **changed)
+        assert_run(0, from_new(another, 0, **changed), "with another head, after a run with the first")
         passed = list(every)
         ablate(implementation, case, passed)
         passed.clear()  # the caller may change its list
@@ -283,8 +295,8 @@ def later_tokens(factory: Factory, case: Case) -> None:
 
 @check(
     "independence.cache",
-    "Under an imputation that does not read the whole row (zero, scale, values and means of a reference), decoding with "
-    "a key/value cache gives, up to rounding, the logits of one forward pass over all tokens.",
+    "Under an imputation that does not read the whole row (zero, scale, values and means of a reference), decoding "
+    "with a key/value cache gives, up to rounding, the logits of one forward pass over all tokens.",
     cases=CaseSpec(imputations=WITHOUT_ROW, min_tokens=3),
     needs=("cache",),
 )

@@ -45,6 +45,8 @@ IMPUTATIONS = {
 """The imputations that the checks know. An adapter may have others, of its own."""
 DEFAULT_IMPUTATIONS = ("zero", "mean")
 """Those of an adapter that does not name any."""
+READ_ROW = ("mean", "channel-mean")
+"""Imputations that read the whole row of the run."""
 WITHOUT_ROW = ("zero", "scale", "values", "reference-mean", "reference-mean-by-position")
 """Imputations that read at most the token that they replace, so that they work with a key/value cache."""
 KEYWORDS = {
