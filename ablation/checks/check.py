@@ -71,7 +71,9 @@ class Check:
             with isolated_process_state():
                 if not returns_gradients(factory, left.families[0]):
                     return "does not support 'gradients': the logits that run returns do not require gradients"
-        return "; ".join(f"does not support {name!r}: {unsupported[name]}" for name in needed) or None
+        lacking = _lacking(factory)
+        reasons = [lacking.get(name) or f"does not support {name!r}: {unsupported[name]}" for name in needed]
+        return "; ".join(dict.fromkeys(reasons)) or None
 
     def cases_for(self, factory: Factory) -> CaseSpec:
         """Return how the cases are drawn for an adapter: without what it does not support."""
@@ -223,10 +225,14 @@ def adapter_name(factory: Factory) -> str:
 
 
 def unsupported_features(factory: Factory) -> Mapping[str, str]:
-    """Return {name: reason} of what an adapter does not support: what it declares, and imputations that it lacks.
+    """Return {name: reason} of what an adapter does not support: what it declares, and what it lacks.
 
     Raises InvalidDeclaration for a name that does not exist, and for `imputations` that are no names.
     """
+    return {**_declared(factory), **_lacking(factory)}
+
+
+def _declared(factory: Factory) -> Mapping[str, str]:
     declared: Mapping[str, str] = getattr(factory, "unsupported", {})
     if not isinstance(declared, Mapping):
         raise InvalidDeclaration(f"`unsupported` is a {type(declared).__name__}, but should be a dict, name: reason")
@@ -235,11 +241,16 @@ def unsupported_features(factory: Factory) -> Mapping[str, str]:
         if name not in known:
             otherwise = f"there are {', '.join(known)}"
             raise InvalidDeclaration(f"`unsupported` names {name!r}, {instead(name, known, otherwise)}")
-    named = _named_imputations(factory)
-    lacking = {name: "`imputations` does not name it" for name in IMPUTATIONS if name not in named}
+    return declared
+
+
+def _lacking(factory: Factory) -> dict[str, str]:
+    """Return {name: reason} of the imputations, and positions, that an adapter lacks without a declaration."""
+    declared, named = _declared(factory), _named_imputations(factory)
+    lacking = {name: f"offers only {', '.join(named) or 'no imputation'}" for name in IMPUTATIONS if name not in named}
     if not takes_positions(factory):
         lacking["positions"] = "`ablate` has no parameter `positions`"
-    return {**lacking, **declared}
+    return {name: reason for name, reason in lacking.items() if name not in declared}
 
 
 def offered_imputations(factory: Factory) -> tuple[str, ...]:

@@ -144,7 +144,7 @@ class LifecycleMachine(RuleBasedStateMachine):
         # checks report both, so this one expects the logits and the changes of a new implementation on a spare model.
         spare = case.model()
         before = state(spare)
-        self.clean = ablated_logits(self.factory, case, spare)
+        self.clean = ablated_logits(self.factory, self._ablated((), self.imputations[0]), spare)
         self.residue = changes(spare, before)
 
     def replay(self, case: Case) -> None:

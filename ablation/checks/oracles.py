@@ -296,7 +296,8 @@ def unread_head(factory: Factory, case: Case) -> None:
     "oracle.permuted_heads",
     "After the weights of a layer are changed to store its heads in another order, ablating a head at its new index "
     "gives, up to rounding, the logits that ablating it at its old index gave before.",
-    cases=CaseSpec(without=("values",), families=("gpt2",)),  # values are given for an index
+    # Values are given for the index of a head.
+    cases=CaseSpec(imputations=tuple(IMPUTATIONS), without=("values",), families=("gpt2",)),
 )
 def permuted_heads(factory: Factory, case: Case) -> None:
     ((layer, head),) = case.heads

@@ -38,7 +38,7 @@ class Surgery:
     ) -> None:
         model = copy.deepcopy(self.original)
         found = find_heads(model)
-        pairs = dict.fromkeys(map(found.validate, heads))
+        pairs = sorted(set(map(found.validate, heads)))  # so that the bias is the same sum in any order
         factor, means = 0.0, {}
         if reference is not None:
             prompts = [
