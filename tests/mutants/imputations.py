@@ -141,7 +141,7 @@ class LastBatchOnly(ImputationMutant):
         return super().reference_mean(batches[-1:])
 
 
-class LastTokenOnly(ImputationMutant):
+class ReferenceOfLastTokens(ImputationMutant):
     """Measures only the last token of each prompt."""
 
     expected_check = "oracle.reference_mean"
