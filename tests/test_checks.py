@@ -19,7 +19,7 @@ from ablation.checks.assertions import assert_identical
 from ablation.checks.cases import CaseSpec
 from ablation.checks.decoders import LAYOUTS
 from ablation.checks.protocol import FEATURES
-from ablation.checks.runner import NOTHING_TRIED, requirements_table
+from ablation.checks.runner import requirements_table
 from ablation.errors import InvalidDeclaration
 from ablation.heads import AttentionLayer, find_heads
 from ablation.imputation import Site, as_imputation
@@ -341,37 +341,6 @@ def test_cases_name_heads_that_the_decoder_has(family: str, data: Any) -> None:
         assert case.heads and set(case.heads) <= set(find_heads(case.decoder.shared()))
         assert case.decoder.heads() == list(find_heads(case.decoder.shared()))
         assert case.another_head() in case.decoder.heads()
-
-
-class Misspelt(Ours):
-    """Declares a feature that does not exist."""
-
-    unsupported: ClassVar[dict[str, str]] = {"meen": "not written"}
-
-
-def test_unknown_declaration_is_an_error() -> None:
-    reason = "`unsupported` names 'meen', which does not exist; did you mean 'mean'"
-    with pytest.raises(InvalidDeclaration, match=reason):
-        CHECKS[0].skip_reason(Misspelt)
-    unlike = type("Unlike", (Ours,), {"unsupported": {"xyz": "not written"}})
-    with pytest.raises(
-        InvalidDeclaration, match="names 'xyz', which does not exist; there are zero, mean, channel-mean"
-    ):
-        CHECKS[0].skip_reason(unlike)
-
-
-class OffersNothing(Ours):
-    """Declares both imputations as unsupported."""
-
-    imputations: ClassVar[tuple[str, ...]] = ("zero", "mean")
-    unsupported: ClassVar[dict[str, str]] = {"zero": "another imputation", "mean": "another imputation"}
-
-
-@pytest.mark.parametrize("expected", [{}, {"smoke": "known"}], ids=["not expected", "expected"])
-def test_run_that_tries_no_check_is_no_success(expected: dict[str, str]) -> None:
-    first, *rest = check_implementation(OffersNothing, expected_failures=expected)
-    assert first == Record("smoke", "failed", NOTHING_TRIED)
-    assert {record.outcome for record in rest} == {"skipped"}
 
 
 class Unfinished:
