@@ -19,10 +19,10 @@ from ablation.checks.assertions import assert_identical
 from ablation.checks.cases import CaseSpec
 from ablation.checks.decoders import LAYOUTS
 from ablation.checks.protocol import FEATURES
-from ablation.checks.runner import NOTHING_TRIED, requirements_table
+from ablation.checks.runner import requirements_table
 from ablation.errors import InvalidDeclaration
 from ablation.heads import AttentionLayer, find_heads
-from ablation.imputation import as_imputation
+from ablation.imputation import Site, as_imputation
 from tests.implementations.notebook import Notebook
 from tests.implementations.ours import Ours
 
@@ -56,7 +56,7 @@ def broken(factory: Any) -> set[str]:
 def test_check_ids_are_unique_and_name_their_chapter() -> None:
     ids = [check.id for check in CHECKS]
     assert len(set(ids)) == len(ids)
-    chapters = "smoke identity locality independence masks oracle layouts gradients hygiene refusal"
+    chapters = "smoke identity locality independence masks oracle reference positions layouts gradients hygiene refusal"
     assert list(dict.fromkeys(id.partition(".")[0] for id in ids)) == chapters.split()
 
 
@@ -106,9 +106,9 @@ def test_notebook_hook_fails_exactly_where_it_is_wrong() -> None:
 class OffByOne(Ours):
     """Ablates the next head."""
 
-    def ablate(self, heads: Sequence[tuple[int, int]], imputation: str) -> None:
+    def ablate(self, heads: Sequence[tuple[int, int]], imputation: str, **keywords: Any) -> None:
         count = self.ablation.heads.shape[1]
-        super().ablate([(layer, (head + 1) % count) for layer, head in heads], imputation)
+        super().ablate([(layer, (head + 1) % count) for layer, head in heads], imputation, **keywords)
 
 
 def test_off_by_one_hook_learns_which_head_it_ablates() -> None:
@@ -136,7 +136,7 @@ def test_square_case_is_pointed_out() -> None:
 class Silent(Ours):
     """Never fires."""
 
-    def ablate(self, heads: Sequence[tuple[int, int]], imputation: str) -> None:
+    def ablate(self, heads: Sequence[tuple[int, int]], imputation: str, **keywords: Any) -> None:
         pass
 
 
@@ -192,11 +192,12 @@ class Wrapping:
 
     def forward(self, layer: AttentionLayer, original: Any, z: torch.Tensor) -> torch.Tensor:
         out = z.clone()
-        for channels in [layer.channels(head) for index, head in self.heads if index == layer.index]:
-            out[..., channels] = self.imputation(z[..., channels], None)
+        for head in [head for index, head in self.heads if index == layer.index]:
+            site, channels = Site(layer.index, torch.full((len(z),), head), z.shape[1]), layer.channels(head)
+            out[..., channels] = self.imputation(z[..., channels], site)
         return original(out)
 
-    def ablate(self, heads: Sequence[tuple[int, int]], imputation: str) -> None:
+    def ablate(self, heads: Sequence[tuple[int, int]], imputation: str, **keywords: Any) -> None:
         self.heads, self.imputation = heads, as_imputation(imputation)
 
     def run(self, **inputs: Any) -> torch.Tensor:
@@ -335,41 +336,11 @@ def test_gradients_are_tried_only_if_run_returns_them() -> None:
 @settings(max_examples=10, deadline=None)
 @given(data=st.data())
 def test_cases_name_heads_that_the_decoder_has(family: str, data: Any) -> None:
-    spec = CaseSpec(families=(family,), max_heads=4, min_layers=2)
+    spec = CaseSpec(("zero", "values"), families=(family,), max_heads=4, min_layers=2)
     for case in (*spec.simplest(), data.draw(spec.strategy())):
         assert case.heads and set(case.heads) <= set(find_heads(case.decoder.shared()))
         assert case.decoder.heads() == list(find_heads(case.decoder.shared()))
         assert case.another_head() in case.decoder.heads()
-
-
-class Misspelt(Ours):
-    """Declares a feature that does not exist."""
-
-    unsupported: ClassVar[dict[str, str]] = {"meen": "not written"}
-
-
-def test_unknown_declaration_is_an_error() -> None:
-    reason = "`unsupported` names 'meen', which does not exist; did you mean 'mean'"
-    with pytest.raises(InvalidDeclaration, match=reason):
-        CHECKS[0].skip_reason(Misspelt)
-    unlike = type("Unlike", (Ours,), {"unsupported": {"xyz": "not written"}})
-    with pytest.raises(
-        InvalidDeclaration, match="names 'xyz', which does not exist; there are zero, mean, multiple_heads"
-    ):
-        CHECKS[0].skip_reason(unlike)
-
-
-class OffersNothing(Ours):
-    """Declares both imputations as unsupported."""
-
-    unsupported: ClassVar[dict[str, str]] = {"zero": "another imputation", "mean": "another imputation"}
-
-
-@pytest.mark.parametrize("expected", [{}, {"smoke": "known"}], ids=["not expected", "expected"])
-def test_run_that_tries_no_check_is_no_success(expected: dict[str, str]) -> None:
-    first, *rest = check_implementation(OffersNothing, expected_failures=expected)
-    assert first == Record("smoke", "failed", NOTHING_TRIED)
-    assert {record.outcome for record in rest} == {"skipped"}
 
 
 class Unfinished:

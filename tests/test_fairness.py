@@ -13,6 +13,7 @@ from torch import Tensor
 
 from ablation.checks import CHECKS, Case, Check, Decoder, reproduce
 from ablation.checks.assertions import assert_close, assert_identical
+from ablation.checks.cases import with_factor
 from ablation.heads import find_heads
 from tests.implementations.ours import Ours
 
@@ -82,9 +83,10 @@ def test_other_hooks_are_found_beside_the_capturing_ones() -> None:
 class IgnoresTheImputation(Ours):
     """Offers zero only, and does not look at the imputation."""
 
+    imputations: ClassVar[tuple[str, ...]] = ("zero", "mean")
     unsupported: ClassVar[dict[str, str]] = {"mean": "not implemented"}
 
-    def ablate(self, heads: Sequence[tuple[int, int]], imputation: str) -> None:
+    def ablate(self, heads: Sequence[tuple[int, int]], imputation: str, **keywords: Any) -> None:
         super().ablate(heads, "zero")
 
 
@@ -105,9 +107,9 @@ def test_adapter_of_two_imputations_must_not_ignore_its_name() -> None:
 class ValidatesNothing(Ours):
     """Takes every index modulo the size."""
 
-    def ablate(self, heads: Sequence[tuple[int, int]], imputation: str) -> None:
+    def ablate(self, heads: Sequence[tuple[int, int]], imputation: str, **keywords: Any) -> None:
         layers, count = self.ablation.heads.shape
-        super().ablate([(int(layer) % layers, int(head) % count) for layer, head in heads], imputation)
+        super().ablate([(int(layer) % layers, int(head) % count) for layer, head in heads], imputation, **keywords)
 
 
 @pytest.mark.parametrize(
@@ -130,16 +132,16 @@ def test_refusals_report_all_findings_of_a_case(check: str, expected: list[str])
 class NextHead(Ours):
     """Ablates the next head, and handles exceptions well."""
 
-    def ablate(self, heads: Sequence[tuple[int, int]], imputation: str) -> None:
+    def ablate(self, heads: Sequence[tuple[int, int]], imputation: str, **keywords: Any) -> None:
         count = self.ablation.heads.shape[1]
-        super().ablate([(layer, (head + 1) % count) for layer, head in heads], imputation)
+        super().ablate([(layer, (head + 1) % count) for layer, head in heads], imputation, **keywords)
 
 
 class SwapsImputations(Ours):
     """Takes the mean for zero, and zero for the mean."""
 
-    def ablate(self, heads: Sequence[tuple[int, int]], imputation: str) -> None:
-        super().ablate(heads, {"zero": "mean", "mean": "zero"}.get(imputation, imputation))
+    def ablate(self, heads: Sequence[tuple[int, int]], imputation: str, **keywords: Any) -> None:
+        super().ablate(heads, {"zero": "mean", "mean": "zero"}.get(imputation, imputation), **keywords)
 
 
 @pytest.mark.parametrize("factory", [NextHead, SwapsImputations])
@@ -155,9 +157,9 @@ class KeepsTheFirstHeads(Ours):
 
     first = True
 
-    def ablate(self, heads: Sequence[tuple[int, int]], imputation: str) -> None:
+    def ablate(self, heads: Sequence[tuple[int, int]], imputation: str, **keywords: Any) -> None:
         if self.first:
-            super().ablate(heads, imputation)
+            super().ablate(heads, imputation, **keywords)
         self.first = False
 
 
@@ -254,7 +256,9 @@ class NaNInARealToken(Ours):
 @pytest.mark.parametrize("check", [check for check in CHECKS if check.cases.ragged], ids=lambda check: check.id)
 def test_equal_nan_in_padding_is_no_failure(check: Check) -> None:
     family = PADDED.decoder.family if PADDED.decoder.family in check.cases.families else check.cases.families[0]
-    reproduce(check.id, NaNInPadding, replace(PADDED, decoder=PADDED.decoder._replace(family=family)))
+    imputation = with_factor((check.cases.imputations or ("zero",))[0])
+    decoder = PADDED.decoder._replace(family=family)
+    reproduce(check.id, NaNInPadding, replace(PADDED, decoder=decoder, imputation=imputation))
 
 
 def test_nan_in_a_real_token_is_a_failure() -> None:

@@ -14,6 +14,7 @@ from tests.implementations.ours import Ours
 from tests.implementations.surgery import Surgery
 from tests.mutants import GROUPS, MUTANTS, OUTSIDE_PROTOCOL, Mutant
 from tests.mutants.correct_variants import CORRECT_VARIANTS
+from tests.mutants.everything import Everything
 from tests.mutants.reference import Reference
 from tests.mutants.trial import assert_rejected, few_examples, try_check
 
@@ -35,7 +36,9 @@ def test_mutant_is_rejected(mutant: type[Mutant]) -> None:
 
 
 @pytest.mark.mutants
-@pytest.mark.parametrize("factory", [Reference, Ours, Surgery, *CORRECT_VARIANTS], ids=lambda factory: factory.__name__)
+@pytest.mark.parametrize(
+    "factory", [Reference, Everything, Ours, Surgery, *CORRECT_VARIANTS], ids=lambda factory: factory.__name__
+)
 def test_correct_implementation_is_accepted(factory: Any) -> None:
     for check in CHECKS:
         trial = try_check(check, factory)

@@ -145,7 +145,7 @@ def run_plugin(run_pytest: Run) -> Run:
 
 def test_plugin_runs_the_specification_and_nothing_else(run_plugin: Run) -> None:
     done = run_plugin(
-        "my_hook:KnockOut", "-k", "smoke or exception or mean and not sets", "--junitxml=report.xml"
+        "my_hook:KnockOut", "-k", "smoke or exception or oracle.mean and not sets", "--junitxml=report.xml"
     )  # three, to be quick
     assert done.ret == pytest.ExitCode.TESTS_FAILED
     head, _, verdict = done.stdout.str().partition("= head ablation by my_hook:KnockOut =")

@@ -14,7 +14,13 @@ from torch import Tensor
 from ablation.checks import CHECKS, Record, check_implementation, parametrize_with_checks, verdict
 from ablation.checks.runner import NOTHING_TRIED, STOPPED, UNUSABLE, CheckRun, works_with_some_model
 from ablation.errors import InvalidDeclaration
-from tests.implementations.ours import Ours
+from tests.implementations import ours
+
+
+class Ours(ours.Ours):
+    """Our hook with two imputations, to be quick."""
+
+    imputations: ClassVar[tuple[str, ...]] = ("zero", "mean")
 
 
 @pytest.fixture(autouse=True)
@@ -39,7 +45,7 @@ def records_of(factory: Any, *ids: str) -> list[Record]:
 class WithoutFamily(Ours):
     """Cannot be made from one family, and does not say so."""
 
-    family = "qwen3"
+    family = "llama"
 
     def __init__(self, model: Any) -> None:
         if model.config.model_type == self.family:
@@ -63,8 +69,8 @@ class WithoutBoth(WithoutFamily, WithoutDtype):
 class WrongMean(Ours):
     """Takes zero for the mean."""
 
-    def ablate(self, heads: Sequence[tuple[int, int]], imputation: str) -> None:
-        super().ablate(heads, "zero" if imputation == "mean" else imputation)
+    def ablate(self, heads: Sequence[tuple[int, int]], imputation: str, **keywords: Any) -> None:
+        super().ablate(heads, "zero" if imputation == "mean" else imputation, **keywords)
 
 
 class IgnoresPadding(Ours):
@@ -79,11 +85,11 @@ class IgnoresPadding(Ours):
 @pytest.mark.parametrize(
     ("factory", "ids", "features", "gone"),
     [
-        (WithoutFamily, ["locality", "oracle.zero", "oracle.mean"], "'qwen3': ...", 3),
+        (WithoutFamily, ["locality", "oracle.zero", "oracle.mean"], "'llama': ...", 3),
         (type("NoGPT2", (WithoutFamily,), {"family": "gpt2"}), ["locality", "oracle.zero", "oracle.numpy"],
          "'gpt2': ...", 3),
         (WithoutDtype, ["identity", "locality", "independence.head_order"], "'bfloat16': ...", 3),
-        (WithoutBoth, ["locality", "locality.sets", "oracle.zero", "oracle.mean"], "'qwen3': ..., 'bfloat16': ...", 4),
+        (WithoutBoth, ["locality", "locality.sets", "oracle.zero", "oracle.mean"], "'llama': ..., 'bfloat16': ...", 4),
         (WrongMean, ["locality", "oracle.mean", "oracle.mean_sets"], "'mean': ...", 3),
         (IgnoresPadding, ["identity.padded", "locality.padded", "hygiene.global_state"], "'padding': ...", 3),
     ],
@@ -102,9 +108,9 @@ def test_verdict_names_the_cause_that_failures_share(factory: Any, ids: list[str
 class NextHead(Ours):
     """Ablates the next head."""
 
-    def ablate(self, heads: Sequence[tuple[int, int]], imputation: str) -> None:
+    def ablate(self, heads: Sequence[tuple[int, int]], imputation: str, **keywords: Any) -> None:
         count = self.ablation.heads.shape[1]
-        super().ablate([(layer, (head + 1) % count) for layer, head in heads], imputation)
+        super().ablate([(layer, (head + 1) % count) for layer, head in heads], imputation, **keywords)
 
 
 class OnlyZeroAndWrong(NextHead):
@@ -132,7 +138,7 @@ def test_verdict_on_a_correct_implementation_has_one_line() -> None:
 class Silent(Ours):
     """Ablates nothing."""
 
-    def ablate(self, heads: Sequence[tuple[int, int]], imputation: str) -> None:
+    def ablate(self, heads: Sequence[tuple[int, int]], imputation: str, **keywords: Any) -> None:
         pass
 
 

@@ -45,7 +45,7 @@ def assert_close(got: Tensor, want: Tensor, what: str) -> None:
     """Assert that two tensors are equal up to rounding, within TOLERANCE_EPS. what: the subject of the message."""
     __tracebackhide__ = True
     _assert_same_shape(got, want, what)
-    atol = _tolerance(want, want.dtype)
+    atol = tolerance(want, want.dtype)
     wrong = ~((got - want).abs() <= atol) & different(got, want)
     if wrong.any():
         raise AssertionError(f"{what}: {_describe_difference(got, want, wrong)} (tolerance {atol:.1e})")
@@ -79,7 +79,7 @@ def _assert_rounded(got: Tensor, want: Tensor, what: str) -> None:
     assert_close(got, want, what)
 
 
-def _tolerance(want: Tensor, dtype: torch.dtype) -> float:
+def tolerance(want: Tensor, dtype: torch.dtype) -> float:
     """Return the absolute tolerance for numbers as large as these, rounded in a dtype."""
     info, finite = torch.finfo(dtype), want[want.isfinite()]
     size = max(1.0, finite.abs().max().item()) if finite.numel() else 1.0
@@ -106,7 +106,7 @@ def _describe_difference(got: Tensor, want: Tensor, wrong: Tensor) -> str:
 def _precision_remark(want: Tensor, largest: float) -> str:
     """A remark for a difference in float64 that is as small as the rounding of float32."""
     double, single = torch.float64, torch.float32
-    if want.dtype != double or not _tolerance(want, double) < largest <= _tolerance(want, single):
+    if want.dtype != double or not tolerance(want, double) < largest <= tolerance(want, single):
         return ""
     return (
         "; the difference is as small as rounding in float32, so a part of the float64 model runs in float32, perhaps "

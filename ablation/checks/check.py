@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import difflib
+import inspect
 import textwrap
 import warnings
 from collections.abc import Callable, Iterable, Iterator, Mapping
@@ -18,7 +19,7 @@ from hypothesis import HealthCheck, Phase, given, settings
 from ablation.checks.cases import Case, CaseSpec
 from ablation.checks.decoders import DTYPES, FAMILIES, LAYOUTS
 from ablation.checks.driving import returns_gradients
-from ablation.checks.protocol import FEATURES, Factory
+from ablation.checks.protocol import DEFAULT_IMPUTATIONS, FEATURES, IMPUTATIONS, Factory
 from ablation.checks.remarks import remarks
 from ablation.errors import InvalidDeclaration
 
@@ -62,15 +63,21 @@ class Check:
         """Return why the check cannot be tried on an implementation, or None if it can be tried."""
         unsupported = unsupported_features(factory)
         needed = [feature for feature in self.needs if feature in unsupported]
-        left = self.cases.restrict_to(unsupported)
+        left = self.cases_for(factory)
         if not needed and not (left.imputations and left.families and left.dtypes):
-            drawn = (*self.cases.imputations, *self.cases.families, *self.cases.dtypes)
+            drawn = (*(self.cases.imputations or DEFAULT_IMPUTATIONS), *self.cases.families, *self.cases.dtypes)
             needed = [name for name in drawn if name in unsupported]
         if not needed and "gradients" in self.needs:
             with isolated_process_state():
                 if not returns_gradients(factory, left.families[0]):
                     return "does not support 'gradients': the logits that run returns do not require gradients"
-        return "; ".join(f"does not support {name!r}: {unsupported[name]}" for name in needed) or None
+        lacking = _lacking(factory)
+        reasons = [lacking.get(name) or f"does not support {name!r}: {unsupported[name]}" for name in needed]
+        return "; ".join(dict.fromkeys(reasons)) or None
+
+    def cases_for(self, factory: Factory) -> CaseSpec:
+        """Return how the cases are drawn for an adapter: without what it does not support."""
+        return self.cases.restrict_to(unsupported_features(factory), offered_imputations(factory))
 
     def __call__(self, factory: Factory, *, quick: bool = False) -> None:
         """Run the check on the cases that hypothesis draws, under its current profile. Raises CheckFailure.
@@ -78,7 +85,7 @@ class Check:
         quick: with few examples, and without shrinking a failure.
         """
         __tracebackhide__ = True
-        cases = self.cases.restrict_to(unsupported_features(factory))
+        cases = self.cases_for(factory)
 
         # Decorated here, not at import, so that the caller's profile applies.
         @search_settings(quick)
@@ -218,19 +225,61 @@ def adapter_name(factory: Factory) -> str:
 
 
 def unsupported_features(factory: Factory) -> Mapping[str, str]:
-    """Return {name: reason} of what an adapter declares as unsupported.
+    """Return {name: reason} of what an adapter does not support: what it declares, and what it lacks.
 
-    Raises InvalidDeclaration for a name that does not exist.
+    Raises InvalidDeclaration for a name that does not exist, and for `imputations` that are no names.
     """
-    unsupported: Mapping[str, str] = getattr(factory, "unsupported", {})
-    if not isinstance(unsupported, Mapping):
-        raise InvalidDeclaration(f"`unsupported` is a {type(unsupported).__name__}, but should be a dict, name: reason")
+    return {**_declared(factory), **_lacking(factory)}
+
+
+def _declared(factory: Factory) -> Mapping[str, str]:
+    declared: Mapping[str, str] = getattr(factory, "unsupported", {})
+    if not isinstance(declared, Mapping):
+        raise InvalidDeclaration(f"`unsupported` is a {type(declared).__name__}, but should be a dict, name: reason")
     known = (*FEATURES, *FAMILIES, *LAYOUTS, *DTYPES)
-    for name in unsupported:
+    for name in declared:
         if name not in known:
             otherwise = f"there are {', '.join(known)}"
             raise InvalidDeclaration(f"`unsupported` names {name!r}, {instead(name, known, otherwise)}")
-    return unsupported
+    return declared
+
+
+def _lacking(factory: Factory) -> dict[str, str]:
+    """Return {name: reason} of the imputations, and positions, that an adapter lacks without a declaration."""
+    declared, named = _declared(factory), _named_imputations(factory)
+    lacking = {name: f"offers only {', '.join(named) or 'no imputation'}" for name in IMPUTATIONS if name not in named}
+    if not takes_positions(factory):
+        lacking["positions"] = "`ablate` has no parameter `positions`"
+    return {name: reason for name, reason in lacking.items() if name not in declared}
+
+
+def offered_imputations(factory: Factory) -> tuple[str, ...]:
+    """Return the names of the imputations that an adapter offers. Raises InvalidDeclaration."""
+    unsupported = unsupported_features(factory)
+    return tuple(name for name in _named_imputations(factory) if name not in unsupported)
+
+
+def _named_imputations(factory: Factory) -> tuple[str, ...]:
+    names = getattr(factory, "imputations", DEFAULT_IMPUTATIONS)
+    if not isinstance(names, tuple | list) or not all(isinstance(name, str) for name in names):
+        raise InvalidDeclaration(f"`imputations` is {names!r}, but should be a tuple of names")
+    if len(set(names)) < len(names):
+        raise InvalidDeclaration("`imputations` names an imputation twice")
+    for name in names:
+        meant = name.lower().replace("_", "-").partition(":")[0]
+        if name != meant and meant in IMPUTATIONS:
+            raise InvalidDeclaration(f"`imputations` names {name!r}, which does not exist; did you mean {meant!r}?")
+    return tuple(names)
+
+
+def takes_positions(factory: Factory) -> bool:
+    """Return whether `ablate` has a parameter `positions`. factory: a class, or a partial of one."""
+    while isinstance(factory, partial):
+        factory = factory.func
+    try:
+        return "positions" in inspect.signature(factory.ablate).parameters  # type: ignore[attr-defined]
+    except (AttributeError, TypeError, ValueError):  # methods of the instance, or written in C
+        return False
 
 
 def instead(name: object, known: Iterable[str], otherwise: str) -> str:

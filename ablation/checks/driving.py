@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, suppress
 from functools import cache
 from typing import Any
@@ -40,13 +40,20 @@ def discard(call: Callable[..., object], *args: Any) -> None:
         call(*args)
 
 
+def ablate(
+    implementation: Implementation, case: Case, heads: Sequence[tuple[int, int]] | None = None, **changes: Any
+) -> None:
+    """Ablate the heads of a case, or others, by its imputation. changes: to the keyword arguments of `ablate`."""
+    implementation.ablate(list(case.heads) if heads is None else heads, case.imputation, **case.keywords() | changes)
+
+
 def ablated_logits(factory: Factory, case: Case, model: PreTrainedModel | None = None) -> Tensor:
     """Return the logits of the implementation under test with the heads of a case ablated, [rows, tokens, vocabulary].
 
     model: the model to use; by default a new one.
     """
     with made(factory, model or case.model()) as implementation:
-        implementation.ablate(list(case.heads), case.imputation)
+        ablate(implementation, case)
         return implementation.run(**case.inputs())
 
 
@@ -65,6 +72,16 @@ def other_ids(case: Case) -> Tensor:
     """Return token ids that all differ from those of the case, [rows, tokens]."""
     ids: Tensor = (case.inputs()["input_ids"] + 7) % VOCABULARY
     return ids
+
+
+def other_keywords(case: Case) -> dict[str, Any]:
+    """Return keyword arguments of `ablate` that fit a case, with other values or other tokens of the reference."""
+    keywords = case.keywords()
+    if "values" in keywords:
+        return {"values": {pair: -value for pair, value in keywords["values"].items()}}
+    batches = keywords.get("reference", [])
+    others = [{**batch, "input_ids": (batch["input_ids"] + 7) % VOCABULARY} for batch in batches]
+    return {"reference": others} if others else {}
 
 
 def piece(case: Case, past: DynamicCache, start: int, stop: int) -> dict[str, Any]:

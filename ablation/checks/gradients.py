@@ -1,4 +1,4 @@
-"""Chapter 8, gradients: the ablated forward pass can be differentiated, and its gradients are its own.
+"""Chapter 10, gradients: the ablated forward pass can be differentiated, and its gradients are its own.
 
 They are tried if the logits that `run` returns require gradients, so an adapter that runs under torch.no_grad() need
 not declare anything.
@@ -15,7 +15,7 @@ from transformers import PreTrainedModel
 from ablation.checks.assertions import assert_close
 from ablation.checks.cases import Case, CaseSpec
 from ablation.checks.check import check
-from ablation.checks.driving import made
+from ablation.checks.driving import ablate, made
 from ablation.checks.oracles import apply_surgery, head_block
 from ablation.checks.protocol import Factory
 from ablation.heads import find_heads
@@ -62,7 +62,7 @@ def _of_implementation(factory: Factory, case: Case, model: PreTrainedModel, *, 
     weights = dict(model.named_parameters())  # now, before an implementation may rename them
     blocks = [layer.block for layer in find_heads(model).layers]
     with made(factory, model) as implementation:
-        implementation.ablate(list(case.heads), case.imputation)
+        ablate(implementation, case)
         for block in blocks:
             block.training = in_training  # of the layer alone: the dropouts within it stay in evaluation mode
         return _gradients(implementation.run(**case.inputs()), weights)

@@ -1,4 +1,4 @@
-"""Chapter 9, hygiene: an implementation has no side effects on the model or the process, even after an error."""
+"""Chapter 11, hygiene: an implementation has no side effects on the model or the process, even after an error."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from transformers import PreTrainedModel
 from ablation.checks.assertions import assert_close, assert_identical
 from ablation.checks.cases import Case, CaseSpec
 from ablation.checks.check import check
-from ablation.checks.driving import ablated_logits, discard, made, other_ids, run
+from ablation.checks.driving import ablate, ablated_logits, discard, made, other_ids, run
 from ablation.checks.lifecycle import LifecycleCheck, Place, Steps, replay
 from ablation.checks.observe import assert_state_equals, assert_unchanged, changes, hooks, state
 from ablation.checks.oracles import apply_surgery
@@ -43,7 +43,7 @@ def restored(factory: Factory, case: Case) -> None:
         before = state(model)
         implementation = factory(model)
         for _ in range(ablations):
-            discard(implementation.ablate, list(case.heads), case.imputation)
+            discard(ablate, implementation, case)
         for _ in range(runs):
             what = "the logits, against those of a model that was never ablated before,"
             assert_identical(implementation.run(**inputs), want, what)
@@ -76,7 +76,7 @@ def user_hooks(factory: Factory, case: Case) -> None:
     with made(factory, model) as implementation:
         for step in ("ablated", "cleared"):
             if step == "ablated":
-                implementation.ablate(list(case.heads), case.imputation)
+                ablate(implementation, case)
             else:
                 implementation.clear()
             fired.clear()
@@ -106,13 +106,13 @@ def later_hooks(factory: Factory, case: Case) -> None:
     tripled_bare = _run_with_edits(case.model(), inputs, doubled=False)
     apply_surgery(surgery, case.heads)
     with made(factory, model) as implementation:
-        implementation.ablate(list(case.heads), "zero")
+        ablate(implementation, case)
         doubling, tripling = _edit(projections)
         want = _run_with_edits(copy.deepcopy(surgery), inputs)
         assert_close(implementation.run(**inputs), want, "the logits with hooks that the user registered later")
         implementation.clear()
         assert_close(implementation.run(**inputs), edited_bare, "the logits with these hooks, after clear()")
-        implementation.ablate(list(case.heads), "zero")
+        ablate(implementation, case)
         for handle in doubling:
             handle.remove()
         want = _run_with_edits(surgery, inputs, doubled=False)
@@ -152,7 +152,7 @@ def later_patch(factory: Factory, case: Case) -> None:
     for other in (surgery, patched):
         _patch([layer.projection for layer in find_heads(other).layers])
     with made(factory, model) as implementation:
-        implementation.ablate(list(case.heads), "zero")
+        ablate(implementation, case)
         _patch(projections)
         want = run(surgery, inputs)
         assert_close(implementation.run(**inputs), want, "the logits with a `forward` that the user replaced later")
@@ -183,7 +183,7 @@ def copies(factory: Factory, case: Case) -> None:
     model, inputs = case.model(), case.inputs()
     bare, want = run(model, inputs), ablated_logits(factory, case)
     with made(factory, model) as implementation:
-        implementation.ablate(list(case.heads), case.imputation)
+        ablate(implementation, case)
         implementation.run(**inputs)
         copied = copy.deepcopy(model)
         assert_identical(run(copied, inputs), bare, "the logits of a copy that was made while heads were ablated")
@@ -201,7 +201,11 @@ def global_state(factory: Factory, case: Case) -> None:
     inputs, heads = case.inputs(), list(case.heads)
     # Any token may be used for padding.
     inputs["input_ids"] = inputs["input_ids"].where(inputs["attention_mask"].bool(), other_ids(case))
-    passed = {name: value.clone() for name, value in inputs.items() if isinstance(value, torch.Tensor)}
+    keywords = case.keywords()
+    given = {**inputs, **{f"values of {pair}": value for pair, value in keywords.get("values", {}).items()}}
+    for number, batch in enumerate(keywords.get("reference", [])):
+        given |= {f"{name} of batch {number} of the reference": tensor for name, tensor in batch.items()}
+    passed = {name: value.clone() for name, value in given.items() if isinstance(value, torch.Tensor)}
     for gradients in (True, False):
         with torch.set_grad_enabled(gradients):
             model = case.model()
@@ -209,13 +213,13 @@ def global_state(factory: Factory, case: Case) -> None:
             random.random(), np.random.random()  # noqa: S311
             before = _global_state()
             with made(factory, model) as implementation:
-                implementation.ablate(heads, case.imputation)
+                ablate(implementation, case, heads, **keywords)
                 implementation.run(**inputs)
             for what, value in _global_state().items():
                 assert value == before[what], f"{what} changed"
     assert heads == list(case.heads), f"the list of heads that was passed in, {list(case.heads)}, is now {heads}"
     for name, tensor in passed.items():
-        assert_identical(inputs[name], tensor, f"the {name} that were passed in")
+        assert_identical(given[name], tensor, f"the {name} that were passed in")
 
 
 def _global_state() -> dict[str, Any]:

@@ -5,7 +5,7 @@ from __future__ import annotations
 from ablation.checks.assertions import assert_equals_bare, assert_identical
 from ablation.checks.cases import Case, CaseSpec
 from ablation.checks.check import check, unsupported_features
-from ablation.checks.driving import decode_with_cache, made, run
+from ablation.checks.driving import ablate, decode_with_cache, made, run
 from ablation.checks.protocol import Factory
 
 
@@ -50,13 +50,13 @@ def _assert_identity(factory: Factory, case: Case) -> None:
             for (name, here, want), (_, _, got) in zip(of_model, of_implementation, strict=True):
                 what = f"the logits of {name}, decoded with a cache,"
                 assert_equals_bare(factory, got[real[:, here]], want[real[:, here]], what)
-        implementation.ablate([], case.imputation)
+        ablate(implementation, case, [])
         assert_unchanged("with an empty set of heads")
-        implementation.ablate(list(case.heads), case.imputation)
+        ablate(implementation, case)
         implementation.run(**inputs)
-        implementation.ablate([], case.imputation)
+        ablate(implementation, case, [])
         assert_unchanged("with an empty set of heads after another set")
-        implementation.ablate(list(case.heads), case.imputation)
+        ablate(implementation, case)
         implementation.clear()
         assert_unchanged("after clear()")
         got, want = implementation.run(**without_mask), run(model, without_mask)

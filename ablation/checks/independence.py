@@ -14,10 +14,20 @@ from transformers import DynamicCache
 
 from ablation.checks.assertions import assert_close, assert_identical
 from ablation.checks.cases import Case, CaseSpec
-from ablation.checks.check import check, unsupported_features
+from ablation.checks.check import check, offered_imputations
 from ablation.checks.decoders import VOCABULARY
-from ablation.checks.driving import ablated_logits, decode_with_cache, discard, made, other_ids, piece, run
-from ablation.checks.protocol import Factory, Implementation
+from ablation.checks.driving import (
+    ablate,
+    ablated_logits,
+    decode_with_cache,
+    discard,
+    made,
+    other_ids,
+    other_keywords,
+    piece,
+    run,
+)
+from ablation.checks.protocol import WITHOUT_ROW, Factory, Implementation
 from ablation.heads import find_heads
 
 ALL_DTYPES = ("float32", "float64", "bfloat16")
@@ -38,7 +48,7 @@ def earlier_runs(factory: Factory, case: Case) -> None:
 @check(
     "independence.earlier_masks",
     "An attention mask given to an earlier run does not affect later runs.",
-    cases=CaseSpec(max_rows=2, ragged=True, max_heads=4),
+    cases=CaseSpec(without=("resample",), max_rows=2, ragged=True, max_heads=4),
     needs=("batch", "padding"),
 )
 def earlier_masks(factory: Factory, case: Case) -> None:
@@ -54,18 +64,21 @@ def _assert_independent_of_history(factory: Factory, case: Case) -> None:
         {"input_ids": case.inputs()["input_ids"], "use_cache": False},
     ]
     names = ("", "of another prompt, without a mask, ", "of the rows in another order ", "without a mask ")
-    imputations = [case.imputation, *({"zero", "mean"} - {case.imputation} - set(unsupported_features(factory)))]
+    others = [name for name in ("zero", "mean") if name in offered_imputations(factory) and name != case.imputation]
+    other = replace(case, imputation=others[0], by_position=False) if others else case
     case = replace(case, heads=tuple(sorted(case.heads, reverse=True)))  # so that the first head is in the last layer
     first, another, every = [case.heads[0]], [case.another_head()], list(case.heads)
     spare = case.model()
 
-    def from_new(heads: list[tuple[int, int]], imputation: str, prompt: int) -> Tensor:
+    changed = other_keywords(case)
+
+    def from_new(heads: list[tuple[int, int]], prompt: int, case: Case = case, **changes: Any) -> Tensor:
         """Return the logits of a new implementation, which is closed before the next one is made."""
         with made(factory, spare) as implementation:
-            implementation.ablate(heads, imputation)
+            ablate(implementation, case, heads, **changes)
             return implementation.run(**prompts[prompt]).clone()
 
-    alone = [from_new(first, case.imputation, prompt) for prompt in range(len(prompts))]
+    alone = [from_new(first, prompt) for prompt in range(len(prompts))]
     model = case.model()
     layer = find_heads(model).layers[first[0][0]]
     kept: list[tuple[Tensor, Tensor, str]] = []
@@ -76,24 +89,24 @@ def _assert_independent_of_history(factory: Factory, case: Case) -> None:
             assert_identical(got, want, f"the logits {names[prompt]}{when}")
             kept.append((got, got.clone(), f"the logits {names[prompt]}{when}, kept during later runs,"))
 
-        implementation.ablate(first, case.imputation)
+        ablate(implementation, case, first)
         assert_run(0, alone[0], "of a second implementation")
         assert_run(0, alone[0], "of a second run")
         for prompt in (1, 2, 3):
             assert_run(prompt, alone[prompt], "after a run")
             assert_run(0, alone[0], "after a run on another prompt")
-        implementation.ablate(another, case.imputation)
-        assert_run(0, from_new(another, case.imputation, 0), "with another head, after a run with the first")
+        ablate(implementation, case, another, **changed)
+        assert_run(0, from_new(another, 0, **changed), "with another head, after a run with the first")
         passed = list(every)
-        implementation.ablate(passed, case.imputation)
+        ablate(implementation, case, passed)
         passed.clear()  # the caller may change its list
-        assert_run(0, from_new(every, case.imputation, 0), f"with {every} ablated, after runs with others")
+        assert_run(0, from_new(every, 0), f"with {every} ablated, after runs with others")
         implementation.clear()
-        assert_run(0, from_new([], case.imputation, 0), "after clear()")
-        implementation.ablate(first, case.imputation)
-        discard(implementation.ablate, first, imputations[-1])
-        assert_run(0, from_new(first, imputations[-1], 0), "with an imputation that replaced another one")
-        implementation.ablate(first, case.imputation)
+        assert_run(0, from_new([], 0), "after clear()")
+        ablate(implementation, case, first)
+        discard(ablate, implementation, other, first)
+        assert_run(0, from_new(first, 0, other), "with an imputation that replaced another one")
+        ablate(implementation, case, first)
         for register in (layer.block.register_forward_pre_hook, layer.projection.register_forward_hook):
             for interrupted, prompt in ((0, 1), (1, 2)):
                 _interrupt(implementation, register, prompts[interrupted])
@@ -133,11 +146,11 @@ def other_models(factory: Factory, case: Case) -> None:
     bare, want = run(other, inputs), ablated_logits(factory, another)
     with ExitStack() as on_one, ExitStack() as on_other:
         first = on_one.enter_context(made(factory, one))
-        first.ablate(list(case.heads), case.imputation)
+        ablate(first, case)
         alone = first.run(**inputs).clone()
         assert_identical(run(other, inputs), bare, "the logits of a second model, with heads of the first ablated,")
         second = on_other.enter_context(made(factory, other))
-        second.ablate(list(another.heads), another.imputation)
+        ablate(second, another)
         assert_identical(second.run(**inputs), want, "the logits of a second model, with heads of both ablated,")
         assert_identical(first.run(**inputs), alone, "the logits of the first model, with heads of both ablated,")
         on_one.close()
@@ -147,7 +160,7 @@ def other_models(factory: Factory, case: Case) -> None:
 @check(
     "independence.rows",
     "A row of a batch gives, up to rounding, the logits that the row gives alone.",
-    cases=CaseSpec(max_rows=3),
+    cases=CaseSpec(without=("resample",), max_rows=3),
     needs=("batch",),
 )
 def rows(factory: Factory, case: Case) -> None:
@@ -157,7 +170,7 @@ def rows(factory: Factory, case: Case) -> None:
 @check(
     "independence.padding",
     "Padding on the left, on the right or on both sides changes the logits of real tokens only by rounding.",
-    cases=CaseSpec(max_rows=9, ragged=True, max_heads=4, min_layers=2),
+    cases=CaseSpec(without=("resample",), max_rows=9, ragged=True, max_heads=4, min_layers=2),
     needs=("batch", "padding"),
 )
 def padding(factory: Factory, case: Case) -> None:
@@ -171,7 +184,7 @@ def _assert_rows_stand_alone(factory: Factory, case: Case) -> None:
     if inputs["attention_mask"].all():
         batches[" without an attention mask"] = {"input_ids": inputs["input_ids"], "use_cache": False}
     with made(factory, model) as implementation:
-        implementation.ablate(list(case.heads), case.imputation)
+        ablate(implementation, case)
         together = {name: implementation.run(**batch).clone() for name, batch in batches.items()}
         for index, row in enumerate(case.rows):
             alone = implementation.run(torch.tensor([row]))
@@ -184,13 +197,13 @@ def _assert_rows_stand_alone(factory: Factory, case: Case) -> None:
 @check(
     "independence.many_rows",
     "In a batch of more than 16 rows, each row gives, up to rounding, the logits that the row gives alone.",
-    cases=CaseSpec(dtypes=("float32",)),
+    cases=CaseSpec(without=("resample",), dtypes=("float32",)),
     needs=("batch",),
 )
 def many_rows(factory: Factory, case: Case) -> None:
     rows = tuple(tuple((token + number) % VOCABULARY for token in case.rows[0]) for number in range(19))
     with made(factory, case.model()) as implementation:
-        implementation.ablate(list(case.heads), case.imputation)
+        ablate(implementation, case)
         together = implementation.run(**replace(case, rows=rows).inputs()).clone()
         for index in (0, 15, 16, 18):
             alone = implementation.run(torch.tensor([rows[index]]))
@@ -207,14 +220,14 @@ def gradient_mode(factory: Factory, case: Case) -> None:
     inputs, model, spare = case.inputs(), case.model(), case.model()
     want = ablated_logits(factory, case).detach().clone()
     with torch.inference_mode(), made(factory, spare) as implementation:
-        implementation.ablate(list(case.heads), case.imputation)
+        ablate(implementation, case)
         assert_close(implementation.run(**inputs), want, "the logits of an implementation made under inference_mode")
     with made(factory, spare) as implementation:
-        implementation.ablate(list(case.heads), case.imputation)
+        ablate(implementation, case)
         got = implementation.run(**inputs).detach().clone()
         assert_close(got, want, "the logits on a model that was ablated under inference_mode before")
     with made(factory, model) as implementation:
-        implementation.ablate(list(case.heads), case.imputation)
+        ablate(implementation, case)
         # Gradients follow each of the others, since a tensor made under inference_mode cannot be saved for them.
         for mode in (torch.inference_mode, torch.enable_grad, torch.no_grad, torch.enable_grad, torch.inference_mode):
             with mode():
@@ -233,14 +246,14 @@ def threads(factory: Factory, case: Case) -> None:
     with made(factory, case.model()) as implementation, ThreadPoolExecutor(1) as worker:
 
         def work() -> Tensor:
-            implementation.ablate(list(case.heads), case.imputation)
+            ablate(implementation, case)
             return implementation.run(**case.inputs()).detach().clone()
 
         there = worker.submit(work).result()
         assert_close(there, want, "the logits in a worker thread, of an implementation made in the main thread")
         there = worker.submit(lambda: ablated_logits(factory, case).detach().clone()).result()
         assert_close(there, want, "the logits of an implementation that lives in a worker thread")
-        implementation.ablate(list(case.heads), case.imputation)
+        ablate(implementation, case)
         here = implementation.run(**case.inputs()).detach().clone()
         assert_close(here, want, "the logits in the main thread, after a worker thread")
 
@@ -255,25 +268,25 @@ def threads(factory: Factory, case: Case) -> None:
 def head_order(factory: Factory, case: Case) -> None:
     with made(factory, case.model()) as implementation:
         inputs = case.inputs()
-        implementation.ablate(tuple(case.heads), case.imputation)  # a tuple here, lists elsewhere: any sequence
+        ablate(implementation, case, tuple(case.heads))  # a tuple here, lists elsewhere: any sequence
         once = implementation.run(**inputs).clone()
-        implementation.ablate(list(reversed(case.heads)), case.imputation)
+        ablate(implementation, case, list(reversed(case.heads)))
         assert_identical(implementation.run(**inputs), once, "the logits with the heads in the opposite order")
-        implementation.ablate([*case.heads, case.heads[0]], case.imputation)
+        ablate(implementation, case, [*case.heads, case.heads[0]])
         assert_identical(implementation.run(**inputs), once, "the logits with the first head named twice")
 
 
 @check(
     "independence.later_tokens",
-    "Under zero imputation, later tokens affect the logits of a token only by rounding.",
-    cases=CaseSpec(imputations=("zero",), min_tokens=2),
-    needs=("zero",),
+    "Under an imputation that does not read the whole row (zero, scale, values and means of a reference), later tokens "
+    "affect the logits of a token only by rounding.",
+    cases=CaseSpec(imputations=WITHOUT_ROW, min_tokens=2),
 )
 def later_tokens(factory: Factory, case: Case) -> None:
     row = case.rows[0]
     changed = (*row[:-1], (row[-1] + 1) % VOCABULARY)
     with made(factory, case.model()) as implementation:
-        implementation.ablate(list(case.heads), "zero")
+        ablate(implementation, case)
         mask = torch.ones(1, len(row), dtype=torch.long)
         one, two = (implementation.run(torch.tensor([ids]), attention_mask=mask).clone() for ids in (row, changed))
     # Up to rounding: in a mixture of experts, another last token changes how many tokens an expert multiplies at once.
@@ -282,31 +295,31 @@ def later_tokens(factory: Factory, case: Case) -> None:
 
 @check(
     "independence.cache",
-    "Under zero imputation, decoding with a key/value cache gives, up to rounding, the logits of one forward pass "
-    "over all tokens.",
-    cases=CaseSpec(imputations=("zero",), min_tokens=3),
-    needs=("zero", "cache"),
+    "Under an imputation that does not read the whole row (zero, scale, values and means of a reference), decoding "
+    "with a key/value cache gives, up to rounding, the logits of one forward pass over all tokens.",
+    cases=CaseSpec(imputations=WITHOUT_ROW, min_tokens=3),
+    needs=("cache",),
 )
 def cache(factory: Factory, case: Case) -> None:
-    _assert_cache_changes_nothing(factory, case)
+    assert_cache_changes_nothing(factory, case)
 
 
 @check(
     "independence.cache_padded",
-    "Under zero imputation, decoding a padded batch with a key/value cache gives, up to rounding, the logits of one "
-    "forward pass over all tokens.",
-    cases=CaseSpec(imputations=("zero",), max_rows=3, ragged=True, min_tokens=3),
-    needs=("zero", "cache", "batch", "padding"),
+    "Under an imputation that does not read the whole row (zero, scale, values and means of a reference), decoding a "
+    "padded batch with a key/value cache gives, up to rounding, the logits of one forward pass over all tokens.",
+    cases=CaseSpec(imputations=WITHOUT_ROW, max_rows=3, ragged=True, min_tokens=3),
+    needs=("cache", "batch", "padding"),
 )
 def cache_padded(factory: Factory, case: Case) -> None:
-    _assert_cache_changes_nothing(factory, case)
+    assert_cache_changes_nothing(factory, case)
 
 
 @check(
     "independence.cache_kept",
     "Keys and values that the caller's cache already holds are never written to.",
-    cases=CaseSpec(imputations=("zero",), min_tokens=3, max_rows=2),
-    needs=("zero", "cache"),
+    cases=CaseSpec(imputations=WITHOUT_ROW, min_tokens=3, max_rows=2),
+    needs=("cache",),
 )
 def cache_kept(factory: Factory, case: Case) -> None:
     past: Any = DynamicCache(config=case.decoder.shared().config)
@@ -314,17 +327,18 @@ def cache_kept(factory: Factory, case: Case) -> None:
     with made(factory, case.model()) as implementation:
         implementation.run(**piece(case, past, 0, length - 1))
         before = [(layer.keys.clone(), layer.values.clone()) for layer in past.layers]
-        implementation.ablate(list(case.heads), "zero")
+        ablate(implementation, case)
         implementation.run(**piece(case, past, length - 1, length))
     for index, (layer, (keys, values)) in enumerate(zip(past.layers, before, strict=True)):
         for name, now, was in (("keys", layer.keys, keys), ("values", layer.values, values)):
             assert_identical(now[:, :, : length - 1], was, f"the {name} of layer {index} that the cache held before")
 
 
-def _assert_cache_changes_nothing(factory: Factory, case: Case) -> None:
+def assert_cache_changes_nothing(factory: Factory, case: Case) -> None:
+    """Compare the logits of a case, decoded with a cache, with those of one forward pass."""
     with made(factory, case.model()) as implementation:
         inputs = case.inputs()
-        implementation.ablate(list(case.heads), "zero")
+        ablate(implementation, case)
         whole, mask = implementation.run(**inputs).clone(), inputs["attention_mask"].bool()
         for name, here, logits in decode_with_cache(implementation.run, case):
             real = mask[:, here]

@@ -1,4 +1,4 @@
-"""Chapter 7, layouts: decoders in which the place of a head, or what reads it, is not obvious.
+"""Chapter 9, layouts: decoders in which the place of a head, or what reads it, is not obvious.
 
 An implementation that does not claim a family of LAYOUTS declares it in `unsupported`, as for any other family.
 """
@@ -16,10 +16,12 @@ from transformers.pytorch_utils import Conv1D
 from ablation.checks.assertions import assert_close
 from ablation.checks.cases import Case, CaseSpec
 from ablation.checks.check import check, unsupported_features
-from ablation.checks.driving import ablated_logits, made, run
+from ablation.checks.driving import ablate, ablated_logits, made, run
 from ablation.checks.oracles import apply_surgery, expected_logits
-from ablation.checks.protocol import Factory
+from ablation.checks.protocol import IMPUTATIONS, Factory
 from ablation.heads import find_heads
+
+KNOWN = tuple(IMPUTATIONS)
 
 
 @check(
@@ -27,7 +29,9 @@ from ablation.heads import find_heads
     "In a model whose sliding window is shorter than the prompt, an ablation gives, up to rounding, the logits of the "
     "bare model after the ablation is written into its weights.",
     # With a head left, since a norm follows W_O: it would amplify the rounding of an attention that writes nothing.
-    cases=CaseSpec(families=("gemma3",), dtypes=("float32",), max_heads=2, min_tokens=5, min_layer_heads=3),
+    cases=CaseSpec(
+        imputations=KNOWN, families=("gemma3",), dtypes=("float32",), max_heads=2, min_tokens=5, min_layer_heads=3
+    ),
 )
 def sliding_window(factory: Factory, case: Case) -> None:
     _assert_right(factory, case)
@@ -38,7 +42,7 @@ def sliding_window(factory: Factory, case: Case) -> None:
     "In a model in which some layers have no attention heads, layer l is the l-th of all layers, counted from 0: an "
     "ablation in layer l gives, up to rounding, the logits of the bare model after the ablation is written into the "
     "weights of layer l.",
-    cases=CaseSpec(families=("lfm2",), dtypes=("float32",), max_heads=2, min_layers=4, min_tokens=2),
+    cases=CaseSpec(imputations=KNOWN, families=("lfm2",), dtypes=("float32",), max_heads=2, min_layers=4, min_tokens=2),
 )
 def hybrid(factory: Factory, case: Case) -> None:
     _assert_right(factory, case)
@@ -48,7 +52,14 @@ def hybrid(factory: Factory, case: Case) -> None:
     "layouts.vision",
     "In a vision-language model, layer l is that of the text decoder: on a text prompt, an ablation in layer l gives, "
     "up to rounding, the logits of the bare model after the ablation is written into the weights of that layer.",
-    cases=CaseSpec(families=("gemma3_vision",), dtypes=("float32",), max_heads=2, min_tokens=2, min_layer_heads=3),
+    cases=CaseSpec(
+        imputations=KNOWN,
+        families=("gemma3_vision",),
+        dtypes=("float32",),
+        max_heads=2,
+        min_tokens=2,
+        min_layer_heads=3,
+    ),
 )
 def vision(factory: Factory, case: Case) -> None:
     _assert_right(factory, case)
@@ -102,6 +113,6 @@ def _assert_right(factory: Factory, case: Case) -> None:
     bare = run(model, case.inputs())
     with made(factory, model) as implementation:
         assert_close(implementation.run(**case.inputs()), bare, "the logits before anything is ablated")
-        implementation.ablate(list(case.heads), case.imputation)
+        ablate(implementation, case)
         got = implementation.run(**case.inputs())
     assert_close(got, expected_logits(case), "the logits, against those of the ablation written into W_O and its bias")

@@ -26,16 +26,17 @@ from hypothesis.stateful import (
 from torch import Tensor
 
 from ablation.checks.assertions import assert_identical
-from ablation.checks.cases import Case, CaseSpec
+from ablation.checks.cases import Case, CaseSpec, with_factor
 from ablation.checks.check import (
     Check,
     first_error,
     isolated_process_state,
+    offered_imputations,
     search_settings,
     unsupported_features,
 )
 from ablation.checks.decoders import Decoder
-from ablation.checks.driving import ablated_logits, other_ids, run
+from ablation.checks.driving import ablate, ablated_logits, other_ids, run
 from ablation.checks.observe import assert_unchanged, changes, hooks, state
 from ablation.checks.protocol import Factory
 from ablation.heads import AttentionLayer, find_heads
@@ -117,6 +118,7 @@ class LifecycleMachine(RuleBasedStateMachine):
 
     def __init__(self, factory: Factory, spec: CaseSpec, inject_errors: bool) -> None:
         super().__init__()
+        self.imputations = [with_factor(name) for name in spec.imputations or ()]
         self.factory, self.spec, self.inject_errors = factory, spec, inject_errors
         self.max_heads = spec.max_heads
         self.implementation: Any = None
@@ -142,7 +144,7 @@ class LifecycleMachine(RuleBasedStateMachine):
         # checks report both, so this one expects the logits and the changes of a new implementation on a spare model.
         spare = case.model()
         before = state(spare)
-        self.clean = ablated_logits(self.factory, case, spare)
+        self.clean = ablated_logits(self.factory, self._ablated((), self.imputations[0]), spare)
         self.residue = changes(spare, before)
 
     def replay(self, case: Case) -> None:
@@ -171,12 +173,11 @@ class LifecycleMachine(RuleBasedStateMachine):
         self.implementation = self.factory(self.model)
 
     @precondition(lambda self: self.implementation is not None)
-    @rule(heads=sets, imputation=from_machine(lambda machine: st.sampled_from(machine.spec.imputations)))
+    @rule(heads=sets, imputation=from_machine(lambda machine: st.sampled_from(machine.imputations)))
     def ablate(self, heads: tuple[Pair, ...], imputation: str) -> None:
         """Ablate some heads instead of the previous ones."""
         self._note("ablate", heads, imputation)
-        self._expect(heads, imputation)
-        self.implementation.ablate(list(heads), imputation)
+        ablate(self.implementation, self._expect(heads, imputation))
 
     @precondition(lambda self: self.implementation is not None and not self.inject_errors)
     @rule()
@@ -217,7 +218,7 @@ class LifecycleMachine(RuleBasedStateMachine):
 
     def _ablate_again(self) -> None:
         if self.ablated is not None:
-            self.implementation.ablate(list(self.ablated.heads), self.ablated.imputation)
+            ablate(self.implementation, self.ablated)
 
     @precondition(lambda self: not self.inject_errors)
     @rule(layer=layers, place=st.sampled_from([str(Place.BEFORE), str(Place.AFTER)]))
@@ -238,7 +239,7 @@ class LifecycleMachine(RuleBasedStateMachine):
         """Make, use and close a second implementation on the model while the first is open."""
         self._note("nest", pair)
         if (other := self._second()) is not None:
-            other.ablate([pair], self.spec.imputations[0])
+            ablate(other, self._ablated((pair,), self.imputations[0]))
             other.run(**self.inputs)
             other.close()
 
@@ -248,16 +249,18 @@ class LifecycleMachine(RuleBasedStateMachine):
         """Make a second implementation on the model, close the first, and continue with the second."""
         self._note("replace_implementation", pair)
         if (other := self._second()) is not None:
-            imputation = self.spec.imputations[0]
-            self._expect((pair,), imputation)
-            other.ablate([pair], imputation)
+            ablate(other, self._expect((pair,), self.imputations[0]))
             self.implementation.close()
             self.implementation = other
 
-    def _expect(self, heads: tuple[Pair, ...], imputation: str) -> None:
+    def _ablated(self, heads: tuple[Pair, ...], imputation: str) -> Case:
+        return replace(self.case, heads=heads, imputation=imputation, steps=())
+
+    def _expect(self, heads: tuple[Pair, ...], imputation: str) -> Case:
         """Note what the next runs should give: before the step, since what goes wrong in it may outlive it."""
-        self.ablated = replace(self.case, heads=heads, imputation=imputation, steps=())
+        self.ablated = self._ablated(heads, imputation)
         self.fresh = ablated_logits(self.factory, self.ablated).clone()
+        return self.ablated
 
     def _second(self) -> Any:
         """Return a second implementation, or None if it is refused; then the first has to work as before."""
@@ -326,7 +329,7 @@ class LifecycleCheck(Check):
         """Run the machine under the current hypothesis profile. Raises CheckFailure."""
         __tracebackhide__ = True
         machines: list[LifecycleMachine] = []
-        spec = self.cases.restrict_to(unsupported_features(factory))
+        spec = self.cases_for(factory)
 
         def new_machine() -> LifecycleMachine:
             machines[:] = [LifecycleMachine(factory, spec, self.inject_errors)]
@@ -367,10 +370,11 @@ class LifecycleCheck(Check):
 
 def _supported(steps: Steps, machine: LifecycleMachine) -> Steps:
     """Return the steps with as many heads, and with the imputation, that the implementation supports."""
-    heads, imputation = machine.max_heads, machine.spec.imputations[0]
+    heads, imputation = machine.max_heads, machine.imputations[0]
     return tuple(("ablate", step[1][:heads], imputation) if step[0] == "ablate" else step for step in steps)
 
 
 def replay(factory: Factory, case: Case) -> None:
     """Repeat the steps of a case on a new machine. This is the `function` of every lifecycle check."""
-    LifecycleMachine(factory, CaseSpec().restrict_to(unsupported_features(factory)), inject_errors=False).replay(case)
+    spec = CaseSpec().restrict_to(unsupported_features(factory), offered_imputations(factory))
+    LifecycleMachine(factory, spec, inject_errors=False).replay(case)

@@ -8,12 +8,13 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedModel
 
-from ablation.checks.assertions import assert_identical, different
+from ablation.checks.assertions import assert_identical, different, tolerance
 from ablation.checks.cases import Case, CaseSpec
 from ablation.checks.check import check
-from ablation.checks.driving import made, other_ids, run
+from ablation.checks.driving import ablate, made, other_ids, run
+from ablation.checks.imputed import frozen_values
 from ablation.checks.observe import WITH_VALUE_PROJECTION, recorded_inputs, spoil_values
-from ablation.checks.protocol import Factory
+from ablation.checks.protocol import IMPUTATIONS, Factory
 from ablation.heads import find_heads
 
 ALL_DTYPES = ("float32", "float64", "bfloat16")
@@ -27,7 +28,7 @@ ALL_DTYPES = ("float32", "float64", "bfloat16")
     needs=("observable", "single_forward"),
 )
 def locality(factory: Factory, case: Case) -> None:
-    _assert_local(factory, case, case.model())
+    assert_local(factory, case, case.model())
 
 
 @check(
@@ -38,7 +39,7 @@ def locality(factory: Factory, case: Case) -> None:
     needs=("observable", "single_forward", "batch", "padding"),
 )
 def locality_padded(factory: Factory, case: Case) -> None:
-    _assert_local(factory, case, case.model())
+    assert_local(factory, case, case.model())
 
 
 @check(
@@ -48,22 +49,22 @@ def locality_padded(factory: Factory, case: Case) -> None:
     needs=("observable", "single_forward", "multiple_heads"),
 )
 def locality_sets(factory: Factory, case: Case) -> None:
-    _assert_local(factory, case, case.model())
+    assert_local(factory, case, case.model())
 
 
 @check(
     "locality.user_hooks",
     "If a hook of the user edits z, the imputed value is computed from the edited z, and the heads that are not "
     "ablated keep the user's edit.",
-    cases=CaseSpec(dtypes=ALL_DTYPES),
+    # Doubling commutes with these, up to the last bit, so either order of the hooks is right.
+    cases=CaseSpec(imputations=("zero", "mean", "channel-mean", "scale"), dtypes=ALL_DTYPES),
     needs=("observable", "single_forward"),
 )
 def locality_user_hooks(factory: Factory, case: Case) -> None:
     model = case.model()
     for layer in find_heads(model).layers:
-        # Doubling commutes with zero and mean imputation, bit for bit, so either order of the hooks is right.
         layer.projection.register_forward_pre_hook(lambda _, args: (2 * args[0],))
-    _assert_local(factory, case, model)
+    assert_local(factory, case, model)
 
 
 @check(
@@ -79,21 +80,23 @@ def locality_non_finite(factory: Factory, case: Case) -> None:
     size = decoder.num_key_value_groups
     other = (head // size + 1) % (decoder.num_heads // size)
     spoil_values(model, decoder, layer, other, float("nan") if case.rows[0][0] % 2 else float("inf"))
+    frozen = frozen_values(case, model)
     with recorded_inputs(model) as calls:
         run(model, case.inputs())
         old = calls[layer].pop().unflatten(-1, (decoder.num_heads, -1))[0]  # [tokens, heads, head_dim]
         with made(factory, model) as implementation:
-            implementation.ablate([(layer, head)], case.imputation)
+            ablate(implementation, case)
+            calls[layer].clear()  # of a reference
             implementation.run(**case.inputs())
     new = calls[layer].pop().unflatten(-1, (decoder.num_heads, -1))[0]
-    problem = _imputation_problem(new[:, head], old[:, head], case.imputation)
+    problem = _imputation_problem(case, new[:, head], old[:, head], frozen[layer, head][0] if frozen else None)
     assert not problem, f"the z of head {head} in layer {layer} {problem}"
     same = ((old == new) | (old.isnan() & new.isnan())).all(dim=-1).all(dim=0)  # [heads]
     changed = [index for index in range(decoder.num_heads) if not same[index] and index != head]
     assert not changed, f"head {head} of layer {layer} should be ablated, but head {changed[0]} was changed"
 
 
-def _assert_local(factory: Factory, case: Case, model: PreTrainedModel) -> None:
+def assert_local(factory: Factory, case: Case, model: PreTrainedModel) -> None:
     """Compare the inputs of the projections with and without the ablation.
 
     Ablated heads are looked at in every layer, all other heads only up to the first layer with an ablated head: from
@@ -101,12 +104,15 @@ def _assert_local(factory: Factory, case: Case, model: PreTrainedModel) -> None:
     """
     inputs = case.inputs()
     layers = find_heads(model).layers
-    real = inputs["attention_mask"].bool()
+    real, at = inputs["attention_mask"].bool(), case.replaced()
+    frozen = frozen_values(case, model)
     with recorded_inputs(model) as calls:  # entered first: the implementation may wrap or replace the projections
         bare = run(model, inputs)
         clean = [layer.pop() for layer in calls.values()]
         with made(factory, model) as implementation:
-            implementation.ablate(list(case.heads), case.imputation)
+            ablate(implementation, case)
+            for now in calls.values():
+                now.clear()  # of a reference
             logits = implementation.run(**inputs)
     first = min(layer for layer, _ in case.heads)
     for layer, was, now in zip(layers, clean, calls.values(), strict=True):
@@ -122,32 +128,63 @@ def _assert_local(factory: Factory, case: Case, model: PreTrainedModel) -> None:
             assert not others, f"{what}, but head {others[0]} was changed"
         unchanged = layer.index == first and not different(old, new).any()
         for head in targets:
-            for row, here in enumerate(real):  # padding may hold anything
-                held, own = (z[row, here, head] for z in (new, old))  # [tokens, head_dim]
-                problem = _imputation_problem(held, own if layer.index == first else None, case.imputation)
+            for row in range(len(real)):  # padding may hold anything
+                here, kept = at[row], real[row] & ~at[row]
+                held, own = new[row, here, head], old[row, :, head]  # [tokens, head_dim]
+                values = frozen[layer.index, head][row, here] if frozen else None
+                read = own[real[row]] if case.reads_row else own[here]
+                problem = _imputation_problem(case, held, read if layer.index == first else None, values)
                 if problem and unchanged and different(logits[real], bare[real]).any():
                     problem = "is unchanged at the projection, though the logits changed: the edit is downstream of it"
+                if layer.index == first and different(new[row, kept, head], own[kept]).any():
+                    problem = (
+                        problem or f"is changed at other positions than {', '.join(map(str, case.positions or ()))}"
+                    )
                 assert not problem, f"{what}; the z of head {head} in row {row} {problem}"
 
 
-def _imputation_problem(held: Tensor, own: Tensor | None, imputation: str) -> str | None:
+def _imputation_problem(case: Case, held: Tensor, own: Tensor | None, values: Tensor | None) -> str | None:
     """Return what is wrong with the imputed z of one head in one row, or None.
 
-    held: the slice that the projection received, [tokens, head_dim]. own: the z that `held` replaces, if known.
+    held: the slices that the projection received at the tokens to be replaced, [tokens, head_dim]. own: the z that the
+    imputation reads, if known: that of the row's real tokens, or of the tokens to be replaced. values: what should
+    replace z, if that does not depend on the run, [tokens, head_dim].
     """
-    if imputation == "zero":
+    if case.kind == "zero":
         left = int(held.count_nonzero())
         return f"holds {left} of {held.numel()} elements that are not 0" if left else None
+    if case.kind not in IMPUTATIONS:
+        return None
     if not held.isfinite().all():
         return "is not finite"
-    if held.max() != held.min():
+    if values is not None:
+        allowed = 0.0 if case.kind == "values" else tolerance(values, held.dtype)
+        return _difference(held, values, allowed, "the value that replaces it")
+    if case.kind == "mean" and held.max() != held.min():
         return f"holds several values, from {held.min():.6g} to {held.max():.6g}"
-    if own is not None:
-        mean = own.double().mean()
-        tolerance = 4 * torch.finfo(held.dtype).eps * own.abs().max().item()  # the mean of few numbers, rounded
-        if not abs(held[0, 0].double() - mean).item() <= tolerance:
-            return f"holds {held[0, 0]:.9g}; its mean is {mean:.9g}"
-    return None
+    if case.kind == "channel-mean" and (held != held[0]).any():
+        return "holds different values at different tokens"
+    if own is None:
+        return None
+    own = own.double()
+    rounding = 4 * torch.finfo(held.dtype).eps * own.abs().max().item()  # of the mean of few numbers
+    match case.kind:
+        case "mean":
+            return _difference(held, own.mean().expand_as(held), rounding, "its mean")
+        case "channel-mean":
+            return _difference(held, own.mean(dim=0).expand_as(held), rounding, "the mean of that channel")
+        case _:
+            return _difference(held, own * float(case.factor), rounding, f"its own value times {case.factor}")
+
+
+def _difference(held: Tensor, want: Tensor, allowed: float, what: str) -> str | None:
+    """Return the first element that differs by more than is allowed, or None."""
+    wrong = ~((held.double() - want).abs() <= allowed)
+    if not wrong.any():
+        return None
+    token, channel = wrong.nonzero()[0].tolist()
+    where = f"{held[token, channel]:.9g} in channel {channel} at the first wrong token"
+    return f"holds {where}; {what} is {want[token, channel]:.9g}"
 
 
 @check(
@@ -169,7 +206,7 @@ def locality_input_untouched(factory: Factory, case: Case) -> None:
         layer.projection.register_forward_pre_hook(keep(f"{place} before the ablation"))
         layer.projection.register_forward_hook(keep(f"{place} after the projection"))
     with made(factory, model) as implementation:
-        implementation.ablate(list(case.heads), case.imputation)
+        ablate(implementation, case)
         implementation.run(**inputs)
         implementation.run(**inputs | {"input_ids": other_ids(case)})
     for what, tensor, copy in kept:

@@ -1,7 +1,4 @@
-"""Chapter 6, oracles: two independent computations of the logits of an ablated model.
-
-One writes the ablation into the weights of the model ("surgery"); the other is a GPT-2 written in numpy.
-"""
+"""Chapter 6, oracles: the logits of an ablated model, computed by writing the ablation into its weights ("surgery")."""
 
 from __future__ import annotations
 
@@ -12,7 +9,6 @@ from itertools import groupby
 from operator import itemgetter
 from typing import Any
 
-import numpy as np
 import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
@@ -22,13 +18,11 @@ from ablation.checks.assertions import assert_close, assert_equals_bare
 from ablation.checks.cases import Case, CaseSpec
 from ablation.checks.check import check, unsupported_features
 from ablation.checks.decoders import VOCABULARY
-from ablation.checks.driving import ablated_logits, made, run
-from ablation.checks.observe import WITH_VALUE_PROJECTION, recorded_inputs, spoil_values
-from ablation.checks.protocol import Factory
+from ablation.checks.driving import ablate, ablated_logits, made, run
+from ablation.checks.imputed import Pair, frozen_values, recorded_z
+from ablation.checks.observe import WITH_VALUE_PROJECTION, spoil_values
+from ablation.checks.protocol import IMPUTATIONS, Factory
 from ablation.heads import AttentionLayer, find_heads
-
-Array = Any  # a numpy array of float64
-Pair = tuple[int, int]
 
 
 @check(
@@ -106,10 +100,90 @@ def mean_sets(factory: Factory, case: Case) -> None:
 
 
 @check(
+    "oracle.channel_mean",
+    "Channel-mean imputation of a head gives, up to rounding, the logits of the bare model whose W_O receives, in each "
+    "channel of the head, the mean of this channel over the tokens of the prompt, as a constant.",
+    cases=CaseSpec(imputations=("channel-mean",), max_heads=4),
+    needs=("channel-mean", "single_forward"),
+)
+def channel_mean(factory: Factory, case: Case) -> None:
+    _assert_equals_surgery(factory, case)
+
+
+@check(
+    "oracle.scale",
+    "Scaling a head gives, up to rounding, the logits of the bare model after the weights of W_O that read the head "
+    "are multiplied by the factor; the factor 1 changes no logit, bit for bit.",
+    cases=CaseSpec(imputations=("scale",), max_rows=3, ragged=True, max_heads=4),
+    needs=("scale",),
+)
+def scale(factory: Factory, case: Case) -> None:
+    for factor in (case.factor, "0"):
+        _assert_equals_surgery(factory, replace(case, imputation=f"scale:{factor}"))
+    _assert_identity(factory, replace(case, imputation="scale:1"), "scaled by 1")
+
+
+@check(
+    "oracle.values",
+    "Imputation by given values gives, up to rounding, the logits of the bare model whose W_O receives these values in "
+    "place of the head's z: the same for all tokens, or those of the token's position.",
+    cases=CaseSpec(imputations=("values",), max_rows=3, ragged=True, max_heads=4),
+    needs=("values",),
+)
+def values(factory: Factory, case: Case) -> None:
+    _assert_equals_surgery(factory, case)
+
+
+@check(
+    "oracle.reference_mean",
+    "Imputation by the mean of a reference gives, up to rounding, the logits of the bare model whose W_O receives, in "
+    "each channel of the head, the mean of this channel over all real tokens of the reference, as a constant.",
+    cases=CaseSpec(imputations=("reference-mean",), max_rows=3, ragged=True, max_heads=4),
+    needs=("reference-mean",),
+)
+def reference_mean(factory: Factory, case: Case) -> None:
+    _assert_equals_surgery(factory, case)
+
+
+@check(
+    "oracle.reference_by_position",
+    "Imputation by the means of a reference by position gives, up to rounding, the logits of the bare model whose W_O "
+    "receives, at each token, the mean over the reference's tokens at the same position; if the reference is the "
+    "prompt itself, these are the logits of the clean run.",
+    cases=CaseSpec(imputations=("reference-mean-by-position",), max_rows=3, ragged=True, max_heads=4),
+    needs=("reference-mean-by-position",),
+)
+def reference_by_position(factory: Factory, case: Case) -> None:
+    _assert_equals_surgery(factory, case)
+    alone = replace(case, rows=case.rows[:1])
+    with made(factory, alone.model()) as implementation:
+        clean = implementation.run(**alone.inputs()).clone()
+        ablate(implementation, alone, reference=alone.batches([[alone.rows[0]]]))
+        got = implementation.run(**alone.inputs())
+    assert_close(got, clean, "the logits with the prompt itself as the reference, against those of the clean run")
+
+
+@check(
+    "oracle.resample",
+    "Resampling a head gives, up to rounding, the logits of the bare model whose W_O receives, in each row, the z of "
+    "the head in the same row of the reference, at the same tokens; if the reference is the prompt itself, these are "
+    "the logits of the clean run, bit for bit.",
+    cases=CaseSpec(imputations=("resample",), max_rows=3, ragged=True, max_heads=4),
+    needs=("resample",),
+)
+def resample(factory: Factory, case: Case) -> None:
+    _assert_equals_surgery(factory, case)
+    alone = replace(case, rows=case.rows[:1])  # an implementation may run the rows of a reference one by one
+    _assert_identity(
+        factory, alone, "with the prompt itself as the reference", reference=alone.batches([[*alone.rows]])
+    )
+
+
+@check(
     "oracle.long_prompt",
     "With a prompt of more than 64 tokens, an ablation gives, up to rounding, the logits of the bare model after the "
     "ablation is written into its weights.",
-    cases=CaseSpec(dtypes=("float32",)),
+    cases=CaseSpec(imputations=tuple(IMPUTATIONS), dtypes=("float32",)),
 )
 def long_prompt(factory: Factory, case: Case) -> None:
     row = tuple((token + number) % VOCABULARY for number in range(70) for token in case.rows[0])[:70]
@@ -118,42 +192,75 @@ def long_prompt(factory: Factory, case: Case) -> None:
 
 def _assert_equals_surgery(factory: Factory, case: Case) -> None:
     what = "the logits, against those of the ablation written into W_O and its bias"
-    assert_close(ablated_logits(factory, case), expected_logits(case), what)
+    real = case.replaced()  # of each row; the logits of padding mean nothing
+    assert_close(ablated_logits(factory, case)[real], expected_logits(case)[real], what)
+
+
+def _assert_identity(factory: Factory, case: Case, when: str, **changes: Any) -> None:
+    """Assert that an ablation changes no logit. changes: to the keyword arguments of `ablate`."""
+    real = case.replaced()
+    with made(factory, case.model()) as implementation:
+        clean = implementation.run(**case.inputs()).clone()
+        ablate(implementation, case, **changes)
+        got = implementation.run(**case.inputs())
+    assert_equals_bare(factory, got[real], clean[real], f"the logits {when}, against those of the clean run,")
 
 
 @lru_cache(maxsize=256)
 def expected_logits(case: Case) -> Tensor:
     """Return the logits that an ablation should give, computed by surgery on the weights of a new model.
 
-    Mean imputation: for a case of one row only. Means are measured layer by layer, since the z of a head depends on the
-    heads that are ablated in lower layers.
+    Imputations that read the row: for a case of one row only. Means are measured layer by layer, since the z of a head
+    depends on the heads that are ablated in lower layers. Values that differ between tokens do not go into the weights:
+    a hook adds what W_O makes of them.
     """
-    model = case.model()
-    if case.imputation == "zero":
-        apply_surgery(model, case.heads)
-    else:
-        found = find_heads(model)
-        for index, group in groupby(sorted(case.heads), key=itemgetter(0)):
-            with recorded_inputs(model) as calls:
-                run(model, case.inputs())
-            z = calls[index][0].double()
-            means = {(index, head): z[..., found.layer(index).channels(head)].mean().item() for _, head in group}
+    model, inputs = case.model(), case.inputs()
+    found, frozen = find_heads(model), frozen_values(case, model)
+    for index, group in groupby(sorted(case.heads), key=itemgetter(0)):
+        heads = [head for _, head in group]
+        if case.kind == "scale":
+            with torch.no_grad():
+                for head in heads:
+                    w_o_block(found.layer(index), head).mul_(float(case.factor))
+        elif case.kind == "zero":
+            apply_surgery(model, [(index, head) for head in heads])
+        elif case.reads_row:
+            z = recorded_z(model, inputs)[index][0].double()  # [tokens, num_heads, head_dim]
+            means = {(index, head): z[:, head].mean(dim=0) for head in heads}
+            if case.kind == "mean":
+                means = {pair: mean.mean().expand_as(mean) for pair, mean in means.items()}
             apply_surgery(model, means, means)
-    return run(model, case.inputs())
+        elif case.kind == "reference-mean" or (case.kind == "values" and not case.by_position):
+            constants = {(index, head): frozen[index, head][0, 0] for head in heads}
+            apply_surgery(model, constants, constants)
+        else:
+            for head in heads:
+                _add_to_output(found.layer(index), head, frozen[index, head])
+            apply_surgery(model, [(index, head) for head in heads])
+    return run(model, inputs)
 
 
-def apply_surgery(model: PreTrainedModel, heads: Iterable[Pair], means: Mapping[Pair, float] | None = None) -> None:
+def _add_to_output(layer: AttentionLayer, head: int, values: Tensor) -> None:
+    """Let the projection add what W_O makes of values of one head, [rows, tokens, head_dim]."""
+    block = w_o_block(layer, head).detach()
+    added = values.to(block.dtype) @ block  # before the surgery
+    layer.projection.register_forward_hook(lambda module, args, output: output + added)
+
+
+def apply_surgery(
+    model: PreTrainedModel, heads: Iterable[Pair], constants: Mapping[Pair, Tensor] | None = None
+) -> None:
     """Write an ablation into the weights of a model, in place.
 
-    The block of W_O that reads an ablated head becomes 0. means: {(layer, head): mean of z}, for mean imputation; the
-    mean times the sum of the block over the head's channels is added to the projection's bias.
+    The block of W_O that reads an ablated head becomes 0. constants: {(layer, head): what replaces z, [head_dim]};
+    their product with the block is added to the projection's bias.
     """
     found = find_heads(model)
     with torch.no_grad():
         for index, head in heads:
             projection, block = found.layer(index).projection, w_o_block(found.layer(index), head)
-            if means is not None:
-                constant = means[index, head] * block.sum(dim=0)
+            if constants is not None:
+                constant = (constants[index, head] @ block.double()).to(block.dtype)
                 bias = projection.bias
                 projection.bias = nn.Parameter(constant if bias is None else bias + constant)  # type: ignore[operator]
             block.zero_()
@@ -172,57 +279,6 @@ def head_block(layer: AttentionLayer, head: int, weight: Tensor) -> Tensor:
 
 
 @check(
-    "oracle.numpy",
-    "The logits are, up to rounding, those of a GPT-2 written in numpy that replaces the z of the ablated head by "
-    "the imputed value.",
-    cases=CaseSpec(families=("gpt2",)),
-)
-def numpy_gpt2(factory: Factory, case: Case) -> None:
-    want = gpt2_logits(case.model(), case.rows[0], dict.fromkeys(case.heads, case.imputation))
-    got = ablated_logits(factory, case)
-    assert_close(got[0], torch.from_numpy(want).to(got.dtype), "the logits, against a GPT-2 in numpy")
-
-
-def gpt2_logits(model: PreTrainedModel, ids: tuple[int, ...], ablated: dict[Pair, str]) -> Array:
-    """Return the logits [tokens, vocabulary] of a GPT-2 in float64, with the z of some heads replaced.
-
-    ids: the prompt. ablated: {(layer, head): "zero" or "mean"}. This computation shares no code with transformers.
-    """
-    w: dict[str, Array] = {
-        name.removeprefix("transformer."): tensor.double().numpy() for name, tensor in model.state_dict().items()
-    }
-    heads, eps = model.config.n_head, model.config.layer_norm_epsilon
-
-    def norm(x: Array, name: str) -> Array:
-        x = (x - x.mean(-1, keepdims=True)) / np.sqrt(x.var(-1, keepdims=True) + eps)
-        return x * w[f"{name}.weight"] + w[f"{name}.bias"]
-
-    def linear(x: Array, name: str) -> Array:
-        return x @ w[f"{name}.weight"] + w[f"{name}.bias"]
-
-    def softmax(x: Array) -> Array:
-        x = np.exp(x - x.max(-1, keepdims=True))
-        return x / x.sum(-1, keepdims=True)
-
-    def gelu(x: Array) -> Array:
-        return 0.5 * x * (1 + np.tanh(np.sqrt(2 / np.pi) * (x + 0.044715 * x**3)))
-
-    tokens = len(ids)
-    future = np.triu(np.full((tokens, tokens), -np.inf), k=1)
-    x = w["wte.weight"][list(ids)] + w["wpe.weight"][:tokens]  # [tokens, hidden]
-    for layer in range(model.config.n_layer):
-        qkv = np.split(linear(norm(x, f"h.{layer}.ln_1"), f"h.{layer}.attn.c_attn"), 3, axis=-1)
-        outputs = []  # the z of each head, [tokens, head_dim]
-        for head, (q, k, v) in enumerate(zip(*(np.split(part, heads, axis=-1) for part in qkv), strict=True)):
-            z = softmax(q @ k.T / np.sqrt(q.shape[-1]) + future) @ v
-            imputed = {"zero": np.zeros_like(z), "mean": np.full_like(z, z.mean())}
-            outputs.append(imputed[ablated[layer, head]] if (layer, head) in ablated else z)
-        x = x + linear(np.concatenate(outputs, axis=-1), f"h.{layer}.attn.c_proj")
-        x = x + linear(gelu(linear(norm(x, f"h.{layer}.ln_2"), f"h.{layer}.mlp.c_fc")), f"h.{layer}.mlp.c_proj")
-    return norm(x, "ln_f") @ w["wte.weight"].T
-
-
-@check(
     "oracle.unread_head",
     "If the weights of W_O that read a head are 0, ablating the head does not change the logits, bit for bit.",
 )
@@ -231,7 +287,7 @@ def unread_head(factory: Factory, case: Case) -> None:
     apply_surgery(model, case.heads)
     with made(factory, model) as implementation:
         clean = implementation.run(**case.inputs())
-        implementation.ablate(list(case.heads), case.imputation)
+        ablate(implementation, case)
         ablated = implementation.run(**case.inputs())
     assert_equals_bare(factory, ablated, clean, "the logits, with W_O's block of the ablated head set to 0,")
 
@@ -240,7 +296,8 @@ def unread_head(factory: Factory, case: Case) -> None:
     "oracle.permuted_heads",
     "After the weights of a layer are changed to store its heads in another order, ablating a head at its new index "
     "gives, up to rounding, the logits that ablating it at its old index gave before.",
-    cases=CaseSpec(families=("gpt2",)),
+    # Values are given for the index of a head.
+    cases=CaseSpec(imputations=tuple(IMPUTATIONS), without=("values",), families=("gpt2",)),
 )
 def permuted_heads(factory: Factory, case: Case) -> None:
     ((layer, head),) = case.heads

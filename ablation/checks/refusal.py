@@ -1,4 +1,4 @@
-"""Chapter 10, refusal: invalid heads and imputations are refused before any forward pass, without side effects."""
+"""Chapter 12, refusal: invalid heads and imputations are refused before any forward pass, without side effects."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from ablation.checks.assertions import assert_identical
 from ablation.checks.cases import Case, CaseSpec
 from ablation.checks.check import check, unsupported_features
 from ablation.checks.decoders import Decoder
-from ablation.checks.driving import discard, made, run
+from ablation.checks.driving import ablate, discard, made, run
 from ablation.checks.observe import assert_state_equals, state
 from ablation.checks.protocol import Factory
 
@@ -27,7 +27,7 @@ WRONG_TYPES: dict[str, Any] = {
 }
 Calls = dict[str, tuple[list[Any], Any]]
 """What is wrong with a call of `ablate` -> its heads and its imputation."""
-UNKNOWN_IMPUTATIONS: tuple[Any, ...] = ("median", "", "Zero", "zer", None)
+UNKNOWN_IMPUTATIONS: tuple[Any, ...] = ("median", "", "Zero", "zer", "scale:", "scale:much", None)
 
 
 @check(
@@ -76,6 +76,11 @@ def _assert_each_refused(factory: Factory, case: Case, calls: Calls) -> None:
     _assert_each(calls, lambda heads, imputation: _assert_refused(factory, case, heads, imputation))
 
 
+def _keywords(case: Case, imputation: Any) -> dict[str, Any]:
+    """Return the keyword arguments of a call: no imputation but that of the case needs any."""
+    return case.keywords() if imputation == case.imputation else {}
+
+
 def _assert_each(calls: Calls, assert_call: Callable[[list[Any], Any], None]) -> None:
     """Try all calls, and raise one AssertionError with what was found in each."""
     findings = []
@@ -95,7 +100,7 @@ def _assert_refused(factory: Factory, case: Case, heads: list[Any], imputation: 
     with made(factory, model) as implementation:
         handle = model.register_forward_pre_hook(lambda *_: forwards.append(None))
         try:
-            implementation.ablate(heads, imputation)
+            implementation.ablate(heads, imputation, **_keywords(case, imputation))
             implementation.run(**inputs)
         except Exception as error:
             refusal = error
@@ -127,17 +132,17 @@ def no_side_effect(factory: Factory, case: Case) -> None:
         rejected[f"head too large, with {other}"] = ([*beside, too_large], other)
     rejected["imputation 'median'"] = (beside or good, "median")
     with made(factory, case.model()) as implementation:
-        implementation.ablate(good, case.imputation)
+        ablate(implementation, case)
         want = implementation.run(**inputs).clone()
 
         def assert_no_side_effect(heads: list[Any], imputation: Any) -> None:
             try:
-                implementation.ablate(heads, imputation)
+                implementation.ablate(heads, imputation, **_keywords(case, imputation))
             except Exception:
                 message = f"the logits with the heads that were in force before {heads} was rejected"
                 assert_identical(implementation.run(**inputs), want, message)
             try:
-                discard(implementation.ablate, good, case.imputation)
+                discard(ablate, implementation, case)
             except Exception as error:
                 raise AssertionError(f"after {heads} was rejected, so was the valid {good}: {error}") from None
             message = f"the logits with the heads that were set after {heads} was rejected"

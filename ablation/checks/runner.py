@@ -18,7 +18,10 @@ from ablation.checks import (
     layouts,
     locality,
     masks,
+    numpy_oracle,
     oracles,
+    positions,
+    reference,
     refusal,
     smoke,
 )
@@ -31,13 +34,26 @@ from ablation.checks.check import (
     first_error,
     instead,
     isolated_process_state,
-    unsupported_features,
 )
 from ablation.checks.protocol import Factory
 from ablation.checks.signature import adapter_problem
 from ablation.errors import InvalidDeclaration, one_line
 
-CHAPTERS = (smoke, identity, locality, independence, masks, oracles, layouts, gradients, hygiene, refusal)
+CHAPTERS = (
+    smoke,
+    identity,
+    locality,
+    independence,
+    masks,
+    oracles,
+    numpy_oracle,
+    reference,
+    positions,
+    layouts,
+    gradients,
+    hygiene,
+    refusal,
+)
 
 CHECKS: tuple[Check, ...] = tuple(
     found for chapter in CHAPTERS for found in vars(chapter).values() if isinstance(found, Check)
@@ -142,7 +158,7 @@ def tries_nothing(factory: Factory) -> bool:
 def works_with_some_model(factory: Factory) -> bool:
     """Return whether the simplest case of the first check passes with any family and imputation."""
     first = CHECKS[0]
-    cases = first.cases.restrict_to(unsupported_features(factory))
+    cases = first.cases_for(factory)
     return any(
         first.passes(factory, case)
         for family in cases.families

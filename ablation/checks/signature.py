@@ -10,12 +10,13 @@ import warnings
 from collections.abc import Callable
 from typing import Any
 
-from ablation.checks.check import isolated_process_state, unsupported_features
+from ablation.checks.check import isolated_process_state, offered_imputations, unsupported_features
 from ablation.checks.decoders import DTYPES, FAMILIES, Decoder
-from ablation.checks.protocol import Factory
+from ablation.checks.protocol import KEYWORDS, Factory
 from ablation.errors import InvalidDeclaration
 
-CALLS: tuple[tuple[str, tuple[str, ...], tuple[str, ...]], ...] = (
+Call = tuple[str, tuple[str, ...], tuple[str, ...]]
+CALLS: tuple[Call, ...] = (
     ("ablate", ("heads", "imputation"), ()),
     ("run", ("input_ids",), ()),
     ("run", ("input_ids",), ("attention_mask",)),
@@ -23,7 +24,15 @@ CALLS: tuple[tuple[str, tuple[str, ...], tuple[str, ...]], ...] = (
     ("clear", (), ()),
     ("close", (), ()),
 )
-"""The calls that the checks make: method, positional arguments, keyword arguments."""
+"""The calls that the checks make of any adapter: method, positional arguments, keyword arguments."""
+
+
+def _calls(factory: Factory) -> list[Call]:
+    """Return the calls that the checks make of an adapter."""
+    keywords = dict.fromkeys(KEYWORDS[name] for name in offered_imputations(factory) if name in KEYWORDS)
+    at = () if "positions" in unsupported_features(factory) else ("positions",)
+    needed = [(keyword, *at) for keyword in keywords] or [at] * len(at)
+    return [*CALLS, *(("ablate", ("heads", "imputation"), names) for names in needed)]
 
 
 def adapter_problem(factory: Factory) -> str | None:
@@ -58,7 +67,7 @@ def signature_problem(factory: Factory) -> str | None:
         except BaseException:
             return None
         try:
-            return next(filter(None, (_method_problem(implementation, *call) for call in CALLS)), None)
+            return next(filter(None, (_method_problem(implementation, *call) for call in _calls(factory))), None)
         finally:
             try:
                 implementation.close()

@@ -7,7 +7,7 @@ import torch
 from ablation.checks.assertions import different
 from ablation.checks.cases import Case, CaseSpec
 from ablation.checks.check import check
-from ablation.checks.driving import run
+from ablation.checks.driving import ablate, run
 from ablation.checks.protocol import Factory
 
 
@@ -27,7 +27,7 @@ def smoke(factory: Factory, case: Case) -> None:
         clean = implementation.run(**inputs)
         assert isinstance(clean, torch.Tensor), f"run returned a {type(clean).__name__}, not the logits"
         assert clean.shape == bare.shape, f"run returned logits of shape {tuple(clean.shape)}, not {tuple(bare.shape)}"
-        implementation.ablate(list(case.heads), case.imputation)
+        ablate(implementation, case)
         ablated = implementation.run(**inputs)
         layer, head = case.heads[0]
         changed = different(ablated, clean).any()

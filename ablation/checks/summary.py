@@ -8,10 +8,10 @@ from dataclasses import replace
 from functools import partial
 from typing import Any
 
-from ablation.checks.cases import Case, CaseSpec
-from ablation.checks.check import Check, adapter_name, unsupported_features
+from ablation.checks.cases import Case, with_factor
+from ablation.checks.check import Check, adapter_name, offered_imputations, unsupported_features
 from ablation.checks.decoders import DTYPES, FAMILIES
-from ablation.checks.protocol import Factory
+from ablation.checks.protocol import IMPUTATIONS, Factory
 from ablation.checks.runner import CHECKS, Record, run_check, tries_nothing
 
 LABELS = {
@@ -20,7 +20,6 @@ LABELS = {
     "unexpected pass": "no longer broken, so remove it from the expected failures",
     "skipped": "not tried",
 }
-IMPUTATIONS = CaseSpec().imputations
 MANY = 8
 """From this number on, checks that were skipped for one reason are counted, not named."""
 
@@ -106,8 +105,9 @@ def _features(case: Case) -> list[str]:
     return [
         case.decoder.family,
         case.decoder.dtype,
-        *([case.imputation] if case.heads else []),
-        *(["padding"] if len(set(map(len, case.rows))) > 1 else []),
+        *([case.kind] if case.heads and case.kind in IMPUTATIONS else []),
+        *(["positions"] if case.positions is not None else []),
+        *(["padding"] if case.is_padded else []),
         *(["multiple_heads"] if len(case.heads) > 1 else []),
         *(["batch"] if len(case.rows) > 1 else []),
     ]
@@ -121,8 +121,10 @@ def _exchanged(case: Case, feature: str, restricted: Factory) -> Case:
     if feature in DTYPES:
         return replace(case, decoder=decoder._replace(dtype=next(d for d in DTYPES if d not in unsupported)))
     if feature in IMPUTATIONS:
-        return replace(case, imputation=next(name for name in IMPUTATIONS if name not in unsupported))
+        return replace(case, imputation=with_factor(offered_imputations(restricted)[0]), by_position=False)
     match feature:
+        case "positions":
+            return replace(case, positions=None)
         case "padding":
             shortest = min(map(len, case.rows))
             return replace(case, rows=tuple(row[:shortest] for row in case.rows))
@@ -136,6 +138,7 @@ def _exchanged(case: Case, feature: str, restricted: Factory) -> Case:
 def _without(factory: Factory, declared: dict[str, str]) -> Any:
     """Return the same adapter, with more features declared as unsupported."""
     restricted: Any = partial(factory)
+    restricted.imputations = offered_imputations(factory)
     restricted.unsupported = {**unsupported_features(factory), **declared}
     restricted.__qualname__ = adapter_name(factory)
     return restricted

@@ -10,6 +10,7 @@ from tests.mutants import (
     families,
     gradients,
     hooks,
+    imputations,
     index,
     layouts,
     masks,
@@ -38,6 +39,7 @@ GROUPS: tuple[ModuleType, ...] = (
     families,
     layouts,
     arguments,
+    imputations,
 )
 
 MUTANTS: tuple[type[Mutant], ...] = tuple(

@@ -512,6 +512,19 @@ class FunctionMode(Reference):
         return z
 
 
+class Flip(Reference):
+    """Reverses the channels of z: an imputation of its own, and no other."""
+
+    imputations: ClassVar[tuple[str, ...]] = ("flip",)
+
+    def ablate(self, heads: Sequence[tuple[int, int]], imputation: str) -> None:
+        assert imputation == "flip"
+        super().ablate(heads, "zero")
+
+    def zero(self, z: Tensor) -> Tensor:
+        return z.flip(-1)
+
+
 CORRECT_VARIANTS = (
     Where,
     Concatenated,
@@ -539,4 +552,5 @@ CORRECT_VARIANTS = (
     HiddenStates,
     BatchRows,
     FunctionMode,
+    Flip,
 )
