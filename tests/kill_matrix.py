@@ -1,8 +1,12 @@
-"""The kill matrix, every check against every mutant: `python -m tests.kill_matrix` writes docs/mutants.md."""
+"""The kill matrix, every check against every mutant: `python -m tests.kill_matrix` writes docs/mutants.md.
+
+With `--missing`, only mutants and checks that the page lacks are tried, and the page says so.
+"""
 
 from __future__ import annotations
 
 import datetime
+import re
 import sys
 from collections.abc import Iterator, Mapping
 from concurrent.futures import ProcessPoolExecutor
@@ -22,20 +26,29 @@ Matrix = Mapping[type[Mutant], Mapping[str, str]]
 """mutant -> check id -> KILLED, CRASHED, SURVIVED or NOT_TRIED."""
 
 
-def measured() -> dict[type[Mutant], dict[str, str]]:
-    """Try every check on every mutant, in one process per processor."""
+def measured(known: Mapping[str, Mapping[str, str]]) -> dict[type[Mutant], dict[str, str]]:
+    """Try every check on every mutant, in one process per processor. known: marks that are not measured again."""
     matrix: dict[type[Mutant], dict[str, str]] = {}
     with ProcessPoolExecutor() as pool:
-        for mutant, marks in zip(MUTANTS, pool.map(_marks, MUTANTS), strict=True):
+        found = pool.map(_marks, MUTANTS, [known.get(mutant.__name__, {}) for mutant in MUTANTS])
+        for mutant, marks in zip(MUTANTS, found, strict=True):
             matrix[mutant] = marks
             print(f"{len(matrix)} of {len(MUTANTS)}: {mutant.__name__}", file=sys.stderr)
     return matrix
 
 
-def _marks(mutant: type[Mutant]) -> dict[str, str]:
+def _marks(mutant: type[Mutant], known: Mapping[str, str]) -> dict[str, str]:
     """Try every check on one mutant."""
     with few_examples(examples=EXAMPLES):
-        return {check.id: _mark(try_check(check, mutant)) for check in CHECKS}
+        return {check.id: known[check.id] if check.id in known else _mark(try_check(check, mutant)) for check in CHECKS}
+
+
+def on_page(text: str) -> dict[str, dict[str, str]]:
+    """Return the marks of a page, {mutant: {check id: mark}}."""
+    checks = re.findall(r"^\| \d+ \| `(.+?)` \|", text, re.MULTILINE)
+    matrix, _, _ = text.partition("\n## The matrix")[2].partition("\n## Outside the protocol")
+    rows = [row.removesuffix("|").split("|")[1:] for row in re.findall(r"^\| [A-Z].*$", matrix, re.MULTILINE)]
+    return {row[0].strip(): dict(zip(checks, map(str.strip, row[-len(checks) :]), strict=True)) for row in rows}
 
 
 def _mark(trial: Any) -> str:
@@ -51,18 +64,17 @@ def killers(marks: Mapping[str, str]) -> list[str]:
     ]
 
 
-def page(matrix: Matrix, made_with: Mapping[str, Any], date: str) -> str:
-    """Return the page: the matrix and what follows from it, as Markdown."""
-    return "\n".join([*_head(made_with, date), *_findings(matrix), *_matrix(matrix), *_outside_protocol()]) + "\n"
+def page(matrix: Matrix, made: str) -> str:
+    """Return the page: the matrix and what follows from it, as Markdown. made: when and with what."""
+    return "\n".join([*_head(made), *_findings(matrix), *_matrix(matrix), *_outside_protocol()]) + "\n"
 
 
-def _head(made_with: Mapping[str, Any], date: str) -> Iterator[str]:
-    versions = ", ".join(f"{key} {value}" for key, value in made_with.items())
+def _head(made: str) -> Iterator[str]:
     yield "# Mutants: what the specification rejects"
     yield ""
     yield (
         f"{len(MUTANTS)} wrong implementations, each with one bug, and the checks that reject them. Made by "
-        f"`python -m tests.kill_matrix` on {date}, with {EXAMPLES} examples for each check; {versions}. "
+        f"`python -m tests.kill_matrix` with {EXAMPLES} examples for each check, {made}. "
         "`pytest -m mutants` asserts that every mutant is rejected, and that correct implementations are accepted."
     )
 
@@ -150,7 +162,19 @@ def _outside_protocol() -> Iterator[str]:
         yield f"| {bug.name} | {bug.cause} | {bug.source} | `{bug.test}` |"
 
 
-if __name__ == "__main__":
-    text = page(measured(), provenance.environment(), datetime.datetime.now(tz=datetime.UTC).date().isoformat())
+def main() -> None:
+    """Write the page."""
+    versions = ", ".join(f"{key} {value}" for key, value in provenance.environment().items())
+    made = f"on {datetime.datetime.now(tz=datetime.UTC).date().isoformat()} with {versions}"
+    known: dict[str, dict[str, str]] = {}
+    if sys.argv[1:] == ["--missing"]:
+        before = PAGE.read_text(encoding="utf-8")
+        (earlier,) = re.findall(r"examples for each check, (.*?)\. `pytest", before)
+        made, known = f"{earlier}; mutants and checks that were new, {made}", on_page(before)
+    text = page(measured(known), made)
     PAGE.write_text(text, encoding="utf-8")
     print(f"written: {PAGE}")
+
+
+if __name__ == "__main__":
+    main()

@@ -25,7 +25,7 @@ An adapter is a class with the methods of `Implementation`. This one is for a ho
 from __future__ import annotations
 
 import inspect
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from typing import Any, Protocol
 
 from torch import Tensor
@@ -105,18 +105,12 @@ class Implementation(Protocol):
 
     def __init__(self, model: PreTrainedModel) -> None: ...
 
-    def ablate(
-        self,
-        heads: Sequence[tuple[int, int]],
-        imputation: str,
-        *,
-        values: Mapping[tuple[int, int], Tensor] | None = None,
-        reference: Sequence[Mapping[str, Tensor]] | None = None,
-        positions: tuple[int, ...] | None = None,
-    ) -> None:
+    # *args: Any with **given: Any stands for any further parameters, so that an adapter needs none.
+    def ablate(self, heads: Sequence[tuple[int, int]], imputation: str, *args: Any, **given: Any) -> None:
         """Ablate these (layer, head) pairs and no others in the following runs.
 
-        A keyword is passed only if the case needs it, so an adapter needs only those of the imputations that it offers.
+        Besides, the keywords `values`, `reference` and `positions` are passed, each only if the case needs it, so an
+        adapter needs only those of the imputations that it offers.
         The caller may change the sequence `heads` later. If the call is rejected, the previous heads stay in force. If
         no run has used the previous heads, `ablate` and `close` may take effect and then raise
         `ablation.errors.AblationNotApplied`.

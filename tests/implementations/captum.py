@@ -51,7 +51,10 @@ class Captum:
             z = LayerActivation(score, layer.projection).attribute(input_ids, **at)
             features = torch.zeros(1, 1, z.shape[-1], dtype=torch.long)
             features[..., layer.channels(head)] = 1  # ablated last
-            baseline = self.imputed(index, head, z[..., layer.channels(head)], attention_mask)
+            baseline = z.clone()
+            baseline[..., layer.channels(head)] = self.imputed(
+                index, head, z[..., layer.channels(head)], attention_mask
+            )
             LayerFeatureAblation(score, layer.projection).attribute(input_ids, baseline, layer_mask=features, **at)
         return runs[-1]
 

@@ -31,8 +31,10 @@ class Pyvene:
         self.layers = find_heads(self.model).layers
         self.clear()
 
-    def ablate(self, heads: Sequence[tuple[int, int]], imputation: str, **given: Any) -> None:
-        self.heads, self.imputed = list(heads), Imputed(imputation, **given, record=self.record)
+    def ablate(
+        self, heads: Sequence[tuple[int, int]], imputation: str, *, positions: Sequence[int] | None = None, **given: Any
+    ) -> None:
+        self.heads, self.imputed = list(heads), Imputed(imputation, positions=positions, **given, record=self.record)
 
     def record(self, batch: Mapping[str, Any]) -> Recorded:
         found: Recorded = {}

@@ -48,8 +48,10 @@ class TransformerLens:
         self.bridge = build_bridge_from_module(copied, type(copied).__name__, hf_config=copied.config)
         self.clear()
 
-    def ablate(self, heads: Sequence[tuple[int, int]], imputation: str, **given: Any) -> None:
-        self.heads, self.imputed = list(heads), Imputed(imputation, **given, record=self.record)
+    def ablate(
+        self, heads: Sequence[tuple[int, int]], imputation: str, *, positions: Sequence[int] | None = None, **given: Any
+    ) -> None:
+        self.heads, self.imputed = list(heads), Imputed(imputation, positions=positions, **given, record=self.record)
 
     def record(self, batch: Mapping[str, Any]) -> Recorded:
         inputs = dict(batch)
