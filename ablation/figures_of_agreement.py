@@ -10,7 +10,7 @@ from matplotlib.patches import Rectangle
 
 from ablation.agreement import disagree, findings, matters, rank_correlation
 from ablation.drawn import Change, Drawn
-from ablation.figure_texts import MINUS, Flags, Floats, largest_cells, say_nothing, wrapped
+from ablation.figure_texts import MINUS, NAME, Flags, Floats, largest_cells, say_nothing, wrapped
 from ablation.maps import ACCENT, Drawing, add_legend, marks
 
 LISTED = 8
@@ -65,7 +65,7 @@ def _matrix(axes: Axes, effects: Floats, names: list[str]) -> None:
             colour = "white" if r is not None and r > 0.6 else "black"
             frame = Rectangle((column - 0.5, row - 1.5), 1, 1, fill=False, edgecolor="0.7", linewidth=0.5)
             axes.add_patch(frame)
-            axes.text(column, row - 1, text, ha="center", va="center", fontsize=7, color=colour)
+            axes.text(column, row - 1, text, ha="center", va="center", fontsize=7, color=colour, gid=NAME)
     axes.imshow(values, cmap="Greys", vmin=0, vmax=1.15, interpolation="nearest")
     axes.set_xticks(range(count - 1), ["\n".join(wrapped(name, 1.3, 7)) for name in names[:-1]], rotation=90)
     axes.set_yticks(range(count - 1), ["\n".join(wrapped(name, 1.3, 7)) for name in names[1:]])

@@ -39,7 +39,7 @@ NARROWEST = 4.2
 """Width of a figure in inches, at least."""
 PAGE = 7.2, 9.0
 """Width and height of a figure in inches, at most if its maps can be that small."""
-NARROWEST_MAP = 1.15
+NARROWEST_MAP = 1.1
 """Width of a map in inches, at least, so that a title fits above it."""
 
 
@@ -96,7 +96,7 @@ class Arrangement(NamedTuple):
 
 
 def arranged(layers: int, heads: int, sizes: Sequence[int]) -> Arrangement:
-    """Return the most compact arrangement of those in which cells are nearly as large as possible.
+    """Return the arrangement closest to a square, of those in which cells are nearly as large as possible.
 
     sizes: the number of maps in each group. Groups are blocks of as many columns, one below the other or side by side.
     """
@@ -114,8 +114,14 @@ def arranged(layers: int, heads: int, sizes: Sequence[int]) -> Arrangement:
                 continue
             cell = min(LARGEST_CELL, room_across / (heads * wide), max(room_down, 0.5) / (layers * rows))
             found.append(Arrangement(cell, rows, wide, bars, places))
+
+    def stretch(of: Arrangement) -> tuple[float, int]:
+        return round(
+            abs(np.log(of.columns * max(heads * of.cell, NARROWEST_MAP) / (of.rows * layers * of.cell))), 2
+        ), of.rows
+
     largest = max(of.cell for of in found)
-    return min((of for of in found if of.cell > 0.7 * largest), key=lambda of: (max(of.rows, of.columns), of.rows))
+    return min((of for of in found if of.cell > 0.7 * largest), key=stretch)
 
 
 def maps(has_head: Flags, groups: Sequence[Group], finding: str, argmax: str = "") -> Drawing:

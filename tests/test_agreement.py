@@ -158,9 +158,8 @@ def test_reports_say_where_heads_are_ablated(positions: str, said: str) -> None:
     [
         pytest.param((3, 4), 3, 7, marks=pytest.mark.slow),
         *(
-            pytest.param(grid, prompts, imputations, marks=pytest.mark.end_to_end)
-            for grid in ((1, 1), (2, 64), (40, 2), (80, 64))
-            for prompts, imputations in ((1, 2), (1, 3), (1, 7), (3, 5), (3, 7))
+            pytest.param(*case, marks=pytest.mark.end_to_end)
+            for case in (((1, 1), 1, 7), ((12, 12), 1, 3), ((2, 64), 3, 5), ((40, 2), 1, 4), ((80, 64), 1, 7))
         ),
     ],
 )

@@ -365,7 +365,7 @@ def test_nothing_changes_is_said_in_words_without_a_scale(prompts: int, tmp_path
         assert "colorbar" not in str([axes.get_label() for axes in figure.axes])
         if name in ("histograms", "strongest"):
             assert all(len(axes.get_xticks()) == 0 for axes in figure.axes)
-    assert "No ablation changes" in " ".join(title_of(drawn[0]))
+    assert "no ablation changes" in " ".join(title_of(drawn[0]))
 
 
 @pytest.mark.parametrize("prompts", [1, 3])
