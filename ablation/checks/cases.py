@@ -123,7 +123,7 @@ class Case:
 
     def replaced(self) -> Tensor:
         """Return which tokens are real and at the positions of the case, bool [rows, tokens]."""
-        real = self.inputs()["attention_mask"].bool()
+        real: Tensor = self.inputs()["attention_mask"].bool()
         if self.positions is None:
             return real
         at = torch.zeros_like(real)

@@ -25,7 +25,7 @@ An adapter is a class with the methods of `Implementation`. This one is for a ho
 from __future__ import annotations
 
 import inspect
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from typing import Any, Protocol
 
 from torch import Tensor
@@ -105,38 +105,30 @@ class Implementation(Protocol):
 
     def __init__(self, model: PreTrainedModel) -> None: ...
 
-    def ablate(
-        self,
-        heads: Sequence[tuple[int, int]],
-        imputation: str,
-        *,
-        values: Mapping[tuple[int, int], Tensor] | None = None,
-        reference: Sequence[Mapping[str, Tensor]] | None = None,
-        positions: tuple[int, ...] | None = None,
-    ) -> None:
+    def ablate(self, heads: Sequence[tuple[int, int]], imputation: str) -> None:
         """Ablate these (layer, head) pairs and no others in the following runs.
 
-        A keyword is passed only if the case needs it, so an adapter needs only those of the imputations that it offers.
         The caller may change the sequence `heads` later. If the call is rejected, the previous heads stay in force. If
         no run has used the previous heads, `ablate` and `close` may take effect and then raise
         `ablation.errors.AblationNotApplied`.
 
-        imputation: a name; for scale with its factor, such as "scale:0.5".
+        imputation: a name; for scale with its factor, such as "scale:0.5". An implementation has more parameters, each
+        passed by keyword and only if the case needs it, for what it offers:
 
-        values: for values. {(layer, head): what replaces z}, for every head of the model: [head_dim] for all tokens, or
-        [positions, head_dim] for each position, with at least as many positions as the longest row has; in the dtype of
-        the model.
+        values: Mapping[tuple[int, int], Tensor], for values. {(layer, head): what replaces z}, for every head of the
+        model: [head_dim] for all tokens, or [positions, head_dim] for each position, with at least as many positions as
+        the longest row has; in the dtype of the model.
 
-        reference: for reference-mean, reference-mean-by-position and resample. A list of batches, each a dict of
-        input_ids and attention_mask, [rows, tokens]. The means are over the real tokens of all rows of all batches; no
-        row of a run is longer than the longest of the reference. For resample, there is one batch, of the shape and
-        with the mask of the runs that follow, and row i of it replaces z in row i. The implementation runs the model on
-        the reference in this call, with no head ablated.
+        reference: Sequence[Mapping[str, Tensor]], for reference-mean, reference-mean-by-position and resample. Batches,
+        each a dict of input_ids and attention_mask, [rows, tokens]; positions follow from the mask. The means are over
+        the real tokens of all rows of all batches; no row of a run is longer than the longest of the reference. For
+        resample, there is one batch, of the shape and with the mask of the runs that follow, and row i of it replaces z
+        in row i. The implementation runs the model on the reference in this call, with no head ablated.
 
-        positions: at which tokens z is replaced; without it, at all. The position of a token is the number of real
-        tokens before it in its row, so padding does not count; negative positions count from the end of the row: -1 is
-        its last real token. All rows have all these positions. With a key/value cache, positions are not negative, and
-        count from the first token of the sequence. Imputations that read the row read all of it.
+        positions: tuple[int, ...], at which tokens z is replaced; if it is not passed, at all. The position of a token
+        is the number of real tokens before it in its row, so padding does not count; negative positions count from the
+        end of the row: -1 is its last real token. All rows have all these positions. With a key/value cache, positions
+        are not negative, and count from the first token of the sequence. Imputations that read the row read all of it.
         """
 
     def run(self, input_ids: Tensor, attention_mask: Tensor | None = None, **inputs: Any) -> Tensor:
