@@ -44,7 +44,8 @@ def ablate(
     implementation: Implementation, case: Case, heads: Sequence[tuple[int, int]] | None = None, **changes: Any
 ) -> None:
     """Ablate the heads of a case, or others, by its imputation. changes: to the keyword arguments of `ablate`."""
-    implementation.ablate(list(case.heads) if heads is None else heads, case.imputation, **case.keywords() | changes)
+    call: Callable[..., None] = implementation.ablate
+    call(list(case.heads) if heads is None else heads, case.imputation, **case.keywords() | changes)
 
 
 def ablated_logits(factory: Factory, case: Case, model: PreTrainedModel | None = None) -> Tensor:

@@ -33,8 +33,8 @@ def locality(factory: Factory, case: Case) -> None:
 
 @check(
     "locality.padded",
-    "In each row of a padded batch, the slice of an ablated head holds a value that is computed from the real tokens "
-    "of that row alone.",
+    "In each row of a padded batch, the slice of an ablated head holds the imputed value of that row, which does not "
+    "depend on padding or on other rows.",
     cases=CaseSpec(max_rows=3, ragged=True, max_heads=4),
     needs=("observable", "single_forward", "batch", "padding"),
 )
@@ -44,7 +44,7 @@ def locality_padded(factory: Factory, case: Case) -> None:
 
 @check(
     "locality.sets",
-    "Several heads are replaced in one forward pass, each by a value computed from its own z.",
+    "Several heads are replaced in one forward pass, each by its own imputed value.",
     cases=CaseSpec(max_rows=2, max_heads=4, dtypes=ALL_DTYPES),
     needs=("observable", "single_forward", "multiple_heads"),
 )

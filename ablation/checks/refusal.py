@@ -98,9 +98,10 @@ def _assert_refused(factory: Factory, case: Case, heads: list[Any], imputation: 
     forwards: list[object] = []
     refusal: Exception | None = None
     with made(factory, model) as implementation:
+        call: Callable[..., None] = implementation.ablate
         handle = model.register_forward_pre_hook(lambda *_: forwards.append(None))
         try:
-            implementation.ablate(heads, imputation, **_keywords(case, imputation))
+            call(heads, imputation, **_keywords(case, imputation))
             implementation.run(**inputs)
         except Exception as error:
             refusal = error
@@ -136,8 +137,9 @@ def no_side_effect(factory: Factory, case: Case) -> None:
         want = implementation.run(**inputs).clone()
 
         def assert_no_side_effect(heads: list[Any], imputation: Any) -> None:
+            call: Callable[..., None] = implementation.ablate
             try:
-                implementation.ablate(heads, imputation, **_keywords(case, imputation))
+                call(heads, imputation, **_keywords(case, imputation))
             except Exception:
                 message = f"the logits with the heads that were in force before {heads} was rejected"
                 assert_identical(implementation.run(**inputs), want, message)

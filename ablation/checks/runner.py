@@ -35,7 +35,7 @@ from ablation.checks.check import (
     instead,
     isolated_process_state,
 )
-from ablation.checks.protocol import Factory
+from ablation.checks.protocol import IMPUTATIONS, Factory
 from ablation.checks.signature import adapter_problem
 from ablation.errors import InvalidDeclaration, one_line
 
@@ -64,18 +64,29 @@ NOTHING_TRIED = "no check was tried, so this run fails: the adapter supports not
 STOPPED = "not tried, since the adapter works with no model: `smoke` fails in its simplest case with each family"
 UNUSABLE = "not tried, since the checks cannot use the adapter"
 
-TERMS = """\
+TERMS = (
+    """\
 The checks call an implementation of head ablation through an adapter (docs/checking.md). The z of an attention head is
 its output before the attention output projection (W_O), a linear layer whose input holds the z of all heads of a layer,
-one slice per head. To ablate a head is to replace its z. There are two imputations: zero imputation replaces z by 0;
-mean imputation replaces z by one number per row, the mean of z over the real tokens and all channels. Real tokens are
-those that are not padding. The bare model is the model without an implementation on it. A clean run is a run with no
-head ablated. "Bit for bit" means that dtypes and values are equal; +0 equals -0, and NaN equals NaN. "Up to rounding"
-means within the tolerance in `ablation/checks/assertions.py`. A requirement is obligatory unless it is marked (should),
-or the adapter declares that it does not support what the requirement needs. Some requirements refer to an ablation that
-is written into the weights. For zero imputation, the weights of W_O that read the head are set to 0. For mean
-imputation, the mean times the sum of these weights is added to the bias first.
+one slice per head. To ablate a head is to replace its z, at all tokens or at some positions. Real tokens are those that
+are not padding; the position of a token is the number of real tokens before it in its row. The bare model is the model
+without an implementation on it. A clean run is a run with no head ablated. "Bit for bit" means that dtypes and values
+are equal; +0 equals -0, and NaN equals NaN. "Up to rounding" means within the tolerance in
+`ablation/checks/assertions.py`. A requirement is obligatory unless it is marked (should), or the adapter does not offer
+or declares that it does not support what the requirement needs.
+
+An imputation is what replaces z. The requirements that do not name one hold for any, also for those of the adapter's
+own. The known imputations are:
+
 """
+    + "".join(f"- {name}: {text}.\n" for name, text in IMPUTATIONS.items())
+    + """
+Some requirements refer to an ablation that is written into the weights. For zero imputation, the weights of W_O that
+read the head are set to 0; for scale, they are multiplied by the factor. For imputations with the same values at all
+tokens, the product of these values and the weights is added to the bias first. For others, it is added to the output
+of the projection at each token.
+"""
+)
 
 Outcome = Literal["passed", "failed", "skipped", "expected failure", "unexpected pass"]
 
