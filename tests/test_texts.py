@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -14,7 +15,7 @@ from hypothesis import strategies as st
 from ablation.checks.decoders import Decoder
 from ablation.edits import Ablation
 from ablation.engine import score
-from ablation.errors import InvalidAblation, InvalidPrompt
+from ablation.errors import InvalidAblation, InvalidOutput, InvalidPrompt
 from ablation.hook import HeadAblation
 from ablation.imputation import Imputation, Values
 from ablation.models import LoadedModel
@@ -23,6 +24,7 @@ from ablation.results import Result
 from ablation.sweeps import as_imputations, one_head_ablations
 from ablation.texts import TextStudy, Window, sweep_text, windows
 from tests.comparing import ATOL
+from tests.test_checkpoint import Interrupted, assert_same_bits
 
 GPT2 = Decoder("gpt2", num_layers=2, num_heads=3, head_dim=2)
 IDS = [3, 1, 4, 1, 5, 9, 2, 6]
@@ -146,3 +148,19 @@ def test_impossible_studies_of_a_text_are_refused(
     call: dict[str, Any] = {"stride": 8, "imputations": ["reference-mean-by-position"], **arguments}
     with pytest.raises(error, match=reason):
         TextStudy(capitals, TEXT, **call)
+
+
+def test_interrupted_text_goes_on_only_with_its_settings(capitals: LoadedModel, tmp_path: Path) -> None:
+    call: dict[str, Any] = {"stride": 8, "imputations": ["reference-mean"], "positions": "last"}
+    whole = sweep_text(capitals, TEXT, **call)
+
+    def stop(share: float) -> None:
+        if share > 0.7:
+            raise Interrupted
+
+    with pytest.raises(Interrupted):
+        sweep_text(capitals, TEXT, **call, checkpoint=tmp_path, progress=stop)
+    for change, setting in (({"positions": [0]}, "positions: last there, 0 now"), ({"stride": 4}, "stride")):
+        with pytest.raises(InvalidOutput, match=rf"other settings \({setting}"):
+            sweep_text(capitals, TEXT, **call | change, checkpoint=tmp_path)
+    assert_same_bits(sweep_text(capitals, TEXT, **call, checkpoint=tmp_path), whole)
