@@ -135,7 +135,7 @@ def add_title(figure: Figure, finding: str, heading: str) -> None:
     figure.suptitle("\n".join(lines), x=0.1 / figure.get_figwidth(), ha="left", fontsize=TITLE_SIZE)
     layout = figure.get_layout_engine()
     assert layout is not None
-    before = np.inf
+    before: Any = np.inf
     for _ in range(8):  # tick labels, and panels of a fixed shape, depend on the sizes of panels
         layout.execute(figure)
         bounds = np.array([axes.get_position(original=True).bounds for axes in figure.axes])
