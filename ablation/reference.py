@@ -18,7 +18,7 @@ from transformers import PreTrainedModel
 
 from ablation import provenance
 from ablation.edits import Ablation, verify_called_once, verify_shape
-from ablation.errors import InvalidPrompt, InvalidResult, NonFiniteLogits, one_line
+from ablation.errors import InvalidPrompt, InvalidResult, one_line
 from ablation.forward import as_token_ids, last_logits, validated_request
 from ablation.heads import AttentionLayer
 from ablation.imputation import Values
@@ -33,8 +33,7 @@ def record_z(model: PreTrainedModel, token_ids: Sequence[int]) -> dict[int, Tens
     """Return the z of a prompt in the clean run, {layer: [tokens, num_heads, head_dim]}, in the model's dtype.
 
     With `Values`, it replaces the z of other prompts at the same positions. token_ids: one row without padding. Raises
-    InvalidPrompt, UnsupportedModel, NonFiniteLogits if z is not finite, and InvalidAblation if the model carries an
-    ablation or is in training mode.
+    InvalidPrompt, UnsupportedModel, and InvalidAblation if the model carries an ablation or is in training mode.
     """
     request = validated_request(model, token_ids, [Ablation([])], None, None, None)
     found: dict[int, Tensor] = {}
@@ -50,9 +49,6 @@ def record_z(model: PreTrainedModel, token_ids: Sequence[int]) -> dict[int, Tens
         last_logits(request, 1)
         for layer in request.heads.layers:
             verify_called_once(layer, hook.receipt)
-    for index, z in found.items():
-        if not z.isfinite().all():
-            raise NonFiniteLogits(f"z is not finite in layer {index} of the clean run, so it cannot replace other z")
     return found
 
 
@@ -146,8 +142,6 @@ class Reference:
                 raise ValueError("its counts are not those of prompts")
             if any(z.ndim != 3 or z.dtype != np.float64 or len(z) != len(counts) for z in sums.values()):
                 raise ValueError("its sums have the wrong dimensions")
-            if not all(np.isfinite(z).all() for z in sums.values()):
-                raise ValueError("its sums are not finite")
         except Exception as error:  # a damaged file makes json, zipfile, zlib and numpy raise many kinds of errors
             raise InvalidResult(f"no reference can be read from {one_line(path)}: {one_line(error)}") from error
         return cls(torch.from_numpy(counts), {layer: torch.from_numpy(z) for layer, z in sorted(sums.items())}, known)

@@ -75,11 +75,14 @@ def test_finding_names_a_head_that_differs_from_zero() -> None:
     assert "beyond chance" in Drawn(result, decode).strongest_line()
 
 
-def test_intervals_have_signs_and_are_not_broken(tmp_path: Path, drawn: list[Figure]) -> None:  # noqa: F811
+def test_intervals_have_signs_and_are_not_broken() -> None:
     result = random_result(3, 4, prompts=20)
     result.ablated["target_probability"][:, 5] -= 0.2
-    figures.draw(result, tmp_path, title="capitals", decode=decode)
-    for figure in drawn[:2]:
+    with figures.style.context(["default", STYLE]):
+        drawings = [drawing_of(name, result) for name in ("sensitivity", "agreement")]
+        for drawing in drawings:
+            add_title(drawing.figure, drawing.finding, TITLE)
+    for figure in (drawing.figure for drawing in drawings):
         assert re.search(
             rf"by {MINUS}\d+ pp \[{MINUS}\d+, {MINUS}\d+\]",
             figure.get_suptitle().replace(NO_BREAK, " ").replace("\n", " "),
