@@ -102,12 +102,10 @@ def lines(found: Sequence[Mapping[str, Any]], amount: Callable[[float], str]) ->
     changes = ", ".join(f"{name} {amount(change)}" for name, change in far["changes"].items())
     more = f" and {len(heads) - NAMED} more" if len(heads) > NAMED else ""
     named = ", ".join(map(head_label, heads[:NAMED])) + more
-    disputed = f"{len(heads)} head{'' if len(heads) == 1 else 's'} among the {STRONGEST} strongest of one, but not "
-    return [
-        f"agreement  {words}",
-        f"  largest difference at {head_label(far)}: {changes}",
-        f"  {disputed}of the other or with the other sign" + (f": {named}" if heads else ""),
-    ]
+    disputed = (
+        f"they disagree on {len(heads)} head{'s' if heads[1:] else ''}: {named}" if heads else "no head is disputed"
+    )
+    return [f"agreement  {words}", f"  {head_label(far)} differs most: {changes}; {disputed}"]
 
 
 def _pair(of: Mapping[str, Any]) -> str:

@@ -116,9 +116,9 @@ def test_text_says_the_pair_that_agrees_least() -> None:
     assert f"agreement  least between {' and '.join(least['imputations'])} (rank correlation " in text
     assert f"most between {' and '.join(most['imputations'])} (rank correlation " in text
     far = least["largest_difference"]
-    assert f"largest difference at L{far['layer']}H{far['head']}: {least['imputations'][0]} " in text
+    assert f"  L{far['layer']}H{far['head']} differs most: {least['imputations'][0]} " in text
     heads = least["disagreements"]
-    assert f"{len(heads)} heads among the 10 strongest of one, but not of the other" in text
+    assert f"; they disagree on {len(heads)} heads: L{heads[0]['layer']}H{heads[0]['head']}, " in text
     assert text.count("agreement  ") == 1
 
 
