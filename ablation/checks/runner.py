@@ -64,8 +64,8 @@ NOTHING_TRIED = "no check was tried, so this run fails: the adapter supports not
 STOPPED = "not tried, since the adapter works with no model: `smoke` fails in its simplest case with each family"
 UNUSABLE = "not tried, since the checks cannot use the adapter"
 
-TERMS = (
-    """\
+KNOWN_IMPUTATIONS = "\n".join(f"- {name}: {text}." for name, text in IMPUTATIONS.items())
+TERMS = f"""\
 The checks call an implementation of head ablation through an adapter (docs/checking.md). The z of an attention head is
 its output before the attention output projection (W_O), a linear layer whose input holds the z of all heads of a layer,
 one slice per head. To ablate a head is to replace its z, at all tokens or at some positions. Real tokens are those that
@@ -78,15 +78,13 @@ or declares that it does not support what the requirement needs.
 An imputation is what replaces z. The requirements that do not name one hold for any, also for those of the adapter's
 own. The known imputations are:
 
-"""
-    + "".join(f"- {name}: {text}.\n" for name, text in IMPUTATIONS.items())
-    + """
+{KNOWN_IMPUTATIONS}
+
 Some requirements refer to an ablation that is written into the weights. For zero imputation, the weights of W_O that
 read the head are set to 0; for scale, they are multiplied by the factor. For imputations with the same values at all
 tokens, the product of these values and the weights is added to the bias first. For others, it is added to the output
 of the projection at each token.
 """
-)
 
 Outcome = Literal["passed", "failed", "skipped", "expected failure", "unexpected pass"]
 
