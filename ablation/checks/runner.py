@@ -65,7 +65,9 @@ STOPPED = "not tried, since the adapter works with no model: `smoke` fails in it
 UNUSABLE = "not tried, since the checks cannot use the adapter"
 
 KNOWN_IMPUTATIONS = "\n".join(f"- {name}: {text}." for name, text in IMPUTATIONS.items())
-TERMS = f"""\
+TERMS = "\n\n".join(
+    (
+        """\
 The checks call an implementation of head ablation through an adapter (docs/checking.md). The z of an attention head is
 its output before the attention output projection (W_O), a linear layer whose input holds the z of all heads of a layer,
 one slice per head. To ablate a head is to replace its z, at all tokens or at some positions. Real tokens are those that
@@ -76,15 +78,16 @@ are equal; +0 equals -0, and NaN equals NaN. "Up to rounding" means within the t
 or declares that it does not support what the requirement needs.
 
 An imputation is what replaces z. The requirements that do not name one hold for any, also for those of the adapter's
-own. The known imputations are:
-
-{KNOWN_IMPUTATIONS}
-
+own. The known imputations are:""",
+        KNOWN_IMPUTATIONS,
+        """\
 Some requirements refer to an ablation that is written into the weights. For zero imputation, the weights of W_O that
 read the head are set to 0; for scale, they are multiplied by the factor. For imputations with the same values at all
 tokens, the product of these values and the weights is added to the bias first. For others, it is added to the output
 of the projection at each token.
-"""
+""",
+    )
+)
 
 Outcome = Literal["passed", "failed", "skipped", "expected failure", "unexpected pass"]
 
