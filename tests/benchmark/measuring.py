@@ -15,7 +15,7 @@ from transformers import PreTrainedModel
 from transformers.pytorch_utils import Conv1D
 
 from ablation.heads import find_heads
-from ablation.imputation import IMPUTATIONS
+from ablation.imputation import DEFAULT_IMPUTATIONS
 from ablation.results import Result
 from ablation.sweeps import sweep
 from tests.benchmark.ways import WAYS, Cell, double_loop, input_ids, installed, watched
@@ -85,7 +85,9 @@ def multiplication_time(model: PreTrainedModel, tokens: int) -> float:
     like = next(model.parameters())
     products = multiplications(model)
     for layer in heads.layers:
-        here = above + layer.num_heads * len(IMPUTATIONS)  # rows that differ from the clean run after its attention
+        here = above + layer.num_heads * len(
+            DEFAULT_IMPUTATIONS
+        )  # rows that differ from the clean run after its attention
         after_attention = here * (1 if layer is heads.layers[-1] else tokens)
         seconds += sum(
             product_time(after_attention if m.after_attention else above * tokens, m.inner, m.columns, like)
@@ -133,7 +135,7 @@ def timed(model: PreTrainedModel, ids: list[int], rounds: int, parts: int, patte
     parts: a way that runs one ablation after the other runs one layer in that many, and its time is multiplied.
     """
     heads = find_heads(model)
-    cells = [(imputation, *pair) for imputation in IMPUTATIONS for pair in heads]
+    cells = [(imputation, *pair) for imputation in DEFAULT_IMPUTATIONS for pair in heads]
     some = [cell for cell in cells if cell[1] % parts == 0]
     ways = {name: way for name, (library, way) in WAYS.items() if re.search(pattern, name) and installed(library)}
     if parts > 1:
