@@ -44,7 +44,7 @@ IDS = [3, 1, 4, 1, 5]
 @st.composite
 def cases(draw: st.DrawFn, families: tuple[str, ...], dtypes: tuple[str, ...]) -> tuple[Case, list[int] | None]:
     """A padded batch, heads, and positions: None for all, or any that all rows have."""
-    shape = {"max_rows": 4, "ragged": True, "max_heads": 4, "min_layers": 2, "min_layer_heads": 2}
+    shape: Any = {"max_rows": 4, "ragged": True, "max_heads": 4, "min_layers": 2, "min_layer_heads": 2}
     spec = CaseSpec(("zero",), families=families, dtypes=dtypes, **shape)
     case = draw(spec.strategy())
     shortest = min(map(len, case.rows))

@@ -85,9 +85,8 @@ def multiplication_time(model: PreTrainedModel, tokens: int) -> float:
     like = next(model.parameters())
     products = multiplications(model)
     for layer in heads.layers:
-        here = above + layer.num_heads * len(
-            DEFAULT_IMPUTATIONS
-        )  # rows that differ from the clean run after its attention
+        # Rows that differ from the clean run after the attention of this layer.
+        here = above + layer.num_heads * len(DEFAULT_IMPUTATIONS)
         after_attention = here * (1 if layer is heads.layers[-1] else tokens)
         seconds += sum(
             product_time(after_attention if m.after_attention else above * tokens, m.inner, m.columns, like)
