@@ -17,6 +17,7 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from ablation import provenance
+from ablation.choices import OF_REFERENCE
 from ablation.edits import Ablation, verify_called_once, verify_shape
 from ablation.errors import InvalidPrompt, InvalidResult, one_line
 from ablation.forward import as_token_ids, last_logits, validated_request
@@ -25,7 +26,7 @@ from ablation.imputation import Values
 from ablation.module_hooks import register
 from ablation.passes import Progress
 
-MEAN, MEAN_BY_POSITION = "reference-mean", "reference-mean-by-position"
+MEAN, MEAN_BY_POSITION = OF_REFERENCE
 """The names of the two imputations of a `Reference`."""
 
 

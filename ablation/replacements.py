@@ -10,13 +10,13 @@ from dataclasses import dataclass
 import numpy as np
 from transformers import PreTrainedModel
 
+from ablation.choices import RESAMPLE
 from ablation.errors import InvalidAblation, InvalidPrompt, UnknownImputation
 from ablation.forward import as_token_ids
 from ablation.imputation import Imputation, Values, as_imputation
 from ablation.reference import MEAN, MEAN_BY_POSITION, Reference, record_z
 from ablation.sweeps import listed, verify_names
 
-RESAMPLE = "resample"
 TokenIds = tuple[int, ...]
 
 

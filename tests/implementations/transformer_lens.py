@@ -57,7 +57,8 @@ class TransformerLens:
         inputs = dict(batch)
         with torch.no_grad():
             _, cache = self.bridge.run_with_cache(inputs.pop("input_ids"), **inputs)
-        return {layer: cache[f"blocks.{layer}.attn.hook_z"] for layer in range(self.bridge.cfg.n_layers)}
+        names = {layer: f"blocks.{layer}.attn.hook_z" for layer in range(self.bridge.cfg.n_layers)}
+        return {layer: cache[name] for layer, name in names.items() if name in cache}  # a hybrid lacks some
 
     def run(self, input_ids: Tensor, attention_mask: Tensor | None = None, **inputs: Any) -> Tensor:
         hooks = [
