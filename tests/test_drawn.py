@@ -95,6 +95,7 @@ def test_margins_have_no_shares_if_nothing_flips() -> None:
     assert len(drawing_of("margins", random_result(3, 4, prompts=5)).maps) == 4
 
 
+@pytest.mark.end_to_end
 def test_positions_are_in_the_title(tmp_path: Path, drawn: list[Figure]) -> None:  # noqa: F811
     result = random_result(3, 4)
     keys = tuple(key._replace(positions="-1") for key in result.ablations)
@@ -127,12 +128,16 @@ def test_strongest_shows_ten_heads_with_all_prompts() -> None:
     assert f"{effects.differs.sum()} of 288 ablations change it on average" in finding
 
 
+@pytest.mark.end_to_end
 def test_title_of_several_prompts_counts_them(tmp_path: Path, drawn: list[Figure]) -> None:  # noqa: F811
     figures.draw(random_result(3, 4, prompts=5), tmp_path, title="capitals: ", decode=decode)
     assert len(drawn) == 6 and all(title_of(figure)[-1] == "capitals: 5 prompts" for figure in drawn)
 
 
-@pytest.mark.parametrize("grid", [(3, 4), (12, 12), (2, 32), (40, 2), (32, 32)])
+@pytest.mark.parametrize(
+    "grid",
+    [(3, 4), *(pytest.param(grid, marks=pytest.mark.end_to_end) for grid in ((12, 12), (2, 32), (40, 2), (32, 32)))],
+)
 def test_strongest_cells_are_named_where_they_are(grid: tuple[int, int]) -> None:
     with figures.style.context(["default", STYLE]):
         drawing = drawing_of("sensitivity", random_result(*grid))

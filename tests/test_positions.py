@@ -59,6 +59,7 @@ def test_imputations_at_positions_equal_surgery(name: str, data: st.DataObject) 
     assert_equals_surgery(name, case, positions)
 
 
+@pytest.mark.end_to_end
 @pytest.mark.parametrize("name", KINDS)
 @given(data=st.data())
 def test_imputations_in_layouts_equal_surgery(name: str, data: st.DataObject) -> None:
@@ -130,6 +131,7 @@ def batch_of(ids: list[int]) -> dict[str, Any]:
     return {"input_ids": torch.tensor([ids]), "attention_mask": torch.ones(1, len(ids), dtype=torch.long)}
 
 
+@settings(max_examples=settings().max_examples // 2)
 @given(data=st.data())
 def test_lists_of_all_kinds_equal_surgery(data: st.DataObject) -> None:
     """In one growing batch or several, and in one forward pass each; the target has several tokens."""
@@ -159,6 +161,7 @@ def test_lists_of_all_kinds_equal_surgery(data: st.DataObject) -> None:
         assert result.calls[0, index] == 1
 
 
+@settings(max_examples=settings().max_examples // 2)
 @given(data=st.data())
 def test_loss_of_a_text_equals_surgery(data: st.DataObject) -> None:
     """Positions are those of the whole text that is read."""

@@ -66,7 +66,13 @@ def expected(
 
 @pytest.mark.parametrize(
     ("positions", "at", "draws"),
-    [("all", None, 2), ("last", [4], 1), ([0, -2], [0, 3], 2), ("subject", [0], 1)],
+    [
+        ("subject", [0], 2),
+        *(
+            pytest.param(*how, marks=pytest.mark.end_to_end)
+            for how in (("all", None, 2), ("last", [4], 1), ([0, -2], [0, 3], 2))
+        ),
+    ],
 )
 def test_study_is_one_hooked_forward_per_ablation(
     capitals: LoadedModel, monkeypatch: pytest.MonkeyPatch, positions: Any, at: Any, draws: int
@@ -203,6 +209,7 @@ def test_other_values_of_one_name_are_other_settings(capitals: LoadedModel, tmp_
         sweep_prompts(capitals, RECORDS[:1], [other], checkpoint=tmp_path)
 
 
+@pytest.mark.end_to_end
 def test_strongest_ablations_work_with_every_imputation(capitals: LoadedModel) -> None:
     study = Study(capitals, RECORDS[:2], NAMES, reference=OTHERS, positions="subject")
     result = study.run()
