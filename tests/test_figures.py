@@ -178,16 +178,9 @@ def test_figures_of_every_grid_have_no_overlaps(
         assert_composed(figure)
 
 
-@pytest.mark.slow
-@pytest.mark.parametrize("prompts", [1, pytest.param(2, marks=pytest.mark.end_to_end)])
-@pytest.mark.parametrize(
-    "kind",
-    [
-        pytest.param("nothing changes", marks=pytest.mark.end_to_end),
-        pytest.param("everything flips", marks=pytest.mark.end_to_end),
-        "no heads in some layers",
-    ],
-)
+@pytest.mark.end_to_end
+@pytest.mark.parametrize("prompts", [1, 2])
+@pytest.mark.parametrize("kind", ["nothing changes", "everything flips", "no heads in some layers"])
 def test_figures_of_extreme_results_have_no_overlaps(
     kind: str, prompts: int, tmp_path: Path, drawn: list[Figure]
 ) -> None:
