@@ -195,7 +195,7 @@ def test_figures_of_extreme_results_have_no_overlaps(
         assert_composed(figure)
 
 
-@pytest.mark.slow
+@pytest.mark.end_to_end
 @pytest.mark.parametrize(
     "result",
     [*(random_result(*grid, imputations=1) for grid in SMALL), random_result(6, 4, imputations=1, holes=HOLES)],

@@ -56,7 +56,7 @@ def test_direct_calls_of_linear_are_perturbed() -> None:
     assert len(set(alone[0].tolist())) > 1
 
 
-@pytest.mark.slow
+@pytest.mark.end_to_end
 @parametrize_with_checks(Ours)
 def test_specification_holds(check: object) -> None:
     check()  # type: ignore[operator]
