@@ -155,10 +155,10 @@ def test_reports_say_where_heads_are_ablated(positions: str, said: str) -> None:
 @pytest.mark.parametrize(
     ("grid", "prompts", "imputations"),
     [
-        pytest.param((3, 4), 1, 3, marks=pytest.mark.slow),
         *(
             pytest.param(*case, marks=pytest.mark.end_to_end)
             for case in (
+                ((3, 4), 1, 3),
                 ((1, 1), 1, 7),
                 ((3, 4), 3, 7),
                 ((12, 12), 1, 3),

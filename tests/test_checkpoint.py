@@ -118,6 +118,7 @@ def test_checkpoint_of_an_uninterrupted_sweep_changes_nothing(capitals: LoadedMo
     assert contents(tmp_path) == {"new": None}
 
 
+@pytest.mark.end_to_end
 def test_metrics_and_targets_of_several_tokens_are_kept(capitals: LoadedModel, tmp_path: Path) -> None:
     questions = [dataclasses.replace(question, target=" Germany France") for question in QUESTIONS]
     options: dict[str, Any] = {"metrics": {"largest": lambda logits: logits.amax(dim=-1)}}

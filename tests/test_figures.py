@@ -244,6 +244,7 @@ def test_few_layers_have_no_trend_line(layers: int) -> None:
     assert drawing.finding.endswith("too few layers for a trend")
 
 
+@pytest.mark.end_to_end
 def test_tokens_of_one_text_are_told_apart(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     saved: list[Figure] = []
     monkeypatch.setattr(Figure, "savefig", lambda self, *_, **__: saved.append(self))
@@ -258,6 +259,7 @@ def test_dashes_of_head_means_are_explained() -> None:
 
 
 @pytest.mark.slow
+@pytest.mark.end_to_end
 def test_any_token_and_title_can_be_drawn(tmp_path: Path, drawn: list[Figure]) -> None:
     texts = {0: "$\\frac{1}$\n incomprehensibilities", 1: "\t", 2: "日本"}
     figures.draw(
@@ -335,6 +337,7 @@ def test_margins_show_the_change_in_one_colour_map(flips: float) -> None:
 # ---- words
 
 
+@pytest.mark.end_to_end
 def test_title_says_the_finding_and_keeps_both_ends_of_prompt(tmp_path: Path, drawn: list[Figure]) -> None:
     result = random_result(3, 4, flips=0.0)
     result.ablated["target_probability"][0, 5] = 0.5 - 0.12
@@ -356,6 +359,7 @@ def test_axes_choose_their_own_steps() -> None:
 
 
 @pytest.mark.parametrize("prompts", [1, 3])
+@pytest.mark.end_to_end
 def test_nothing_changes_is_said_in_words_without_a_scale(prompts: int, tmp_path: Path, drawn: list[Figure]) -> None:
     figures.draw(without_changes(random_result(6, 8, prompts)), tmp_path, title=TITLE, decode=decode)
     words = {"sensitivity": "no change", "agreement": "no difference", "histograms": "no change"}

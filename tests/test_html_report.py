@@ -91,6 +91,7 @@ def evil_result() -> Result:
 # ---- content
 
 
+@pytest.mark.end_to_end
 def test_page_embeds_mean_changes_and_intervals(tmp_path: Path) -> None:
     result = synthetic(3, 4, prompts=5)
     content = page(result, tmp_path).content
@@ -138,6 +139,7 @@ def test_large_page_keeps_single_values_of_strongest_heads(tmp_path: Path, monke
 
 
 @pytest.mark.slow
+@pytest.mark.end_to_end
 def test_page_of_a_large_model_is_small(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     result = synthetic(40, 40, prompts=100)
     effects = statistics.effects(result, "target_probability")
@@ -214,6 +216,7 @@ def test_missing_bokeh_is_reported(tmp_path: Path, monkeypatch: pytest.MonkeyPat
 
 
 @pytest.mark.slow
+@pytest.mark.end_to_end
 def test_import_loads_neither_bokeh_nor_torch() -> None:
     code = "import sys, ablation.html_report; print([name for name in ('bokeh', 'torch') if name in sys.modules])"
     assert subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout == "[]\n"

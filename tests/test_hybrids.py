@@ -172,6 +172,7 @@ def test_findings_cover_existing_heads_only(family: str) -> None:
     assert ("no attention heads in 2 of 3 layers: 0, 2" in report.render(found)) == (family == HYBRID)
 
 
+@pytest.mark.end_to_end
 def test_figures_mark_missing_heads(tmp_path: Path, drawn: list[Figure]) -> None:  # noqa: F811
     result = swept(HYBRID)
     paths = figures.draw(result, tmp_path, title="a hybrid", decode=lambda *_: "a")

@@ -139,6 +139,7 @@ def test_summary_of_groups_of_one_prompt_has_no_interval() -> None:
 
 
 @pytest.mark.slow
+@pytest.mark.end_to_end
 def test_command_reports_several_prompts(run: Run, tmp_path: Path) -> None:  # noqa: F811
     cities = ("Berlin", "Paris", "Rome")
     records = [{"prompt": f"{city} is the capital of", "target": " Germany", "group": city[0]} for city in cities]

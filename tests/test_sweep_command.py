@@ -119,6 +119,7 @@ def test_prompts_are_swept_summarised_and_saved(
 
 
 @pytest.mark.slow
+@pytest.mark.end_to_end
 def test_same_prompts_replace_their_result_and_others_do_not(
     prompts: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -134,6 +135,7 @@ def test_same_prompts_replace_their_result_and_others_do_not(
 
 
 @pytest.mark.slow
+@pytest.mark.end_to_end
 def test_text_is_swept_summarised_and_saved(text: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     out = tmp_path / "out"
     arguments = ["sweep", "--text", str(text), "--stride", "8", "--imputation", "mean", "--out", str(out)]
@@ -177,6 +179,7 @@ def test_unknown_choice_is_a_usage_error(
 
 
 @pytest.mark.slow
+@pytest.mark.end_to_end
 def test_every_imputation_is_swept_side_by_side(run: Run, tmp_path: Path) -> None:  # noqa: F811
     others = tmp_path / "others.csv"
     others.write_text("prompt\nRome is the capital of\nOslo is the capital of\nQuito is the capital of\n")
@@ -255,6 +258,7 @@ def test_column_of_a_file_names_the_positions(run: Run, tmp_path: Path) -> None:
 
 
 @pytest.mark.slow
+@pytest.mark.end_to_end
 def test_text_takes_a_reference_and_positions(run: Run, text: Path) -> None:  # noqa: F811
     text.write_text("Berlin is the capital of Germany. Paris is the capital of France.")
     arguments = [
