@@ -25,7 +25,7 @@ from ablation.questions import Asked, reference_prompts, tokenised, warn
 from ablation.reference import Reference
 from ablation.replacements import TokenIds
 from ablation.results import Result
-from ablation.study import origin, run_tasks, settings_of, subrange
+from ablation.study import run_plan
 
 
 def sweep_prompts(
@@ -135,47 +135,53 @@ class Study:
         overwrite: bool = False,
     ) -> Result:
         """Compute the reference, if it is needed and was not given, and sweep all questions."""
-        known = origin(self.loaded)
-        share = self.plan.work_of_reference(self.loaded, len(self.asked))
-        prepared = self.plan.prepare(self.loaded, known, subrange(progress, 0, share))
-        self.prepared = prepared
+        questions = json.dumps(list(map(_settings_of_question, self.asked)))
         settings = {
-            **settings_of(self.loaded),
             "prompts": len(self.asked),
-            "prompts_sha256": hashlib.sha256(
-                json.dumps(list(map(_settings_of_question, self.asked))).encode()
-            ).hexdigest(),
-            **prepared.settings,
+            "prompts_sha256": hashlib.sha256(questions.encode()).hexdigest(),
             "metrics": {name: _code_of(metric) for name, metric in (metrics or {}).items()},
             "max_rows": max_rows,
         }
-        tasks = [
-            partial(self._sweep, index, known, {"metrics": metrics, "max_rows": max_rows})
-            for index in range(len(self.asked))
-        ]
-        rest = subrange(progress, share, 1.0)
-        return run_tasks(tasks, settings, checkpoint, overwrite=overwrite, progress=rest)
+        task = partial(self._sweep, {"metrics": metrics, "max_rows": max_rows})
+        result, self.prepared = run_plan(
+            self.loaded,
+            self.plan,
+            task,
+            len(self.asked),
+            settings,
+            checkpoint,
+            overwrite=overwrite,
+            progress=progress,
+        )
+        return result
 
     def ablations(self, index: int) -> list[Ablation]:
-        """Return the ablations of a question, once the reference is computed."""
+        """Return the ablations of a question, after the study has run."""
         assert self.prepared is not None
-        return self.prepared.ablations(self.loaded, self.sources[index], self.asked[index].positions)
+        return self._ablations(index, self.prepared)
+
+    def _ablations(self, index: int, prepared: PreparedPlan) -> list[Ablation]:
+        return prepared.ablations(self.loaded, self.sources[index], self.asked[index].positions)
 
     def _sweep(
-        self, index: int, known: Mapping[str, Any], arguments: Mapping[str, Any], progress: Progress | None
+        self,
+        arguments: Mapping[str, Any],
+        index: int,
+        prepared: PreparedPlan,
+        known: Mapping[str, Any],
+        progress: Progress | None,
     ) -> Result:
-        """Return the result of one question. known: where the model came from. arguments: those of `run`."""
+        """Return the result of one question. arguments: those of `run`. known: where the model came from."""
         of, question = self.asked[index], self.asked[index].row.question
         result = run(
             self.loaded.model,
             of.token_ids,
-            self.ablations(index),
+            self._ablations(index, prepared),
             of.target,
             of.control,
             **arguments,
             progress=progress,
         )
-        assert self.prepared is not None
         (record,) = result.prompts
         named = dataclasses.replace(
             record,
@@ -188,7 +194,7 @@ class Study:
         result = dataclasses.replace(result, prompts=(named,), provenance=provenance)
         given = None if of.resample is None else question.resample
         texts = [given or self.plan.texts[ids] for ids in self.sources[index]]
-        return self.prepared.completed(result, texts, of.positions)
+        return prepared.completed(result, texts, of.positions)
 
 
 def _verify_needs_no_others(plan: Plan, of: Asked) -> None:

@@ -20,7 +20,7 @@ T = TypeVar("T")
 COLUMNS = ("prompt", "target", "control", "group", "resample")
 REQUIRED = COLUMNS[:2]
 SIMILARITY = dict.fromkeys(COLUMNS, 0.8) | {"resample": 0.9}
-"""How similar the name of a column has to be to be taken for a misspelt one; `sample` and `example` are others."""
+"""A column with a name at least as similar is taken for a misspelt one; `sample` and `example` are other columns."""
 NAMED = 5
 """So many rows that are left out are named."""
 SHIPPED = Path(__file__).parent / "data"

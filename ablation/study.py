@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -10,6 +11,7 @@ from ablation import provenance
 from ablation.checkpoint import Checkpoint
 from ablation.models import LoadedModel
 from ablation.passes import Progress
+from ablation.plan import Plan, PreparedPlan
 from ablation.processes import Processes
 from ablation.results import Result
 
@@ -55,12 +57,38 @@ def run_tasks(
     return result
 
 
-def settings_of(loaded: LoadedModel) -> dict[str, Any]:
-    """Return everything about a model and its environment that the bits of a result depend on."""
+def run_plan(
+    loaded: LoadedModel,
+    plan: Plan,
+    task: Callable[[int, PreparedPlan, Mapping[str, Any], Progress | None], Result],
+    count: int,
+    settings: Mapping[str, Any],
+    checkpoint: Path | str | None,
+    *,
+    overwrite: bool,
+    progress: Progress | None,
+) -> tuple[Result, PreparedPlan]:
+    """Compute the reference of a plan, if it is needed and was not given, and run the tasks of a study.
+
+    task: computes the result of one prompt, given its index, the prepared plan and where the model came from. count: of
+    the prompts. settings: what the bits of the results depend on, besides model, environment and plan. The other
+    arguments and the errors are those of `run_tasks`.
+    """
+    known = origin(loaded)
+    share = plan.work_of_reference(loaded, count)
+    prepared = plan.prepare(loaded, known, subrange(progress, 0, share))
+    every = {**_settings_of(loaded, known), **settings, **prepared.settings}
+    tasks = [partial(task, index, prepared, known) for index in range(count)]
+    rest = subrange(progress, share, 1.0)
+    return run_tasks(tasks, every, checkpoint, overwrite=overwrite, progress=rest), prepared
+
+
+def _settings_of(loaded: LoadedModel, known: Mapping[str, Any]) -> dict[str, Any]:
+    """Return everything about a model and its environment that the bits of a result depend on. known: its origin."""
     model = provenance.of_model(loaded.model)
     return {
         **model,
-        **origin(loaded),
+        **known,
         "device": model["device"].partition(":")[0],  # each process may have a GPU of its own
         **provenance.environment(),
     }

@@ -125,7 +125,7 @@ def add_command(commands: Any) -> None:
     add("--dtype", choices=["float32", "float64", "bfloat16", "float16"], default="float32", help="(default: float32)")
     add("--json", action="store_true", help="print the findings as JSON")
     parser.set_defaults(run=_sweep)
-    parser._negative_number_matcher = NEGATIVE  # or else -2,-1 would be taken for an option
+    parser._negative_number_matcher = NEGATIVE  # otherwise, argparse takes -2,-1 for an option
 
 
 def _sweep(arguments: argparse.Namespace) -> int:

@@ -22,7 +22,7 @@ from ablation.prompts import prompt_ids
 from ablation.questions import positions_from_start, reference_prompts
 from ablation.reference import Reference
 from ablation.results import Result
-from ablation.study import Task, origin, run_tasks, settings_of, subrange
+from ablation.study import run_plan
 
 LARGEST_STRIDE = 128
 """Tokens that each window scores by default, unless this is more than half of the model's longest input."""
@@ -132,28 +132,30 @@ class TextStudy:
         overwrite: bool = False,
     ) -> Result:
         """Compute the reference, if it is needed and was not given, and measure the loss on all windows."""
-        known = origin(self.loaded)
-        share = self.plan.work_of_reference(self.loaded, len(self.windows))
-        prepared = self.plan.prepare(self.loaded, known, subrange(progress, 0, share))
         settings = {
-            **settings_of(self.loaded),
             "text_sha256": hashlib.sha256(json.dumps(self.ids).encode()).hexdigest(),
             "stride": self.stride,
-            **prepared.settings,
             "max_rows": max_rows,
         }
-        tasks: list[Task] = [
-            partial(self._score, index, prepared, known, max_rows) for index in range(len(self.windows))
-        ]
-        rest = subrange(progress, share, 1.0)
-        return run_tasks(tasks, settings, checkpoint, overwrite=overwrite, progress=rest)
+        task = partial(self._score, max_rows)
+        result, _ = run_plan(
+            self.loaded,
+            self.plan,
+            task,
+            len(self.windows),
+            settings,
+            checkpoint,
+            overwrite=overwrite,
+            progress=progress,
+        )
+        return result
 
     def _score(
         self,
+        max_rows: int | None,
         index: int,
         prepared: PreparedPlan,
         known: Mapping[str, Any],
-        max_rows: int | None,
         progress: Progress | None,
     ) -> Result:
         """Return the loss on one window. known: where the model came from."""

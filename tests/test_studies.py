@@ -38,12 +38,12 @@ def ids_of(loaded: LoadedModel, records: Iterable[Mapping[str, Any]]) -> list[tu
 
 def few_heads(study: Study, monkeypatch: pytest.MonkeyPatch) -> None:
     """Let a study ablate only the heads of layers 0 and 11, to save time."""
-    every = study.ablations
-    monkeypatch.setattr(
-        study,
-        "ablations",
-        lambda index: [of for of in every(index) if of.heads[0][0] in (0, 11) and of.heads[0][1] < 2],
-    )
+    every = study._ablations
+
+    def few(index: int, prepared: Any) -> list[Ablation]:
+        return [of for of in every(index, prepared) if of.heads[0][0] in (0, 11) and of.heads[0][1] < 2]
+
+    monkeypatch.setattr(study, "_ablations", few)
 
 
 def expected(
