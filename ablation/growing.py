@@ -3,14 +3,14 @@
 from __future__ import annotations
 
 import itertools
+import math
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from functools import cached_property, partial
-from typing import Any, Self
+from typing import Any, NamedTuple, Self
 
 import numpy as np
-import torch
 from numpy.typing import NDArray
 from torch import Tensor, nn
 
@@ -26,37 +26,60 @@ class BatchMismatch(Exception):
     """A batch of several rows fails in the model, or a row differs from the same row of an ordinary forward pass."""
 
 
+Step = tuple[int, tuple[int, ...]]
+"""A layer that an ablation changes, with its heads in this layer, sorted."""
+
+
+class Join(NamedTuple):
+    """How a row joins a growing batch: before `layer`, as a copy of the row `source`.
+
+    shared: how many steps of the row's ablation the source has made by then; it has made no others.
+    """
+
+    layer: int
+    source: Any
+    shared: int
+
+
 @dataclass(frozen=True)
 class RowLayout:
     """Which row of a batch carries which ablation. Only this module computes row indices.
 
-    ablations: one for each ablated row. first_row: the row of ablations[0]; the others follow in order. clean_row: the
-    row that is not ablated, if there is one.
+    ablations: one for each ablated row, in the order of the rows. first_row: the row of ablations[0]. order: for each
+    ablation, its index in the list that the layout was made from. clean_row: the row that is not ablated, if there is
+    one. joins: how each ablated row joins a growing batch; empty for other batches.
 
-    A growing batch starts as the clean row alone. Before each layer, a copy of the clean row joins at the end for every
-    ablation whose first head is in that layer, so the ablations have to be sorted by `first_layer`. A plain batch has
-    all rows from the start, and its clean row last, so the guard notices code that treats the first or the last row in
-    a special way.
+    A growing batch starts as the clean row alone. Before each layer, rows join at the end, each as a copy of a row that
+    was edited as its ablation asks in all layers before: for an ablation of one head, the clean row; for an ablation of
+    a head in layer 2 and one in layer 5, before layer 5, a row that was edited in the head of layer 2 alone. A plain
+    batch has all rows from the start, and its clean row last, so the guard notices code that treats the first or the
+    last row in a special way.
     """
 
     ablations: tuple[Ablation, ...]
     first_row: int
+    order: tuple[int, ...]
     clean_row: int | None
+    joins: tuple[Join, ...] = ()
 
     @classmethod
     def growing(cls, ablations: Sequence[Ablation]) -> Self:
-        """The layout of a growing batch. ablations: sorted by `first_layer`."""
-        return cls(tuple(ablations), first_row=1, clean_row=0)
+        """The layout of a growing batch."""
+        found = _joins(ablations)
+        order = tuple(sorted(found, key=lambda number: found[number].layer))
+        row_of = {number: row for row, number in enumerate((None, *order))}
+        joins = tuple(found[number]._replace(source=row_of[found[number].source]) for number in order)
+        return cls(tuple(ablations[number] for number in order), 1, order, clean_row=0, joins=joins)
 
     @classmethod
     def plain(cls, ablations: Sequence[Ablation]) -> Self:
         """The layout of a batch that has all its rows from the start."""
-        return cls(tuple(ablations), first_row=0, clean_row=len(ablations))
+        return cls(tuple(ablations), 0, tuple(range(len(ablations))), clean_row=len(ablations))
 
     @classmethod
     def single(cls, ablation: Ablation) -> Self:
         """The layout of a batch of one ablated row."""
-        return cls((ablation,), first_row=0, clean_row=None)
+        return cls((ablation,), 0, (0,), clean_row=None)
 
     @property
     def num_rows(self) -> int:
@@ -70,37 +93,80 @@ class RowLayout:
 
     @cached_property
     def edits(self) -> dict[int, list[Edit]]:
-        """{layer: the edits of that layer's projection}."""
-        return edits_by_layer(zip(self.ablations, itertools.count(self.first_row), strict=False))
-
-    @cached_property
-    def _first_layers(self) -> NDArray[np.int64]:
-        return np.array([first_layer(ablation) for ablation in self.ablations], dtype=np.int64)
+        """{layer: the edits of that layer's projection}, without those that a row has from the row it is a copy of."""
+        own = self.ablations
+        if self.joins:
+            own = tuple(_without_steps(of, join.shared) for of, join in zip(own, self.joins, strict=True))
+        return edits_by_layer(zip(own, itertools.count(self.first_row), strict=False))
 
     def rows_in_layer(self, layer: int) -> int:
         """Rows that a growing batch has in this layer: the clean row, and those that have joined."""
-        return 1 + int(np.count_nonzero(self._first_layers <= layer))
+        return 1 + sum(join.layer <= layer for join in self.joins)
 
     def receipts(self, receipt: Receipt) -> NDArray[np.int64]:
         """Return the receipt of each ablation, [ablations, 3]: calls, elements replaced, elements changed.
 
-        calls: 1 if each projection that the ablation edits was called once, or else the calls of one that was not.
+        calls: 1 if each projection that the ablation edits was called once, or else the calls of one that was not. The
+        receipt of a row begins as a copy, like the row.
         """
-        found = np.zeros((len(self.ablations), 3), dtype=np.int64)
+        found = np.zeros((self.num_rows, 3), dtype=np.int64)
         found[:, 0] = 1
         counts = receipt.counts
-        for layer, edits in self.edits.items():
-            numbers = [edit.row - self.first_row for edit in edits if edit.row is not None]
+        for layer, edits in sorted(self.edits.items()):
+            for row, join in enumerate(self.joins, start=self.first_row):
+                if join.layer == layer:
+                    found[row] = found[join.source]
+            rows = [edit.row for edit in edits if edit.row is not None]
             if receipt.calls[layer] != 1:
-                found[numbers, 0] = receipt.calls[layer]
+                found[rows, 0] = receipt.calls[layer]
             if layer in counts:
-                np.add.at(found[:, 1:], numbers, np.array(counts[layer])[:, 1:])
-        return found
+                np.add.at(found[:, 1:], rows, np.array(counts[layer])[:, 1:])
+        return found[self.ablated_rows]
+
+
+def steps(ablation: Ablation) -> tuple[Step, ...]:
+    """Return what an ablation changes, layer by layer: the sort key that keeps rows with equal beginnings together."""
+    by_layer: dict[int, list[int]] = {}
+    for layer, head in ablation.heads:
+        by_layer.setdefault(layer, []).append(head)
+    return tuple((layer, tuple(sorted(heads))) for layer, heads in sorted(by_layer.items()))
+
+
+def _without_steps(ablation: Ablation, count: int) -> Ablation:
+    """Return an ablation without its first steps."""
+    rest = dict(steps(ablation)[count:])
+    return Ablation([pair for pair in ablation.heads if pair[0] in rest], ablation.imputation, ablation.positions)
+
+
+def _joins(ablations: Sequence[Ablation]) -> dict[int, Join]:
+    """Return {index of an ablation: how its row joins}, with ablations as sources in place of rows; None if clean."""
+    found: dict[int, Join] = {}
+    all_steps = [steps(ablation) for ablation in ablations]
+    # Of several ablations with equal first steps, the one that goes on last comes first: the others are copied from it
+    # while it has made these steps only.
+    order = sorted(
+        range(len(ablations)), key=lambda number: [*(layer for layer, _ in all_steps[number]), math.inf], reverse=True
+    )
+    carriers: dict[Any, int] = {}
+    for number in order:
+        of, own = ablations[number], all_steps[number]
+        beginnings = [(of.imputation, of.positions, own[:count]) for count in range(1, len(own) + 1)]
+        shared = max((n for n, beginning in enumerate(beginnings[:-1], start=1) if beginning in carriers), default=0)
+        source = carriers[beginnings[shared - 1]] if shared else None
+        found[number] = Join(own[shared][0] if own else 0, source, shared)
+        for beginning in beginnings:
+            carriers.setdefault(beginning, number)
+    return dict(sorted(found.items()))
 
 
 def first_layer(ablation: Ablation) -> int:
-    """The first layer that an ablation changes: the sort key of a growing batch; 0 if the ablation has no heads."""
+    """The first layer that an ablation changes; 0 if the ablation has no heads."""
     return min((layer for layer, _ in ablation.heads), default=0)
+
+
+def last_layer(ablation: Ablation) -> int:
+    """The last layer that an ablation changes; 0 if the ablation has no heads."""
+    return max((layer for layer, _ in ablation.heads), default=0)
 
 
 @contextmanager
@@ -119,7 +185,8 @@ def growing_batch(
         rows_before = 1
         for layer in heads.layers:
             rows = layout.rows_in_layer(layer.index)
-            grow = partial(_grow, rows_before, rows, on_layer)
+            sources = [*range(rows_before), *(join.source for join in layout.joins[rows_before - 1 : rows - 1])]
+            grow = partial(_grow, rows_before, sources, on_layer)
             hooks.callback(register(layer.block, grow, owner=hook))
             rows_before = rows
         last = heads.layers[-1]
@@ -132,18 +199,21 @@ def growing_batch(
 
 
 def _grow(
-    rows_before: int, rows: int, on_layer: Callable[[], object], block: nn.Module, args: Any, kwargs: Any
+    rows_before: int, sources: list[int], on_layer: Callable[[], object], block: nn.Module, args: Any, kwargs: Any
 ) -> Arguments:
-    """Layer pre-hook: copies of the clean row join the hidden states, [rows_before, ...] -> [rows, ...]."""
+    """Layer pre-hook: rows join the hidden states, [rows_before, ...] -> [rows, ...].
+
+    sources: for each row, the row of the hidden states that it is a copy of.
+    """
     on_layer()
 
     def grown(hidden: Any) -> Tensor:
         if not isinstance(hidden, Tensor) or len(hidden) != rows_before:
             raise BatchMismatch(f"a layer received {_size(hidden)}, not {rows_before} rows")
-        return torch.cat([hidden, hidden[:1].expand(rows - rows_before, *hidden.shape[1:])])
+        return hidden[sources]
 
     args, kwargs = _change_hidden_states(grown, args, kwargs)
-    return _repeat_rows(args, rows), _repeat_rows(kwargs, rows)
+    return _repeat_rows(args, len(sources)), _repeat_rows(kwargs, len(sources))
 
 
 def _size(hidden: object) -> str:

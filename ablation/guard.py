@@ -13,7 +13,7 @@ from transformers import PreTrainedModel
 
 from ablation.edits import Ablation
 from ablation.forward import Request, last_logits
-from ablation.growing import BatchMismatch, first_layer
+from ablation.growing import BatchMismatch, first_layer, last_layer
 from ablation.measure import coarsest_eps, logit_size, logit_spread
 
 # Differences up to this many eps of the logits' size are rounding; one eps of a dtype with fewer digits than float32,
@@ -90,18 +90,27 @@ def working_eps(model: PreTrainedModel, logits: Tensor) -> float:
 
 
 def choose_probes(model: PreTrainedModel, ablations: Sequence[Ablation]) -> list[Ablation]:
-    """Return the ablations that are compared: for each first layer, the last one, and more where rows may couple."""
+    """Return the ablations that are compared: for each first layer, the last one, and more where rows may couple.
+
+    Of the ablations that change several layers, the first one for each last layer is compared, too: its row may be a
+    copy of an ablated row.
+    """
     by_layer: dict[int, list[Ablation]] = {}
+    deep: dict[int, Ablation] = {}
     for ablation in ablations:
-        by_layer.setdefault(first_layer(ablation), []).append(ablation)
+        first, last = first_layer(ablation), last_layer(ablation)
+        by_layer.setdefault(first, []).append(ablation)
+        if first != last:
+            deep.setdefault(last, ablation)
     count = PROBES_PER_LAYER if _may_couple_rows(model) else 1
     # From the last layer to the first, so that a probe's row differs from its row in the growing batch. The last
     # ablation of each layer, since some models mix up only the rows of a middle layer (HY-V4).
-    return [
+    chosen = [
         group[index]
         for _, group in sorted(by_layer.items(), reverse=True)
         for index in np.unique(np.linspace(len(group) - 1, 0, count).astype(int))
     ]
+    return list(dict.fromkeys([*chosen, *deep.values()]))
 
 
 def _may_couple_rows(model: PreTrainedModel) -> bool:

@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from ablation.edits import Ablation, Receipt, verify_called_once, verify_shape
 from ablation.errors import NonFiniteLogits
 from ablation.forward import Request, batch_logits, last_logits
-from ablation.growing import BatchMismatch, RowLayout, first_layer, growing_batch
+from ablation.growing import BatchMismatch, RowLayout, growing_batch, steps
 from ablation.guard import Guard, choose_probes, coupled_rows
 from ablation.heads import AttentionLayer
 from ablation.measure import Measure, float64
@@ -170,7 +170,7 @@ def _run_growing(
     request: Request, max_rows: int, clean: _CleanRun, guard: Guard, last_token_only: bool, progress: Progress | None
 ) -> Run:
     """Run all ablations in as few growing batches as `max_rows` allows. Raises BatchMismatch."""
-    order = sorted(range(len(request.ablations)), key=lambda index: first_layer(request.ablations[index]))
+    order = sorted(range(len(request.ablations)), key=lambda index: steps(request.ablations[index]))
     ablations = [request.ablations[index] for index in order]
     done = 0
 
@@ -189,7 +189,7 @@ def _run_growing(
                 logits = batch_logits(request, 1)
             receipt = hook.receipt
         ablated = logits[layout.ablated_rows]
-        guard.check(logits[layout.clean_row], chunk, ablated)
+        guard.check(logits[layout.clean_row], layout.ablations, ablated)
         outcomes = _measure(clean, layout, ablated, receipt)
         done += len(chunk)
         return outcomes
@@ -230,7 +230,8 @@ def _chunks(ablations: Sequence[Ablation], largest: int) -> list[Sequence[Ablati
 class _Outcomes(NamedTuple):
     """What was measured of the ablations of one batch.
 
-    values: of a row for each ablation. receipts: [A, 3], see `RowLayout.receipts`.
+    values: of a row for each ablation, in the order of the list that the layout was made from. receipts: [A, 3], see
+    `RowLayout.receipts`.
     """
 
     values: Values
@@ -243,7 +244,8 @@ def _measure(clean: _CleanRun, layout: RowLayout, logits: Tensor, receipt: Recei
     finite = values["finite"]
     if not finite.all():
         raise NonFiniteLogits(f"the logits are not finite with {layout.ablations[int(finite.argmin())]}")
-    return _Outcomes(values, layout.receipts(receipt))
+    back = np.argsort(layout.order)
+    return _Outcomes({name: of[back] for name, of in values.items()}, layout.receipts(receipt)[back])
 
 
 def _joined(clean: _CleanRun, outcomes: Sequence[_Outcomes], order: Sequence[int], **how: Any) -> Run:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any
@@ -71,6 +72,21 @@ def test_sets_of_heads_equal_one_hooked_forward_each(
             if margin[index] > 4 * atol:
                 assert argmax[index] == alone.argmax()
     assert_results_equal(result, run_sequential(model, ids, ablations, 7, 11), atol)
+
+
+@pytest.mark.parametrize("max_rows", [None, 9])
+@pytest.mark.parametrize("family", FAMILIES)
+def test_all_sets_of_two_or_three_equal_one_forward_each(family: str, max_rows: int | None) -> None:
+    """Rows are copied from ablated rows; imputations and positions must not be mixed up, nor receipts."""
+    model = Decoder(family, num_layers=3, num_heads=2, head_dim=2).shared()
+    heads = list(find_heads(model))
+    sets = [of for size in (1, 2, 3) for of in itertools.combinations(heads, size)]
+    how: list[tuple[Any, ...]] = [("zero",), ("mean",), ("zero", [0, -1])]
+    ablations = [Ablation(of, *how[number % 3]) for number, of in enumerate(sets)]
+    ablations += [Ablation(of, *how[(number + 1) % 3]) for number, of in enumerate(sets)]
+    result = run(model, IDS, ablations, 7, 11, max_rows=max_rows)
+    assert result.provenance["method"] == "growing batch"
+    assert_results_equal(result, run_sequential(model, IDS, ablations, 7, 11), ATOL["float32"])
 
 
 def test_heads_of_a_result_are_distinct_and_in_order() -> None:

@@ -10,7 +10,7 @@ import torch
 
 from ablation.checks.decoders import Decoder
 from ablation.edits import Ablation, Edit, Receipt
-from ablation.growing import BatchMismatch, RowLayout, first_layer, growing_batch
+from ablation.growing import BatchMismatch, Join, RowLayout, first_layer, growing_batch
 from ablation.hook import HeadAblation
 from ablation.imputation import IMPUTATIONS
 
@@ -36,6 +36,41 @@ def test_growing_layout_starts_with_the_clean_row() -> None:
         0: [Edit(1, ZERO, 2)],
         2: [Edit(0, ZERO, 2), Edit(1, ZERO, 4)],
         1: [Edit(0, MEAN, 3), Edit(2, MEAN, 3)],
+    }
+
+
+def test_row_joins_as_a_copy_of_the_row_with_its_lower_heads() -> None:
+    """Row 1 is ablated in layers 0 and 3, and between them is what row 3 begins with; row 5 begins as row 3."""
+    a, b, c = (0, 1), (2, 0), (3, 1)
+    given = [Ablation([b, a]), Ablation([a, c]), Ablation([c]), Ablation([a, b, c]), Ablation([a, b], "mean")]
+    layout = RowLayout.growing(given)
+    assert layout.order == (1, 4, 0, 2, 3)
+    assert layout.joins == (Join(0, 0, 0), Join(0, 0, 0), Join(2, 1, 1), Join(3, 0, 0), Join(3, 3, 2))
+    assert layout.edits == {
+        0: [Edit(1, ZERO, 1), Edit(1, MEAN, 2)],
+        2: [Edit(0, MEAN, 2), Edit(0, ZERO, 3)],
+        3: [Edit(1, ZERO, 1), Edit(1, ZERO, 4), Edit(1, ZERO, 5)],
+    }
+
+
+def test_ablation_is_copied_only_from_its_own_kind() -> None:
+    """Another imputation, other positions and other heads of the lower layer are other rows."""
+    others = [Ablation([(0, 1)], "mean"), Ablation([(0, 1)], "zero", [0]), Ablation([(0, 0), (0, 1)])]
+    layout = RowLayout.growing([*others, Ablation([(0, 1), (1, 0)])])
+    assert [join.source for join in layout.joins] == [0, 0, 0, 0]
+
+
+def test_receipt_counts_edits_of_the_row_that_was_copied() -> None:
+    layout = RowLayout.growing([Ablation([(0, 1), (1, 0)]), Ablation([(0, 1), (1, 2)]), Ablation([(0, 1)])])
+    receipt = Receipt(2)
+    receipt.calls = [1, 1]
+    counts = {0: [[10, 10, 9]], 1: [[10, 10, 1], [10, 10, 2]]}
+    receipt.edited = {layer: torch.tensor(of) for layer, of in counts.items()}
+    assert {layer: len(edits) for layer, edits in layout.edits.items()} == {0: 1, 1: 2}
+    assert dict(zip(layout.order, layout.receipts(receipt).tolist(), strict=True)) == {
+        0: [1, 20, 10],
+        1: [1, 20, 11],
+        2: [1, 10, 9],
     }
 
 
