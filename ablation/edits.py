@@ -1,4 +1,4 @@
-"""Ablations, the edits that they make to the z of each layer, and receipts that prove the edits were made."""
+"""Ablations, the edits that they make to heads and MLPs, and receipts that prove the edits were made."""
 
 from __future__ import annotations
 
@@ -13,28 +13,31 @@ from torch import Tensor
 from ablation.errors import AblationNotApplied, InvalidAblation, InvalidHead, UnsupportedModel
 from ablation.heads import AttentionLayer, HeadMap
 from ablation.imputation import Imputation, Site, as_imputation
+from ablation.projections import Key, MLPOutput, Projection
 from ablation.rows import Positions, Rows, as_positions
+from ablation.units import MLP, Pair
 
 
 @dataclass(frozen=True, init=False)
 class Ablation:
-    """A set of heads that are ablated together, with one imputation, at all tokens or at some.
+    """A set of heads and MLPs that are ablated together, with one imputation, at all tokens or at some.
 
-    heads: (layer, head) pairs; if there are none, the ablated run is a clean run. positions: "all", "last", or the
+    heads: (layer, head) pairs, and (layer, "mlp") for the MLP of a layer, whose output is replaced, the bias of its
+    last projection included; if there are none, the ablated run is a clean run. positions: "all", "last", or the
     positions of tokens, from 0, or from the end of the row if negative; padding does not count. Raises
     UnknownImputation for an unknown name, InvalidHead if `heads` is a mapping, a text or not iterable, and
     InvalidAblation for positions that are none. Whether the pairs are heads of a model is checked by `HeadAblation` and
     `run`.
     """
 
-    heads: tuple[tuple[int, int], ...]
+    heads: tuple[Pair, ...]
     imputation: Imputation
     positions: Positions | None
     """None for all."""
 
     def __init__(
         self,
-        heads: Iterable[tuple[int, int]],
+        heads: Iterable[Pair],
         imputation: str | Imputation = "zero",
         positions: str | Iterable[int] | None = None,
     ) -> None:
@@ -49,23 +52,36 @@ class Ablation:
     def validated(self, heads: HeadMap) -> Ablation:
         """Return the ablation with its heads as ints, each named once.
 
-        Raises InvalidHead if the model lacks a head, and InvalidAblation if the imputation has no values for it.
+        Raises InvalidHead if the model lacks a head, or an MLP that can be ablated, and InvalidAblation if the
+        imputation has no values for it.
         """
         pairs = tuple(dict.fromkeys(map(heads.validate, self.heads)))
-        for layer in dict(pairs):
-            self.imputation.validate(heads.layer(layer))
+        for key in dict.fromkeys(map(key_of, pairs)):
+            self.imputation.validate(heads.projection(key))
         return Ablation(pairs, self.imputation, self.positions)
 
     def __str__(self) -> str:
-        pairs = "; ".join(f"layer {layer}, head {head}" for layer, head in self.heads) or "no head"
+        pairs = "; ".join(map(described, self.heads)) or "no head"
         at = "" if self.positions is None else f" at positions {', '.join(map(str, self.positions))}"
         return f"{pairs}; {self.imputation.name} imputation{at}"
 
 
-class Edit(NamedTuple):
-    """One head of a layer, to be replaced in one row of the batch, at some tokens of the row.
+def key_of(pair: Pair) -> Key:
+    """Return which projection ablates a pair."""
+    layer, head = pair
+    return (layer, head) if head == MLP else layer
 
-    row: None for every row. positions: None for all tokens, padding included.
+
+def described(pair: Pair) -> str:
+    """Return a pair as it is called in messages."""
+    layer, head = pair
+    return f"layer {layer}, {'MLP' if head == MLP else f'head {head}'}"
+
+
+class Edit(NamedTuple):
+    """One head of a layer, or its MLP, to be replaced in one row of the batch, at some tokens of the row.
+
+    head: 0 for an MLP. row: None for every row. positions: None for all tokens, padding included.
     """
 
     head: int
@@ -75,10 +91,10 @@ class Edit(NamedTuple):
 
 
 class EditCounts(NamedTuple):
-    """The effect of one edit, counted in the tensor that the hook passes on to the projection.
+    """The effect of one edit, counted in the tensor that the hook passes on.
 
     expected: elements that the edit has to replace. replaced: those of them that hold the imputed value. changed:
-    elements that differ from the head's own output.
+    elements that differ from the head's or MLP's own output.
     """
 
     expected: int
@@ -89,42 +105,62 @@ class EditCounts(NamedTuple):
 class Receipt:
     """What the hook did in one forward pass.
 
-    calls: how often the projection of each decoder layer was called, [layers]; 0 for a layer without heads.
+    calls: how often the attention output projection of each decoder layer was called, [layers]; 0 for a layer without
+    heads. mlp_calls: the same for the last projection of each MLP, counted since the first ablation of the MLP.
     """
 
     def __init__(self, num_layers: int) -> None:
         self.calls = [0] * num_layers
-        self.edited: dict[int, Tensor] = {}
-        """{layer with edits: counts, int64 [edits, 3], with the columns of `EditCounts`, on the device of z}."""
+        self.mlp_calls = [0] * num_layers
+        self.edited: dict[Key, Tensor] = {}
+        """{layer with edits, or (layer, "mlp"): int64 [edits, 3], with the columns of `EditCounts`, on z's device}."""
+
+    def count_call(self, key: Key) -> None:
+        """Count one call of a projection."""
+        if isinstance(key, tuple):
+            self.mlp_calls[key[0]] += 1
+        else:
+            self.calls[key] += 1
+
+    def calls_of(self, key: Key) -> int:
+        """Return how often a projection was called."""
+        return self.mlp_calls[key[0]] if isinstance(key, tuple) else self.calls[key]
 
     @property
-    def counts(self) -> dict[int, list[EditCounts]]:
-        """{layer with edits: the counts of each edit, in the order of the edits}."""
+    def counts(self) -> dict[Key, list[EditCounts]]:
+        """{layer with edits: the counts of each edit, in the order of the edits}; (layer, "mlp") for an MLP."""
         if not self.edited:
             return {}
         device = next(iter(self.edited.values())).device
         joined = torch.cat([counts.to(device) for counts in self.edited.values()]).tolist()  # waits for the device once
         edits = iter([EditCounts(*edit) for edit in joined])
-        return {layer: list(itertools.islice(edits, len(counts))) for layer, counts in self.edited.items()}
+        return {key: list(itertools.islice(edits, len(counts))) for key, counts in self.edited.items()}
 
     def __repr__(self) -> str:
-        return f"Receipt(calls={self.calls}, counts={self.counts})"
+        mlps = f"mlp_calls={self.mlp_calls}, " if any(self.mlp_calls) else ""
+        return f"Receipt(calls={self.calls}, {mlps}counts={self.counts})"
 
 
-def edits_by_layer(ablations: Iterable[tuple[Ablation, int | None]]) -> dict[int, list[Edit]]:
-    """Return {layer: edits}. ablations: each with the row of the batch that carries it, or None for every row."""
-    edits: dict[int, list[Edit]] = {}
+def edits_by_layer(ablations: Iterable[tuple[Ablation, int | None]]) -> dict[Key, list[Edit]]:
+    """Return {layer: edits of its heads, (layer, "mlp"): edits of its MLP}.
+
+    ablations: each with the row of the batch that carries it, or None for every row.
+    """
+    edits: dict[Key, list[Edit]] = {}
     for ablation, row in ablations:
         for layer, head in ablation.heads:
-            edits.setdefault(layer, []).append(Edit(head, ablation.imputation, row, ablation.positions))
+            number = 0 if head == MLP else head
+            edit = Edit(number, ablation.imputation, row, ablation.positions)
+            edits.setdefault(key_of((layer, head)), []).append(edit)
     return edits
 
 
-def apply_edits(z: Tensor, layer: AttentionLayer, edits: Sequence[Edit], rows: Rows) -> tuple[Tensor, Tensor]:
+def apply_edits(z: Tensor, layer: Projection, edits: Sequence[Edit], rows: Rows) -> tuple[Tensor, Tensor]:
     """Return a copy of z with the edited heads replaced, and counts [edits, 3] in the order of `EditCounts`.
 
     Each replacement is computed from z itself, so edits do not see each other. z: [rows, tokens, num_heads * head_dim],
-    not written to. Raises UnsupportedModel if z is anything else, and InvalidAblation if it does not fit the rows.
+    the input of an attention output projection or the output of an MLP, not written to. Raises UnsupportedModel if z is
+    anything else, and InvalidAblation if it does not fit the rows.
     """
     _check_editable(z, layer)
     mask = rows.mask_of(z)
@@ -145,6 +181,7 @@ def apply_edits(z: Tensor, layer: AttentionLayer, edits: Sequence[Edit], rows: R
         site = Site(
             layer=layer.index,
             heads=head,
+            is_mlp=isinstance(layer, MLPOutput),
             longest=rows.past + z.shape[1],
             mask=None if mask is None else mask[row, rows.past :],
             positions=rows.positions(z)[row].where(at, 0) if imputation.by_position else None,
@@ -177,7 +214,7 @@ def _imputed(imputation: Imputation, z: Tensor, site: Site) -> Tensor:
     return expanded
 
 
-def _check_editable(z: Any, layer: AttentionLayer) -> None:
+def _check_editable(z: Any, layer: Projection) -> None:
     """Raise UnsupportedModel unless z is a plain tensor of rows, tokens and channels, with values."""
     reason = ""
     if not isinstance(z, Tensor):
@@ -191,9 +228,11 @@ def _check_editable(z: Any, layer: AttentionLayer) -> None:
     elif z.ndim != 3:
         reason = f"{z.ndim} dimensions, not [rows, tokens, channels]"
     elif z.shape[-1] != layer.num_heads * layer.head_dim:
-        reason = f"{z.shape[-1]} channels, not {layer.num_heads} heads of {layer.head_dim}"
+        of_heads = "" if isinstance(layer, MLPOutput) else f"{layer.num_heads} heads of "
+        reason = f"{z.shape[-1]} channels, not {of_heads}{layer.head_dim}"
     if reason:
-        raise UnsupportedModel(f"{layer.projection_name} received {reason}")
+        did = "returned" if isinstance(layer, MLPOutput) else "received"
+        raise UnsupportedModel(f"{layer.projection_name} {did} {reason}")
 
 
 def _equal(left: Tensor, right: Tensor) -> Tensor:
@@ -209,25 +248,27 @@ def verify_shape(layer: AttentionLayer, z: Tensor, rows: int, tokens: int) -> No
         raise UnsupportedModel(f"{layer.projection_name} received {tuple(z.shape)}, not {expected}")
 
 
-def verify_called_once(layer: AttentionLayer, receipt: Receipt) -> None:
-    """Raise AblationNotApplied unless the layer's projection was called exactly once."""
-    if (calls := receipt.calls[layer.index]) != 1:
+def verify_called_once(layer: Projection, receipt: Receipt) -> None:
+    """Raise AblationNotApplied unless a projection was called exactly once."""
+    if (calls := receipt.calls_of(layer.key)) != 1:
+        so = "the MLP cannot" if isinstance(layer, MLPOutput) else "no head of it can"
         raise AblationNotApplied(
-            f"{layer.projection_name} was called {calls} times in one forward, not once: no head of it can be ablated"
+            f"{layer.projection_name} was called {calls} times in one forward, not once: {so} be ablated"
         )
 
 
 def verify_replaced(
-    heads: HeadMap, edits: Mapping[int, Sequence[Edit]], receipt: Receipt, *, may_be_none: bool
+    heads: HeadMap, edits: Mapping[Key, Sequence[Edit]], receipt: Receipt, *, may_be_none: bool
 ) -> None:
     """Raise AblationNotApplied unless every element that an edit has to replace holds the imputed value.
 
     may_be_none: an edit may have no element to replace, since its positions are those of other forward passes.
     """
-    for index, counts in receipt.counts.items():
-        for edit, count in zip(edits[index], counts, strict=True):
+    for key, counts in receipt.counts.items():
+        for edit, count in zip(edits[key], counts, strict=True):
             if count.replaced != count.expected or not (count.expected or may_be_none):
+                part = "the MLP" if isinstance(key, tuple) else f"head {edit.head}"
                 raise AblationNotApplied(
-                    f"{heads.layer(index).projection_name}: {count.replaced} of {count.expected} elements of head "
-                    f"{edit.head} hold the imputed value, so the head was not ablated"
+                    f"{heads.projection(key).projection_name}: {count.replaced} of {count.expected} elements of {part} "
+                    "hold the imputed value, so it was not ablated"
                 )

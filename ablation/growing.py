@@ -17,6 +17,8 @@ from torch import Tensor, nn
 from ablation.edits import Ablation, Edit, Receipt, edits_by_layer
 from ablation.hook import HeadAblation
 from ablation.module_hooks import register
+from ablation.projections import Key
+from ablation.units import MLP
 
 Arguments = tuple[tuple[Any, ...], dict[str, Any]]
 """Positional and keyword arguments of a module's forward."""
@@ -26,8 +28,8 @@ class BatchMismatch(Exception):
     """A batch of several rows fails in the model, or a row differs from the same row of an ordinary forward pass."""
 
 
-Step = tuple[int, tuple[int, ...]]
-"""A layer that an ablation changes, with its heads in this layer, sorted."""
+Step = tuple[int, tuple[float, ...]]
+"""A layer that an ablation changes, with its heads in this layer, sorted; the MLP runs last, and counts as infinity."""
 
 
 class Join(NamedTuple):
@@ -92,8 +94,8 @@ class RowLayout:
         return slice(self.first_row, self.first_row + len(self.ablations))
 
     @cached_property
-    def edits(self) -> dict[int, list[Edit]]:
-        """{layer: the edits of that layer's projection}, without those that a row has from the row it is a copy of."""
+    def edits(self) -> dict[Key, list[Edit]]:
+        """{layer: edits of its heads, (layer, "mlp"): edits of its MLP}, without those of the row that a row copies."""
         own = self.ablations
         if self.joins:
             own = tuple(_without_steps(of, join.shared) for of, join in zip(own, self.joins, strict=True))
@@ -112,23 +114,25 @@ class RowLayout:
         found = np.zeros((self.num_rows, 3), dtype=np.int64)
         found[:, 0] = 1
         counts = receipt.counts
-        for layer, edits in sorted(self.edits.items()):
+        for layer in sorted({key[0] if isinstance(key, tuple) else key for key in self.edits}):
             for row, join in enumerate(self.joins, start=self.first_row):
                 if join.layer == layer:
                     found[row] = found[join.source]
-            rows = [edit.row for edit in edits if edit.row is not None]
-            if receipt.calls[layer] != 1:
-                found[rows, 0] = receipt.calls[layer]
-            if layer in counts:
-                np.add.at(found[:, 1:], rows, np.array(counts[layer])[:, 1:])
+            keys: tuple[Key, ...] = (layer, (layer, MLP))
+            for key in keys:
+                rows = [edit.row for edit in self.edits.get(key, []) if edit.row is not None]
+                if rows and receipt.calls_of(key) != 1:
+                    found[rows, 0] = receipt.calls_of(key)
+                if rows and key in counts:
+                    np.add.at(found[:, 1:], rows, np.array(counts[key])[:, 1:])
         return found[self.ablated_rows]
 
 
 def steps(ablation: Ablation) -> tuple[Step, ...]:
     """Return what an ablation changes, layer by layer: the sort key that keeps rows with equal beginnings together."""
-    by_layer: dict[int, list[int]] = {}
+    by_layer: dict[int, list[float]] = {}
     for layer, head in ablation.heads:
-        by_layer.setdefault(layer, []).append(head)
+        by_layer.setdefault(layer, []).append(math.inf if head == MLP else head)
     return tuple((layer, tuple(sorted(heads))) for layer, heads in sorted(by_layer.items()))
 
 
@@ -177,20 +181,22 @@ def growing_batch(
 
     hook: the entered ablation of the model. last_token_only: after the attention of the last layer, only the last token
     is computed; the logits of other tokens mean nothing. This is right if all other parts of that layer treat each
-    token by itself. The caller has to compare the result with an ordinary forward pass. on_layer: called before each
-    layer with heads.
+    token by itself, and nothing edits its MLP, whose values and receipt are those of all tokens. The caller has to
+    compare the result with an ordinary forward pass. on_layer: called before each layer with heads.
     """
     heads = hook.heads
     with ExitStack() as hooks:
+        with_heads = {layer.index: layer.block for layer in heads.layers}
+        with_mlps = {key[0]: heads.mlp(key[0]).block for key in layout.edits if isinstance(key, tuple)}
         rows_before = 1
-        for layer in heads.layers:
-            rows = layout.rows_in_layer(layer.index)
+        for index, block in sorted((with_mlps | with_heads).items()):
+            rows = layout.rows_in_layer(index)
             sources = [*range(rows_before), *(join.source for join in layout.joins[rows_before - 1 : rows - 1])]
-            grow = partial(_grow, rows_before, sources, on_layer)
-            hooks.callback(register(layer.block, grow, owner=hook))
+            grow = partial(_grow, rows_before, sources, on_layer if index in with_heads else None)
+            hooks.callback(register(block, grow, owner=hook))
             rows_before = rows
         last = heads.layers[-1]
-        if last_token_only and last.index == heads.num_layers - 1:
+        if last_token_only and last.index == heads.num_layers - 1 and last.index not in with_mlps:
             narrowing = _LastToken()
             hooks.callback(register(last.projection, narrowing.at_projection, owner=hook))
             for part in last.block.children():
@@ -199,13 +205,19 @@ def growing_batch(
 
 
 def _grow(
-    rows_before: int, sources: list[int], on_layer: Callable[[], object], block: nn.Module, args: Any, kwargs: Any
+    rows_before: int,
+    sources: list[int],
+    on_layer: Callable[[], object] | None,
+    block: nn.Module,
+    args: Any,
+    kwargs: Any,
 ) -> Arguments:
     """Layer pre-hook: rows join the hidden states, [rows_before, ...] -> [rows, ...].
 
     sources: for each row, the row of the hidden states that it is a copy of.
     """
-    on_layer()
+    if on_layer is not None:
+        on_layer()
 
     def grown(hidden: Any) -> Tensor:
         if not isinstance(hidden, Tensor) or len(hidden) != rows_before:

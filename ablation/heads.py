@@ -20,6 +20,8 @@ from transformers import PretrainedConfig, PreTrainedModel
 from transformers.pytorch_utils import Conv1D
 
 from ablation.errors import InvalidHead, UnsupportedModel
+from ablation.projections import Key, MLPOutput, Projection, find_mlps, unwrapped
+from ablation.units import MLP, Pair
 
 # Only names identify these modules in transformers: the class name of an attention, the class name or attribute name of
 # a cross-attention, and the attribute name of an output projection.
@@ -33,21 +35,13 @@ HEAD_COUNT_ATTRIBUTES = ("num_heads", "num_attention_heads", "num_attn_heads", "
 
 
 @dataclass(frozen=True, eq=False)
-class AttentionLayer:
-    """The heads of one decoder layer.
+class AttentionLayer(Projection):
+    """The heads of one decoder layer: slices of the input of its attention output projection.
 
-    index: position among all decoder layers, from 0. block: the decoder layer. projection: its attention output
-    projection; projection_name: the dotted name of the projection in the model. num_heads: query heads.
-    key_value_heads: key/value heads. head_dim: channels of one head's z.
+    num_heads: query heads. key_value_heads: key/value heads. head_dim: channels of one head's z.
     """
 
-    index: int
-    block: nn.Module = field(repr=False)
-    projection_name: str
-    projection: nn.Module = field(repr=False)
-    num_heads: int
     key_value_heads: int
-    head_dim: int
 
     def channels(self, head: int) -> slice:
         """Return the channels of one head in the projection's input."""
@@ -59,12 +53,14 @@ class HeadMap:
     """All heads of a model. Iteration gives every (layer, head) pair, layer by layer.
 
     decoder: the module that runs the layers; a forward pass calls it once. num_layers: the number of all decoder
-    layers. layers: the decoder layers with attention heads, in order; some layers of a hybrid model have none.
+    layers. layers: the decoder layers with attention heads, in order; some layers of a hybrid model have none. mlps:
+    for each decoder layer, its MLP, or the reason why this MLP cannot be ablated.
     """
 
     decoder: nn.Module = field(repr=False)
     num_layers: int
     layers: tuple[AttentionLayer, ...]
+    mlps: tuple[MLPOutput | str, ...] = ()
 
     @property
     def shape(self) -> tuple[int, int]:
@@ -82,12 +78,29 @@ class HeadMap:
                 return layer
         raise InvalidHead(f"layer {index} has no attention heads")
 
-    def validate(self, pair: Any) -> tuple[int, int]:
-        """Return a (layer, head) pair as two ints. Raises InvalidHead unless both are integers and the head exists."""
+    def mlp(self, index: Any) -> MLPOutput:
+        """Return the MLP of the decoder layer with this index. Raises InvalidHead if there is none to be ablated."""
+        index = _checked_index(index, "layer", self.num_layers, "the model")
+        found: MLPOutput | str = self.mlps[index]
+        if isinstance(found, str):
+            raise InvalidHead(f"the MLP of layer {index} cannot be ablated: {found}")
+        return found
+
+    def projection(self, key: Key) -> Projection:
+        """Return the projection of this key. Raises InvalidHead as `layer` and `mlp` do."""
+        return self.mlp(key[0]) if isinstance(key, tuple) else self.layer(key)
+
+    def validate(self, pair: Any) -> Pair:
+        """Return a (layer, head) pair as two ints, or (layer, "mlp").
+
+        Raises InvalidHead unless both are integers and the head exists, or the MLP can be ablated.
+        """
         try:
             layer, head = pair
         except (TypeError, ValueError):
             raise InvalidHead(f"{pair!r} is not a (layer, head) pair: pass a list of pairs, such as [(0, 1)]") from None
+        if isinstance(head, str) and head == MLP:
+            return self.mlp(layer).index, MLP
         found = self.layer(layer)
         return found.index, _checked_index(head, "head", found.num_heads, f"layer {found.index}")
 
@@ -141,8 +154,8 @@ def find_heads(model: PreTrainedModel) -> HeadMap:
         projection, attention = _projection(attentions, block, index)
         num_heads, head_dim = _head_count_and_dim(attention, projection, config, index)
         kv_heads = _key_value_heads(attention, num_heads)
-        layers.append(AttentionLayer(index, block, names[projection], projection, num_heads, kv_heads, head_dim))
-    heads = HeadMap(decoder, len(blocks), tuple(layers))
+        layers.append(AttentionLayer(index, block, names[projection], projection, num_heads, head_dim, kv_heads))
+    heads = HeadMap(decoder, len(blocks), tuple(layers), find_mlps(blocks, names))
     _check_supported(base, heads)
     return heads
 
@@ -222,7 +235,7 @@ def _projection(attentions: dict[str, nn.Module], block: nn.Module, index: int) 
         for name, child in attention.named_children():
             if PROJECTION.fullmatch(name):
                 for reader in (child, getattr(child, "dense", None), getattr(child, "linear", None)):
-                    if isinstance(reader, nn.Module) and isinstance(_unwrapped(reader), nn.Linear | Conv1D):
+                    if isinstance(reader, nn.Module) and isinstance(unwrapped(reader), nn.Linear | Conv1D):
                         found.setdefault(reader, place)
     if len(found) != 1:
         raise UnsupportedModel(
@@ -237,21 +250,12 @@ def _projection(attentions: dict[str, nn.Module], block: nn.Module, index: int) 
     return projection, next(knowing, attentions[place])
 
 
-def _unwrapped(module: nn.Module) -> nn.Module:
-    """Return the layer inside the wrappers of adapters: the `base_layer` of a LoRA, the `original_module` of a copy."""
-    for attribute in ("base_layer", "original_module"):
-        inner = module._modules.get(attribute)
-        if inner is not None:
-            return _unwrapped(inner)
-    return module
-
-
 def _head_count_and_dim(
     attention: nn.Module, projection: nn.Module, config: PretrainedConfig, index: int
 ) -> tuple[int, int]:
     """Return the number of query heads of a layer, and head_dim. Their product is the projection's input size."""
     # Conv1D stores its weight as [in, out]. A Linear states in_features, even if its weight is quantised and packed.
-    linear: Any = _unwrapped(projection)
+    linear: Any = unwrapped(projection)
     channels = linear.weight.shape[0] if isinstance(linear, Conv1D) else linear.in_features
     layer = f"layer {index} ({_class_name(attention)})"
     if hasattr(attention, "lambda_init"):  # differential attention: two heads make one output of twice the size

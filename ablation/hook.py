@@ -1,4 +1,4 @@
-"""`HeadAblation`, a context manager that replaces the output (z) of heads in every forward pass of a model."""
+"""`HeadAblation`, a context manager that replaces the output of heads and MLPs in every forward pass of a model."""
 
 from __future__ import annotations
 
@@ -19,6 +19,7 @@ from ablation.edits import (
     Edit,
     Receipt,
     apply_edits,
+    described,
     edits_by_layer,
     verify_called_once,
     verify_replaced,
@@ -27,7 +28,9 @@ from ablation.errors import AblationNotApplied, InvalidAblation
 from ablation.heads import AttentionLayer, HeadMap, find_heads
 from ablation.imputation import Imputation
 from ablation.module_hooks import compiled_code_runs_eagerly, owners, register, remove_owned_hooks
+from ablation.projections import Key, MLPOutput, Projection
 from ablation.rows import Rows, rows_of_forward
+from ablation.units import Pair
 
 
 @dataclass(frozen=True)
@@ -42,21 +45,21 @@ class _Forward:
     """One forward pass of the decoder.
 
     edits, rows: those of its ablation. waiting: whether no earlier forward pass has made these edits. grad: whether
-    gradients were enabled when it began. checkpointed: whether backward() runs its layers again. recomputed: the layers
-    that the current backward() has run again.
+    gradients were enabled when it began. checkpointed: whether backward() runs its layers again. recomputed: the
+    projections that the current backward() has run again.
     """
 
-    edits: Mapping[int, Sequence[Edit]]
+    edits: Mapping[Key, Sequence[Edit]]
     rows: Rows
     receipt: Receipt
     grad: bool
     waiting: bool = False
     checkpointed: bool = False
-    recomputed: set[int] = field(default_factory=set)
+    recomputed: set[Key] = field(default_factory=set)
 
 
 class HeadAblation:
-    """A context manager that replaces the output of attention heads in every forward pass of a model.
+    """A context manager that replaces the output of attention heads, and of MLPs, in every forward pass of a model.
 
     with HeadAblation(model) as ablation:       # nothing is ablated yet: the logits are the model's, bit for bit
         ablation.ablate([(9, 6)], "mean")       # layer 9, head 6
@@ -65,8 +68,9 @@ class HeadAblation:
 
     Entering registers one forward pre-hook on each attention output projection; two hooks on the decoder, which begin
     and verify the receipt; and two on the model, which keep the attention mask and verify that the decoder's hooks ran.
-    The hooks never write into a tensor that they receive. Leaving, also by an exception, removes these hooks and
-    changes nothing else. The context manager can be entered again.
+    The first ablation of an MLP registers one forward hook on its last projection, whose output, with its bias, is what
+    (layer, "mlp") replaces. The hooks never write into a tensor that they receive. Leaving, also by an exception,
+    removes these hooks and changes nothing else. The context manager can be entered again.
 
     An ablation acts in the thread that set it: forward passes in other threads are not ablated, so a worker thread
     calls `ablate` itself. Copies and pickles of the model carry no ablation. Until the exit, code compiled by
@@ -74,16 +78,18 @@ class HeadAblation:
     mode. Layers that gradient checkpointing runs again in `backward()` are ablated as in the forward pass; call
     `backward()` before the exit.
 
-    heads: the `HeadMap` of the model. edits: {layer: edits} in force; empty if nothing is ablated.
+    heads: the `HeadMap` of the model. edits: {layer: edits of its heads, (layer, "mlp"): edits of its MLP} in force;
+    empty if nothing is ablated.
 
     Raises UnsupportedModel if the heads of the model cannot be ablated correctly.
     """
 
     def __init__(self, model: PreTrainedModel) -> None:
         self.heads: HeadMap = find_heads(model)
-        self.edits: Mapping[int, Sequence[Edit]] = {}
+        self.edits: Mapping[Key, Sequence[Edit]] = {}
         self._model = model
         self._installed: ExitStack | None = None
+        self._hooked_mlps: set[Key] = set()
         self.thread: int | None = None
         self._reset()
 
@@ -152,6 +158,7 @@ class HeadAblation:
         if self._installed is not None:
             self._installed.close()
             self._installed = None
+            self._hooked_mlps.clear()
 
     @staticmethod
     def remove_from(model: nn.Module) -> None:
@@ -162,14 +169,14 @@ class HeadAblation:
 
     def ablate(
         self,
-        heads: Iterable[tuple[int, int]],
+        heads: Iterable[Pair],
         imputation: str | Imputation = "zero",
         positions: str | Iterable[int] | None = None,
     ) -> None:
         """Ablate these (layer, head) pairs, and no others, in every row of this thread's following forward passes.
 
-        positions: at which tokens; see `Ablation`. With a key/value cache, positions count from the first token of the
-        sequence, and positions from its end are refused.
+        (layer, "mlp") stands for the MLP of a layer. positions: at which tokens; see `Ablation`. With a key/value
+        cache, positions count from the first token of the sequence, and positions from its end are refused.
 
         Raises InvalidHead and UnknownImputation, after which the previous heads stay in force; InvalidAblation for
         positions or values that do not fit, and if the context manager is not entered; and AblationNotApplied if no
@@ -185,17 +192,28 @@ class HeadAblation:
         self._pending = False
         self.set_edits({})
 
-    def set_edits(self, edits: Mapping[int, Sequence[Edit]]) -> None:
-        """Put edits into force: {layer: edits}, each of one row or of all. Raises AblationNotApplied like `ablate`."""
+    def set_edits(self, edits: Mapping[Key, Sequence[Edit]]) -> None:
+        """Put edits into force, each of one row or of all; see `edits`. Raises AblationNotApplied like `ablate`."""
         problem = self._not_applied() if self._pending else None
+        for key in edits:
+            if isinstance(key, tuple):
+                self._hook_mlp(self.heads.mlp(key[0]))
         self.edits, self._forward, self.thread = edits, None, threading.get_ident()
         self._pending = any(edits.values())
         self._ever_ablated |= self._pending
         if problem is not None:
             raise AblationNotApplied(problem)
 
+    def _hook_mlp(self, mlp: MLPOutput) -> None:
+        """Register the hook of an MLP, once. It stays until the exit, as backward() may recompute the MLP."""
+        if mlp.key not in self._hooked_mlps and self._installed is not None:
+            edit = partial(self._edit_output, mlp)
+            self._installed.callback(register(mlp.projection, edit, owner=self, after=True, any_thread=True))
+            self._hooked_mlps.add(mlp.key)
+
     def _not_applied(self) -> str:
-        pairs = [f"layer {layer}, head {edit.head}" for layer, edits in self.edits.items() for edit in edits]
+        edited = [(key, edit.head) for key, edits in self.edits.items() for edit in edits]
+        pairs = [described(key if isinstance(key, tuple) else (key, head)) for key, head in edited]
         somewhere = any(edit.positions is not None for edits in self.edits.values() for edit in edits)
         return (
             f"{pairs[0] if pairs else 'a head'} was set to be ablated, but no forward pass did it: the model was not "
@@ -230,21 +248,32 @@ class HeadAblation:
     def _edit_input(
         self, layer: AttentionLayer, projection: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]
     ) -> tuple[tuple[Any, ...], dict[str, Any]] | None:
-        """Projection pre-hook: count the call, and replace the slices of the edited heads in the input."""
-        forward = self._current_forward(layer)
+        """Projection pre-hook: replace the slices of the edited heads in the input."""
+        name, z = ("", args[0]) if args else next(iter(kwargs.items()), ("", None))
+        edited = self._edited(layer, z)
+        if edited is None:
+            return None
+        return ((edited, *args[1:]), kwargs) if args else ((), kwargs | {name: edited})
+
+    def _edit_output(self, mlp: MLPOutput, projection: nn.Module, args: tuple[Any, ...], output: Any) -> Tensor | None:
+        """Hook of an MLP's last projection: replace the output."""
+        return self._edited(mlp, output)
+
+    def _edited(self, projection: Projection, z: Any) -> Tensor | None:
+        """Count a call of a projection, and return its input or output with the edits, or None if there are none."""
+        forward = self._current_forward(projection)
         if forward is None:
             return None
-        forward.receipt.calls[layer.index] += 1
-        edits = forward.edits.get(layer.index)
+        forward.receipt.count_call(projection.key)
+        edits = forward.edits.get(projection.key)
         if not edits:
             return None
         self._pending, self._ever_ran = False, True
-        name, z = ("", args[0]) if args else next(iter(kwargs.items()))
-        edited, counts = apply_edits(z, layer, edits, forward.rows)
-        forward.receipt.edited[layer.index] = counts
-        return ((edited, *args[1:]), kwargs) if args else ((), kwargs | {name: edited})
+        edited, counts = apply_edits(z, projection, edits, forward.rows)
+        forward.receipt.edited[projection.key] = counts
+        return edited
 
-    def _current_forward(self, layer: AttentionLayer) -> _Forward | None:
+    def _current_forward(self, projection: Projection) -> _Forward | None:
         """Return the forward pass that calls a projection now, which may be one that backward() recomputes in part."""
         task = _backward_task()
         if task is None:
@@ -255,13 +284,13 @@ class HeadAblation:
             return forward
         if self._backward is not None and self._backward[0] == task:
             forward = self._backward[1]
-            if layer.index not in forward.recomputed:
-                forward.recomputed.add(layer.index)
+            if projection.key not in forward.recomputed:
+                forward.recomputed.add(projection.key)
                 return replace(forward, receipt=Receipt(self.heads.num_layers))
         if self._ever_ablated and _is_own_or_autograd_thread(self.thread):
             raise AblationNotApplied(
-                f"backward() runs {layer.projection_name} again, for a forward pass that began before this ablation "
-                "was entered: call its backward() before"
+                f"backward() runs {projection.projection_name} again, for a forward pass that began before this "
+                "ablation was entered: call its backward() before"
             )
         return None
 
@@ -270,9 +299,9 @@ class HeadAblation:
         forward, self._forward = self._forward, None
         if forward is None:
             return
-        for index, edits in forward.edits.items():
+        for key, edits in forward.edits.items():
             if edits:
-                verify_called_once(self.heads.layer(index), forward.receipt)
+                verify_called_once(self.heads.projection(key), forward.receipt)
         verify_replaced(self.heads, forward.edits, forward.receipt, may_be_none=forward.rows.is_cached)
         if forward.waiting and forward.rows.is_cached:  # a row may get its positions in a later forward pass
             self._pending = not any(count.expected for counts in forward.receipt.counts.values() for count in counts)

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from ablation.errors import InvalidAblation, UnknownImputation
-from ablation.heads import AttentionLayer
+from ablation.projections import MLPOutput, Projection
 
 Reads = Literal["nothing", "token", "row"]
 """What of z an imputation reads to make its values: see `Imputation`."""
@@ -22,9 +22,10 @@ Reads = Literal["nothing", "token", "row"]
 
 @dataclass(frozen=True, eq=False)
 class Site:
-    """Where an imputation is applied. A slice is one head of one row: several slices are replaced at once.
+    """Where an imputation is applied. A slice is one head, or the MLP, of one row: several slices are replaced at once.
 
-    layer: the index of the layer. heads: the head of each slice, int64 [slices]. longest: no row has more tokens, those
+    layer: the index of the layer. heads: the head of each slice, int64 [slices]; 0 for an MLP. is_mlp: whether the
+    slices are the output of the layer's MLP, not of heads. longest: no row has more tokens, those
     in a key/value cache included; known without a wait for the device. mask: [slices, tokens], nonzero at real tokens,
     or None if no token is known to be padding. positions: int64 [slices, tokens], the number of real tokens before each
     token of its row, those in a cache included; in padding, that of the last real token, or 0 before the first; 0 at
@@ -36,10 +37,11 @@ class Site:
     longest: int
     mask: Tensor | None = None
     positions: Tensor | None = None
+    is_mlp: bool = False
 
 
 class Imputation:
-    """Replaces z, the output of one head before the projection. Subclasses declare what they promise.
+    """Replaces z: the output of one head before the projection, or of an MLP. Subclasses declare what they promise.
 
     name: identifies the imputation in results. reads: what of z the values depend on. "nothing": they are fixed before
     the run. "token": the value at a token depends on z at this token alone. "row": it depends on all real tokens of the
@@ -58,8 +60,8 @@ class Imputation:
         """
         raise NotImplementedError
 
-    def validate(self, layer: AttentionLayer) -> None:
-        """Raise InvalidAblation if the imputation has no values for the heads of a layer."""
+    def validate(self, layer: Projection) -> None:
+        """Raise InvalidAblation if the imputation has no values for the heads of a layer, or for an `MLPOutput`."""
 
 
 class Zero(Imputation):
@@ -163,8 +165,10 @@ class Values(Imputation):
         self.name = name  # type: ignore[misc]
         self.by_position = next(iter(values.values())).ndim == 3  # type: ignore[misc]
 
-    def validate(self, layer: AttentionLayer) -> None:
-        """Raise InvalidAblation unless there are values of all heads of a layer."""
+    def validate(self, layer: Projection) -> None:
+        """Raise InvalidAblation unless there are values of all heads of a layer. There are none for MLPs."""
+        if isinstance(layer, MLPOutput):
+            raise InvalidAblation(f"{self.name!r} has values for heads, and none for the MLP of layer {layer.index}")
         if layer.index not in self.values:
             raise InvalidAblation(f"the values of {self.name!r} do not include layer {layer.index}")
         *_, num_heads, head_dim = self.values[layer.index].shape

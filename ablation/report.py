@@ -49,13 +49,11 @@ def trend(head_mean: NDArray[np.float64]) -> Trend:
 def flips(sweep: Result, imputation: str) -> list[tuple[int, int, int]]:
     """Return (layer, head, new argmax) for every ablation with this imputation that changes the argmax.
 
-    sweep: of one prompt.
+    sweep: of one prompt. Raises InvalidResult for sets of heads and MLPs.
     """
-    return [
-        (*key.heads[0], int(token))
-        for key, token, kept in zip(sweep.ablations, sweep.ablated["argmax"][0], sweep.kept[0], strict=True)
-        if key.imputation == imputation and not kept
-    ]
+    index = sweep.imputations.index(imputation)
+    lost, argmax = (sweep.grid(values[0])[index] for values in (~sweep.kept, sweep.ablated["argmax"]))
+    return [(int(layer), int(head), int(argmax[layer, head])) for layer, head in np.argwhere(lost)]
 
 
 def findings(sweep: Result, decode: Decode, strongest: int = 3) -> dict[str, Any]:

@@ -24,6 +24,7 @@ from numpy.typing import NDArray
 
 from ablation import output
 from ablation.errors import InvalidResult, one_line
+from ablation.units import MLP, Pair, pair_label
 
 if TYPE_CHECKING:
     import pandas
@@ -56,18 +57,18 @@ RECEIPTS = ("calls", "replaced", "changed")
 class AblationKey(NamedTuple):
     """Which ablation a number belongs to.
 
-    heads: (layer, head) pairs. imputation: its name. positions: at which tokens of the prompt it applies: "all", or as
-    text, such as "0,-1".
+    heads: (layer, head) pairs, and (layer, "mlp") for MLPs. imputation: its name. positions: at which tokens of the
+    prompt it applies: "all", or as text, such as "0,-1".
     """
 
-    heads: tuple[tuple[int, int], ...]
+    heads: tuple[Pair, ...]
     imputation: str
     positions: str = "all"
 
     @property
     def label(self) -> str:
-        """The heads as text, such as L0H8+L0H9."""
-        return "+".join(f"L{layer}H{head}" for layer, head in self.heads)
+        """The heads and MLPs as text, such as L0H8+L0H9 or MLP3."""
+        return "+".join(map(pair_label, self.heads))
 
     def __str__(self) -> str:
         at = "" if self.positions == "all" else f" at {self.positions}"
@@ -139,10 +140,12 @@ class Result:
     def _places(self) -> tuple[NDArray[np.int64], ...]:
         """The imputation, layer and head of each ablation, three times [A].
 
-        Raises InvalidResult for sets of heads, and if two ablations have one place.
+        Raises InvalidResult for sets of heads, for MLPs, and if two ablations have one place.
         """
         if any(len(key.heads) != 1 for key in self.ablations):
             raise InvalidResult("ablations of several heads, or of none, cannot be arranged as a map of heads")
+        if any(key.heads[0][1] == MLP for key in self.ablations):
+            raise InvalidResult("an MLP is no head, and has no place on a map of heads")
         index = {name: number for number, name in enumerate(self.imputations)}
         places = [(index[key.imputation], *key.heads[0]) for key in self.ablations]
         if len(set(places)) < len(places):
@@ -153,8 +156,8 @@ class Result:
         """Arrange the values of one-head ablations as maps of all heads, [..., A] -> [..., I, L, H].
 
         Where there is no head, a map holds NaN if it is of floats, -1 if of integers, and False if of booleans. Raises
-        InvalidResult if an ablation has several heads, or none, and if a head has several ablations of one imputation,
-        such as at different positions.
+        InvalidResult if an ablation has several heads, or none, or an MLP, and if a head has several ablations of one
+        imputation, such as at different positions.
         """
         missing: Any = {"f": np.nan, "b": False}.get(values.dtype.kind, -1)
         maps = np.full((*values.shape[:-1], len(self.imputations), *self.head_mean.shape[1:]), missing, values.dtype)
@@ -369,7 +372,7 @@ def _most_frequent(values: NDArray[Any]) -> NDArray[Any]:
 
 
 def _key_from_json(value: Mapping[str, Any]) -> AblationKey:
-    heads = tuple((int(layer), int(head)) for layer, head in value["heads"])
+    heads: tuple[Pair, ...] = tuple((int(layer), MLP if head == MLP else int(head)) for layer, head in value["heads"])
     return AblationKey(heads, str(value["imputation"]), str(value.get("positions", "all")))
 
 

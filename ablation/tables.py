@@ -11,7 +11,8 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from ablation.errors import AblationError
-from ablation.results import Result
+from ablation.results import AblationKey, Result
+from ablation.units import MLP
 
 if TYPE_CHECKING:
     import pandas
@@ -68,7 +69,7 @@ def to_frame(result: Result) -> pandas.DataFrame:
     clean = np.stack([result.clean[name].astype(np.float64) for name in metrics], axis=1)[:, :, None]
     ablated = np.stack([result.ablated[name].astype(np.float64) for name in metrics], axis=1)
     change = np.where(np.array([name == "argmax" for name in metrics])[None, :, None], np.nan, ablated - clean)
-    single = [key.heads[0] if len(key.heads) == 1 else (None, None) for key in result.ablations]
+    places = [_place(key) for key in result.ablations]
     columns = dict(zip(COLUMNS[1:5], zip(*map(_texts, result.prompts), strict=True), strict=True))
     return pd.DataFrame(
         {
@@ -76,8 +77,8 @@ def to_frame(result: Result) -> pandas.DataFrame:
             **{name: texts(list(values), 0) for name, values in columns.items()},
             "imputation": texts([key.imputation for key in result.ablations], 2),
             "positions": texts([key.positions for key in result.ablations], 2),
-            "layer": integers([layer for layer, _ in single]),
-            "head": integers([head for _, head in single]),
+            "layer": integers([layer for layer, _ in places]),
+            "head": integers([head for _, head in places]),
             "heads": texts([key.label for key in result.ablations], 2),
             "metric": texts(metrics, 1),
             "clean": np.broadcast_to(clean, shape).ravel(),
@@ -88,6 +89,14 @@ def to_frame(result: Result) -> pandas.DataFrame:
     )
 
 
+def _place(key: AblationKey) -> tuple[int | None, int | None]:
+    """Return the layer and head of a head, the layer of an MLP, and neither for several of them, or none."""
+    if len(key.heads) != 1:
+        return None, None
+    ((layer, head),) = key.heads
+    return layer, None if head == MLP else head
+
+
 def _texts(prompt: Any) -> tuple[str | None, ...]:
     return prompt.prompt, prompt.target_text, prompt.control_text, prompt.group
 
@@ -95,7 +104,7 @@ def _texts(prompt: Any) -> tuple[str | None, ...]:
 def _blocks(result: Result) -> Iterator[Iterator[tuple[Any, ...]]]:
     """Yield the rows of the table, one block for each prompt and metric."""
     keys = [
-        (key.imputation, key.positions, *(key.heads[0] if len(key.heads) == 1 else ("", "")), key.label)
+        (key.imputation, key.positions, *("" if index is None else index for index in _place(key)), key.label)
         for key in result.ablations
     ]
     for index, prompt in enumerate(result.prompts):

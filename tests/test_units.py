@@ -20,7 +20,7 @@ from ablation.units import Pair, Unit, Units, each, pair_order, parse_set, read_
 
 def layer(index: int, num_heads: int, key_value_heads: int) -> AttentionLayer:
     block = nn.Linear(2, 2)
-    return AttentionLayer(index, block, f"layers.{index}.o_proj", block, num_heads, key_value_heads, 1)
+    return AttentionLayer(index, block, f"layers.{index}.o_proj", block, num_heads, 1, key_value_heads)
 
 
 HYBRID = HeadMap(nn.Identity(), 4, (layer(0, 4, 2), layer(1, 2, 2), layer(3, 6, 1)))

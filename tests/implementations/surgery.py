@@ -53,6 +53,7 @@ class Surgery:
                 raise ValueError(f"no imputation {imputation!r}: weights do not depend on the prompt")
             factor = of.factor if isinstance(of, Scale) else 0.0
         for layer, head in pairs:
+            assert head != "mlp"
             projection: Any = found.layer(layer).projection
             with torch.no_grad():
                 weight = projection.weight if isinstance(projection, Conv1D) else projection.weight.T
