@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import inspect
+import math
 import threading
 from collections.abc import Iterable, Mapping, Sequence
 from contextlib import ExitStack
@@ -46,7 +47,7 @@ class _Forward:
 
     edits, rows: those of its ablation. waiting: whether no earlier forward pass has made these edits. grad: whether
     gradients were enabled when it began. checkpointed: whether backward() runs its layers again. recomputed: the
-    projections that the current backward() has run again.
+    projections that the current backward() has run again. shape: rows and tokens of the last z.
     """
 
     edits: Mapping[Key, Sequence[Edit]]
@@ -56,6 +57,7 @@ class _Forward:
     waiting: bool = False
     checkpointed: bool = False
     recomputed: set[Key] = field(default_factory=set)
+    shape: tuple[int, ...] = ()
 
 
 class HeadAblation:
@@ -265,13 +267,17 @@ class HeadAblation:
         if forward is None:
             return None
         forward.receipt.count_call(projection.key)
+        if isinstance(projection, AttentionLayer) and isinstance(z, Tensor):
+            forward.shape = tuple(z.shape[:-1])
         edits = forward.edits.get(projection.key)
         if not edits:
             return None
         self._pending, self._ever_ran = False, True
-        edited, counts = apply_edits(z, projection, edits, forward.rows)
+        # OPT's MLPs see the tokens of all rows in one dimension.
+        is_flat = isinstance(z, Tensor) and z.ndim == 2 and len(z) == math.prod(forward.shape)
+        edited, counts = apply_edits(z.unflatten(0, forward.shape) if is_flat else z, projection, edits, forward.rows)
         forward.receipt.edited[projection.key] = counts
-        return edited
+        return edited.flatten(0, 1) if is_flat else edited
 
     def _current_forward(self, projection: Projection) -> _Forward | None:
         """Return the forward pass that calls a projection now, which may be one that backward() recomputes in part."""
