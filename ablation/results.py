@@ -57,21 +57,41 @@ class AblationKey(NamedTuple):
     """Which ablation a number belongs to.
 
     heads: (layer, head) pairs. imputation: its name. positions: at which tokens of the prompt it applies: "all", or as
-    text, such as "0,-1".
+    text, such as "0,-1". name: of the set of heads, if it has one.
     """
 
     heads: tuple[tuple[int, int], ...]
     imputation: str
     positions: str = "all"
+    name: str = ""
 
     @property
     def label(self) -> str:
         """The heads as text, such as L0H8+L0H9."""
         return "+".join(f"L{layer}H{head}" for layer, head in self.heads)
 
+    @property
+    def title(self) -> str:
+        """The name of the set of heads, or the heads as text."""
+        return self.name or self.label
+
     def __str__(self) -> str:
         at = "" if self.positions == "all" else f" at {self.positions}"
-        return f"{self.label or 'no head'}, {self.imputation}{at}"
+        return f"{self.title or 'no head'}, {self.imputation}{at}"
+
+    def as_json(self) -> dict[str, str]:
+        """Return the key as values that JSON can hold."""
+        values = {**self._asdict(), "heads": self.label}
+        return {name: value for name, value in values.items() if value != self._field_defaults.get(name)}
+
+    @classmethod
+    def from_json(cls, values: Mapping[str, Any]) -> Self:
+        """Return the key that `as_json` has written."""
+        heads = values["heads"]
+        if isinstance(heads, str):
+            heads = [part[1:].split("H") for part in heads.split("+") if part]
+        pairs = tuple((int(layer), int(head)) for layer, head in heads)  # version 0.4 wrote pairs
+        return cls(pairs, **{name: str(value) for name, value in values.items() if name != "heads"})
 
 
 @dataclass(frozen=True)
@@ -264,9 +284,7 @@ class Result:
     def manifest(self) -> dict[str, Any]:
         """Return what sweep.json holds besides the list of files."""
         return {
-            "ablations": [
-                {name: value for name, value in key._asdict().items() if value != "all"} for key in self.ablations
-            ],
+            "ablations": [key.as_json() for key in self.ablations],
             "prompts": [asdict(prompt) for prompt in self.prompts],
             "provenance": self.provenance,
         }
@@ -287,7 +305,7 @@ class Result:
             with (folder / ARRAYS).open("rb") as file, np.load(file, allow_pickle=False) as arrays:
                 values = dict(arrays)
             result = cls(
-                ablations=tuple(map(_key_from_json, rest["ablations"])),
+                ablations=tuple(map(AblationKey.from_json, rest["ablations"])),
                 prompts=tuple(map(_prompt_from_json, rest["prompts"])),
                 clean=_part(values, "clean."),
                 ablated=_part(values, "ablated."),
@@ -366,11 +384,6 @@ def _most_frequent(values: NDArray[Any]) -> NDArray[Any]:
         return found[counts.argmax()]
 
     return np.array([of_row(row) for row in values], dtype=values.dtype)
-
-
-def _key_from_json(value: Mapping[str, Any]) -> AblationKey:
-    heads = tuple((int(layer), int(head)) for layer, head in value["heads"])
-    return AblationKey(heads, str(value["imputation"]), str(value.get("positions", "all")))
 
 
 def _prompt_from_json(value: Mapping[str, Any]) -> PromptRecord:

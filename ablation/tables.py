@@ -21,8 +21,8 @@ COLUMNS = (
     *("imputation", "positions", "layer", "head", "heads"),
     *("metric", "clean", "ablated", "change"),
 )
-"""positions: the tokens at which z was replaced. heads: all heads of the ablation, such as L0H8+L0H9; layer and head
-are empty unless it is one. change: ablated - clean; empty for token ids."""
+"""positions: the tokens at which z was replaced. heads: the name of the set of heads, or all its heads, such as
+L0H8+L0H9; layer and head are empty unless it is one. change: ablated - clean; empty for token ids."""
 
 
 def write_csv(result: Result, path: Path) -> None:
@@ -78,7 +78,7 @@ def to_frame(result: Result) -> pandas.DataFrame:
             "positions": texts([key.positions for key in result.ablations], 2),
             "layer": integers([layer for layer, _ in single]),
             "head": integers([head for _, head in single]),
-            "heads": texts([key.label for key in result.ablations], 2),
+            "heads": texts([key.title for key in result.ablations], 2),
             "metric": texts(metrics, 1),
             "clean": np.broadcast_to(clean, shape).ravel(),
             "ablated": ablated.ravel(),
@@ -95,7 +95,7 @@ def _texts(prompt: Any) -> tuple[str | None, ...]:
 def _blocks(result: Result) -> Iterator[Iterator[tuple[Any, ...]]]:
     """Yield the rows of the table, one block for each prompt and metric."""
     keys = [
-        (key.imputation, key.positions, *(key.heads[0] if len(key.heads) == 1 else ("", "")), key.label)
+        (key.imputation, key.positions, *(key.heads[0] if len(key.heads) == 1 else ("", "")), key.title)
         for key in result.ablations
     ]
     for index, prompt in enumerate(result.prompts):
