@@ -224,7 +224,7 @@ class Curve:
         sign = -1.0 if metric == "kl" else 1.0
         values = sign * self.random[kind][metric]
         worse = (values <= sign * self.ordered[metric][:, None]).sum(axis=1)
-        return (1 + worse) / (1 + values.shape[1])
+        return np.asarray((1 + worse) / (1 + values.shape[1]))
 
 
 def curve_rows(curve: Curve) -> Iterable[dict[str, Any]]:
