@@ -162,7 +162,7 @@ def _place(result: Result, prompt: int, ablation: int | None = None) -> dict[str
     return {
         "prompt": result.prompts[prompt].prompt,
         "prompt_index": prompt,
-        "heads": None if key is None else key.label,
+        "heads": None if key is None else key.title,
         "imputation": None if key is None else key.imputation,
         "positions": None if key is None else key.positions,
     }

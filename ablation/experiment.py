@@ -19,7 +19,7 @@ from ablation.imputation import DEFAULT_IMPUTATIONS, Imputation
 from ablation.measure import Metric
 from ablation.models import LoadedModel
 from ablation.passes import Progress
-from ablation.plan import Plan, PreparedPlan
+from ablation.plan import Plan, PreparedPlan, Sets
 from ablation.prompt_files import Columns, as_rows, valid_rows
 from ablation.questions import Asked, reference_prompts, tokenised, warn
 from ablation.reference import Reference
@@ -33,6 +33,7 @@ def sweep_prompts(
     prompts: Iterable[Any],
     imputations: Sequence[str | Imputation] = DEFAULT_IMPUTATIONS,
     *,
+    sets: Sets | None = None,
     reference: Reference | Iterable[Any] | None = None,
     positions: str | Iterable[int] = "all",
     seed: int = 0,
@@ -47,7 +48,8 @@ def sweep_prompts(
     """Sweep a model on several prompts, each by itself and without padding.
 
     prompts: `Question` objects, or records with the columns prompt, target, and optionally control, group and resample;
-    see `ablation.prompt_files.as_rows`. imputations: names or `Imputation` objects; see docs/imputations.md. reference:
+    see `ablation.prompt_files.as_rows`. imputations: names or `Imputation` objects; see docs/imputations.md. sets: the
+    sets of heads that are ablated, {name: heads} or a list of heads for each; by default, each head alone. reference:
     for reference means, a `Reference`, or prompts, of which only the column prompt matters; by default, `prompts`.
     `resample` takes the prompt of the column resample, or draws among reference prompts of equal length, if they are
     prompts, or else among `prompts`. draws: how many prompts are drawn for each prompt; metrics are averaged over them.
@@ -61,12 +63,14 @@ def sweep_prompts(
     Warns if a target or control would be far more probable with, or without, its leading space, and if the model
     ignores weights of its file. Raises the errors of `sweep`; InvalidPrompt, before any sweep, for a prompt, target or
     control that cannot be used, if target and control are equal, and if there is no prompt to resample from;
-    InvalidAblation for a reference of other weights; InvalidOutput for a checkpoint of other settings.
+    InvalidAblation for a reference of other weights, and for sets that are none; InvalidOutput for a checkpoint of
+    other settings.
     """
     study = Study(
         loaded,
         prompts,
         imputations,
+        sets=sets,
         reference=reference,
         positions=positions,
         seed=seed,
@@ -86,6 +90,7 @@ class Study:
         prompts: Iterable[Any],
         imputations: Sequence[str | Imputation],
         *,
+        sets: Sets | None = None,
         reference: Reference | Iterable[Any] | None = None,
         positions: str | Iterable[int] = "all",
         seed: int = 0,
@@ -97,7 +102,7 @@ class Study:
         if not isinstance(loaded, LoadedModel):
             raise UnsupportedModel(f"a {type(loaded).__name__} has no tokenizer: pass what `ablation.load` returns")
         self.loaded = loaded
-        self.plan = plan = Plan.of(loaded, imputations, positions, reference, draws, seed)
+        self.plan = plan = Plan.of(loaded, imputations, positions, reference, draws, seed, sets)
         self.prepared: PreparedPlan | None = None
         column = plan.positions if plan.positions not in ("all", "last") else None
         columns = Columns(spans=column if isinstance(column, str) else None)

@@ -15,6 +15,7 @@ from ablation.edits import Ablation
 from ablation.forward import Request, last_logits
 from ablation.growing import BatchMismatch, first_layer, last_layer
 from ablation.measure import coarsest_eps, logit_size, logit_spread
+from ablation.units import MLP
 
 # Differences up to this many eps of the logits' size are rounding; one eps of a dtype with fewer digits than float32,
 # whose kernels round a sum once. Measured between growing batch and ordinary forward pass: up to 3.2 eps in float32 and
@@ -93,13 +94,14 @@ def choose_probes(model: PreTrainedModel, ablations: Sequence[Ablation]) -> list
     """Return the ablations that are compared: for each first layer, the last one, and more where rows may couple.
 
     Of the ablations that change several layers, the first one for each last layer is compared, too: its row may be a
-    copy of an ablated row.
+    copy of an ablated row. Ablations that begin with an MLP are a group of their own in each layer.
     """
-    by_layer: dict[int, list[Ablation]] = {}
+    by_layer: dict[tuple[int, bool], list[Ablation]] = {}
     deep: dict[int, Ablation] = {}
     for ablation in ablations:
         first, last = first_layer(ablation), last_layer(ablation)
-        by_layer.setdefault(first, []).append(ablation)
+        starts_with_mlp = {pair for pair in ablation.heads if pair[0] == first} == {(first, MLP)}
+        by_layer.setdefault((first, starts_with_mlp), []).append(ablation)
         if first != last:
             deep.setdefault(last, ablation)
     count = PROBES_PER_LAYER if _may_couple_rows(model) else 1

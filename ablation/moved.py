@@ -85,9 +85,10 @@ def write_csv(loaded: LoadedModel, result: Result, moved: list[Moved], path: Pat
         writer = csv.writer(file)
         writer.writerow(COLUMNS)
         for of in moved:
+            key = of.ablation
             for direction, tokens in (("rises", of.rising), ("falls", of.falling)):
                 for t in tokens:
-                    where = (of.prompt, result.prompts[of.prompt].prompt, *of.ablation[1:], of.ablation.label)
+                    where = (of.prompt, result.prompts[of.prompt].prompt, key.imputation, key.positions, key.title)
                     values = (t.clean, t.clean + t.change, t.change)
                     writer.writerow((*where, direction, t.token, loaded.decode(t.token), *values))
 

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import hashlib
+import itertools
+import json
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import cached_property
@@ -16,7 +18,7 @@ from ablation import choices, provenance
 from ablation.choices import OF_REFERENCE, RESAMPLE, VALUES, Positions
 from ablation.edits import Ablation
 from ablation.errors import InvalidAblation, InvalidPrompt, InvalidResult, UnknownImputation, one_line
-from ablation.heads import find_heads
+from ablation.heads import HeadMap, find_heads
 from ablation.imputation import Imputation, Values, as_imputation
 from ablation.models import LoadedModel
 from ablation.passes import Progress
@@ -24,8 +26,11 @@ from ablation.reference import Reference
 from ablation.replacements import Replacements, TokenIds, needs_reference
 from ablation.results import Result
 from ablation.rows import as_positions
-from ablation.sweeps import listed, one_head_ablations, verify_names
+from ablation.sweeps import HeadSet, ablations_of_sets, listed, one_head_ablations, verify_names
+from ablation.units import Pair
 
+Sets = Mapping[str, Iterable[Pair]] | Iterable[HeadSet | Iterable[Pair]]
+"""Sets of heads, with names or without."""
 PASSES_OF_ABLATION = 0.5
 """The work of an ablation in a growing batch, in forward passes: on average, half of the layers."""
 
@@ -35,15 +40,17 @@ class Plan:
     """What replaces z in a study, at which tokens, and from which prompts these values come.
 
     imputations: names of those that need other prompts, and `Imputation` objects. positions: see `choices.Positions`.
-    draws, seed: see `Replacements`. reference: for the reference means; None until `prepare` has computed it, if it is
-    needed and was not given. reference_ids: the prompts that it is computed from. pool: the prompts from which
-    `resample` draws. texts: the texts of prompts, for the provenance.
+    sets: the sets of heads that are ablated; None for each head alone. draws, seed: see `Replacements`. reference: for
+    the reference means; None until `prepare` has computed it, if it is needed and was not given. reference_ids: the
+    prompts that it is computed from. pool: the prompts from which `resample` draws. texts: the texts of prompts, for
+    the provenance.
     """
 
     imputations: list[str | Imputation]
     positions: Positions
     draws: int
     seed: int
+    sets: Sequence[HeadSet] | None = None
     reference: Reference | None = None
     reference_ids: Sequence[TokenIds] = ()
     pool: Sequence[TokenIds] = ()
@@ -60,21 +67,24 @@ class Plan:
         reference: object,
         draws: int,
         seed: int,
+        sets: Sets | None = None,
     ) -> Plan:
         """Return a plan, with its arguments validated before any work.
 
-        reference: only a `Reference` is looked at. Raises UnknownImputation, InvalidAblation and UnsupportedModel.
+        reference: only a `Reference` is looked at. sets: see `as_sets`. Raises UnknownImputation, InvalidAblation,
+        InvalidHead and UnsupportedModel.
         """
         chosen = [_named_or_object(imputation) for imputation in listed(imputations)]
         verify_names([of if isinstance(of, str) else of.name for of in chosen])
         Replacements.of([RESAMPLE], draws=draws, seed=seed)  # raises its errors
         where: Positions = choices.parse_positions(positions) if isinstance(positions, str) else _listed(positions)
-        plan = cls(chosen, where, draws, seed)
+        heads = find_heads(loaded.model)
+        plan = cls(chosen, where, draws, seed, None if sets is None else as_sets(sets, heads))
         if isinstance(reference, Reference):
             _verify_reference(loaded, reference)
             plan.reference = reference
         own = [of for of in chosen if isinstance(of, Imputation)]
-        for layer in find_heads(loaded.model).layers:
+        for layer in heads.layers:
             for imputation in [*own, *([plan.reference.mean()] if plan.reference is not None else [])]:
                 imputation.validate(layer)
         return plan
@@ -117,8 +127,8 @@ class Plan:
     def work_of_reference(self, loaded: LoadedModel, prompts: int) -> float:
         """Return the share of the work of a study of so many prompts that the reference takes."""
         passes = len(self.reference_ids) if self.needs_reference and self.reference is None else 0
-        heads = sum(layer.num_heads for layer in find_heads(loaded.model).layers)
-        return passes / (passes + prompts * (1 + PASSES_OF_ABLATION * heads * len(self.imputations)))
+        count = len(list(find_heads(loaded.model)) if self.sets is None else self.sets)
+        return passes / (passes + prompts * (1 + PASSES_OF_ABLATION * count * len(self.imputations)))
 
     def prepare(self, loaded: LoadedModel, known: Mapping[str, Any], progress: Progress | None) -> PreparedPlan:
         """Compute the reference, if it is needed and was not given. known: where the model came from."""
@@ -132,18 +142,21 @@ class Plan:
             made_with |= {"draws": self.draws, "seed": self.seed}
         replacements = Replacements.of(self.imputations, reference, self.pool, self.draws, self.seed)
         values = {of.name: _digest(of) for of in replacements.imputations if isinstance(of, Values)}
-        return PreparedPlan(replacements, self.label, made_with | ({"values_sha256": values} if values else {}))
+        made_with |= {"values_sha256": values} if values else {}
+        return PreparedPlan(replacements, self.label, self.sets, made_with)
 
 
 @dataclass(frozen=True)
 class PreparedPlan:
     """The imputations of a study, of which those of each prompt follow.
 
-    label: the positions, as results name them. made_with: what the values were made with, for the provenance.
+    label: the positions, as results name them. sets: see `Plan`. made_with: what the values were made with, for the
+    provenance.
     """
 
     replacements: Replacements
     label: str
+    sets: Sequence[HeadSet] | None
     made_with: Mapping[str, Any]
 
     @property
@@ -154,17 +167,21 @@ class PreparedPlan:
             "imputations": self.replacements.names,
             "values_sha256": values,
             "positions": self.label,
+            **({} if self.sets is None else {"sets_sha256": _digest_of_sets(self.sets)}),
             **{name: self.made_with[name] for name in resampling if name in self.made_with},
         }
 
     def ablations(
         self, loaded: LoadedModel, sources: Sequence[TokenIds], positions: tuple[int, ...] | None
     ) -> list[Ablation]:
-        """Return the ablations of one prompt; several for each head with `resample`, if there are several sources.
+        """Return the ablations of one prompt; several for each head or set with `resample` and several sources.
 
         positions: from 0; None for all.
         """
-        return one_head_ablations(loaded.model, self.replacements.of_prompt(loaded.model, sources), positions)
+        imputations = self.replacements.of_prompt(loaded.model, sources)
+        if self.sets is None:
+            return one_head_ablations(loaded.model, imputations, positions)
+        return ablations_of_sets(self.sets, imputations, positions)
 
     def completed(self, result: Result, resampled_from: Sequence[str], positions: tuple[int, ...] | None) -> Result:
         """Return the result of one prompt, averaged over draws, with the plan in its provenance.
@@ -173,9 +190,22 @@ class PreparedPlan:
         """
         own: dict[str, Any] = {} if positions is None else {"positions": list(positions)}
         own |= {"resampled_from": list(resampled_from)} if resampled_from else {}
-        keys = tuple(key._replace(positions=self.label) for key in result.ablations)
+        names = itertools.cycle([of.name for of in self.sets] if self.sets is not None else [""])
+        keys = tuple(key._replace(positions=self.label, name=next(names)) for key in result.ablations)
         provenance = {**result.provenance, **self.made_with, **own}
         return replace(result, ablations=keys, provenance=provenance).averaged_over_draws()
+
+
+def as_sets(sets: Sets, heads: HeadMap) -> list[HeadSet]:
+    """Return sets of heads, validated. sets: {name: heads}, or a list of heads of unnamed sets, or `HeadSet` objects.
+
+    Raises InvalidHead if the model lacks a head, and InvalidAblation if there are no sets, or if two are the same.
+    """
+    named = sets.items() if isinstance(sets, Mapping) else [of if isinstance(of, HeadSet) else ("", of) for of in sets]
+    found = [HeadSet(str(name), Ablation(members).validated(heads).heads) for name, members in named]
+    if not found or len(set(found)) < len(found):
+        raise InvalidAblation("name at least one set of heads, and each only once")
+    return found
 
 
 def load_values(path: Path | str) -> Values:
@@ -217,6 +247,10 @@ def _listed(positions: Iterable[int]) -> Positions:
 
 def _positions_of(values: Values) -> int:
     return len(next(iter(values.values.values())))
+
+
+def _digest_of_sets(sets: Sequence[HeadSet]) -> str:
+    return hashlib.sha256(json.dumps([list(of) for of in sets]).encode()).hexdigest()
 
 
 def _digest(values: Values) -> str:

@@ -24,7 +24,7 @@ from numpy.typing import NDArray
 
 from ablation import output
 from ablation.errors import InvalidResult, one_line
-from ablation.units import MLP, Pair, pair_label
+from ablation.units import MLP, Pair, pair_label, pair_of_label
 
 if TYPE_CHECKING:
     import pandas
@@ -58,21 +58,43 @@ class AblationKey(NamedTuple):
     """Which ablation a number belongs to.
 
     heads: (layer, head) pairs, and (layer, "mlp") for MLPs. imputation: its name. positions: at which tokens of the
-    prompt it applies: "all", or as text, such as "0,-1".
+    prompt it applies: "all", or as text, such as "0,-1". name: of the set of heads, if it has one.
     """
 
     heads: tuple[Pair, ...]
     imputation: str
     positions: str = "all"
+    name: str = ""
 
     @property
     def label(self) -> str:
         """The heads and MLPs as text, such as L0H8+L0H9 or MLP3."""
         return "+".join(map(pair_label, self.heads))
 
+    @property
+    def title(self) -> str:
+        """The name of the set of heads, or the heads as text."""
+        return self.name or self.label
+
     def __str__(self) -> str:
         at = "" if self.positions == "all" else f" at {self.positions}"
-        return f"{self.label or 'no head'}, {self.imputation}{at}"
+        return f"{self.title or 'no head'}, {self.imputation}{at}"
+
+    def as_json(self) -> dict[str, str]:
+        """Return the key as values that JSON can hold."""
+        values = {**self._asdict(), "heads": self.label}
+        return {name: value for name, value in values.items() if value != self._field_defaults.get(name)}
+
+    @classmethod
+    def from_json(cls, values: Mapping[str, Any]) -> Self:
+        """Return the key that `as_json` has written."""
+        heads = values["heads"]
+        pairs: tuple[Pair, ...]
+        if isinstance(heads, str):
+            pairs = tuple(pair_of_label(part) for part in heads.split("+") if part)
+        else:  # version 0.4 wrote pairs
+            pairs = tuple((int(layer), int(head)) for layer, head in heads)
+        return cls(pairs, **{name: str(value) for name, value in values.items() if name != "heads"})
 
 
 @dataclass(frozen=True)
@@ -267,9 +289,7 @@ class Result:
     def manifest(self) -> dict[str, Any]:
         """Return what sweep.json holds besides the list of files."""
         return {
-            "ablations": [
-                {name: value for name, value in key._asdict().items() if value != "all"} for key in self.ablations
-            ],
+            "ablations": [key.as_json() for key in self.ablations],
             "prompts": [asdict(prompt) for prompt in self.prompts],
             "provenance": self.provenance,
         }
@@ -290,7 +310,7 @@ class Result:
             with (folder / ARRAYS).open("rb") as file, np.load(file, allow_pickle=False) as arrays:
                 values = dict(arrays)
             result = cls(
-                ablations=tuple(map(_key_from_json, rest["ablations"])),
+                ablations=tuple(map(AblationKey.from_json, rest["ablations"])),
                 prompts=tuple(map(_prompt_from_json, rest["prompts"])),
                 clean=_part(values, "clean."),
                 ablated=_part(values, "ablated."),
@@ -369,11 +389,6 @@ def _most_frequent(values: NDArray[Any]) -> NDArray[Any]:
         return found[counts.argmax()]
 
     return np.array([of_row(row) for row in values], dtype=values.dtype)
-
-
-def _key_from_json(value: Mapping[str, Any]) -> AblationKey:
-    heads: tuple[Pair, ...] = tuple((int(layer), MLP if head == MLP else int(head)) for layer, head in value["heads"])
-    return AblationKey(heads, str(value["imputation"]), str(value.get("positions", "all")))
 
 
 def _prompt_from_json(value: Mapping[str, Any]) -> PromptRecord:

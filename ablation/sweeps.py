@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
+from typing import NamedTuple
 
 from transformers import PreTrainedModel
 
@@ -15,6 +16,7 @@ from ablation.measure import Metric
 from ablation.passes import Progress
 from ablation.results import Result
 from ablation.rows import as_positions
+from ablation.units import Pair
 
 
 def sweep(
@@ -75,6 +77,24 @@ def verify_names(names: Sequence[str]) -> None:
     """Raise InvalidAblation if there are no imputations, or two of one name."""
     if not names or len(set(names)) < len(names):
         raise InvalidAblation("name at least one imputation, and each only once")
+
+
+class HeadSet(NamedTuple):
+    """A set of heads, with a name for results; without a name, its heads name it. heads: (layer, head) pairs."""
+
+    name: str
+    heads: tuple[Pair, ...]
+
+
+def ablations_of_sets(
+    sets: Sequence[HeadSet], imputations: Sequence[Imputation], positions: str | Iterable[int] | None = None
+) -> list[Ablation]:
+    """Return an ablation of each set with each imputation, imputation by imputation.
+
+    Raises InvalidAblation for positions that are none.
+    """
+    at = as_positions(positions)
+    return [Ablation(of.heads, imputation, at) for imputation in imputations for of in sets]
 
 
 def one_head_ablations(

@@ -22,8 +22,8 @@ COLUMNS = (
     *("imputation", "positions", "layer", "head", "heads"),
     *("metric", "clean", "ablated", "change"),
 )
-"""positions: the tokens at which z was replaced. heads: all heads of the ablation, such as L0H8+L0H9; layer and head
-are empty unless it is one. change: ablated - clean; empty for token ids."""
+"""positions: the tokens at which z was replaced. heads: the name of the set of heads, or all its heads, such as
+L0H8+L0H9; layer and head are empty unless it is one. change: ablated - clean; empty for token ids."""
 
 
 def write_csv(result: Result, path: Path) -> None:
@@ -79,7 +79,7 @@ def to_frame(result: Result) -> pandas.DataFrame:
             "positions": texts([key.positions for key in result.ablations], 2),
             "layer": integers([layer for layer, _ in places]),
             "head": integers([head for _, head in places]),
-            "heads": texts([key.label for key in result.ablations], 2),
+            "heads": texts([key.title for key in result.ablations], 2),
             "metric": texts(metrics, 1),
             "clean": np.broadcast_to(clean, shape).ravel(),
             "ablated": ablated.ravel(),
@@ -104,7 +104,7 @@ def _texts(prompt: Any) -> tuple[str | None, ...]:
 def _blocks(result: Result) -> Iterator[Iterator[tuple[Any, ...]]]:
     """Yield the rows of the table, one block for each prompt and metric."""
     keys = [
-        (key.imputation, key.positions, *("" if index is None else index for index in _place(key)), key.label)
+        (key.imputation, key.positions, *("" if index is None else index for index in _place(key)), key.title)
         for key in result.ablations
     ]
     for index, prompt in enumerate(result.prompts):

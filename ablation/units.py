@@ -158,6 +158,14 @@ def pair_label(pair: Pair) -> str:
     return f"MLP{layer}" if head == MLP else f"L{layer}H{head}"
 
 
+def pair_of_label(label: str) -> Pair:
+    """Return the pair that `pair_label` has written. Raises ValueError for any other text."""
+    if label.startswith("MLP"):
+        return int(label[3:]), MLP
+    layer, head = label.removeprefix("L").split("H")
+    return int(layer), int(head)
+
+
 def parse_set(text: str) -> Units:
     """Return a set of heads and MLPs. text: units with spaces, commas or + between them, in any case.
 

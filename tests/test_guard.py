@@ -17,6 +17,7 @@ from ablation.forward import Request
 from ablation.growing import BatchMismatch
 from ablation.guard import Guard, choose_probes, coupled_rows
 from ablation.sweeps import sweep, sweep_sequential
+from ablation.units import Pair
 from tests.comparing import IDS, assert_results_equal
 
 LLAMA = Decoder("llama", num_layers=4, num_heads=4, head_dim=8, num_key_value_groups=2)
@@ -87,6 +88,15 @@ def test_probes_are_more_where_rows_may_couple() -> None:
     probes = choose_probes(mixtral, ablations)
     assert len(set(probes)) == len(probes) == 16 and all(isinstance(probe, Ablation) for probe in probes)
     assert len(choose_probes(mixtral, ablations[:2])) == 2
+
+
+def test_probes_include_mlps_of_each_layer() -> None:
+    pairs: list[list[Pair]] = [[(0, "mlp")], [(1, "mlp")], [(0, "mlp"), (0, 1)], [(0, 0)]]
+    assert [str(probe) for probe in choose_probes(LLAMA.shared(), list(map(Ablation, pairs)))] == [
+        "layer 1, MLP; zero imputation",
+        "layer 0, MLP; zero imputation",
+        "layer 0, head 0; zero imputation",
+    ]
 
 
 # ---- how far a row may differ

@@ -110,6 +110,24 @@ def test_checkpointed_mlps_are_recomputed_as_recorded(family: str, reentrant: bo
         torch.testing.assert_close(got[name], gradient, rtol=1e-4, atol=1e-5 * float(gradient.abs().max()), msg=name)
 
 
+def test_backward_in_another_thread_recomputes_mlps() -> None:
+    """As on a GPU, where autograd has threads of its own."""
+
+    def elsewhere(model: PreTrainedModel, ablation: HeadAblation) -> None:
+        ablation.ablate([(1, "mlp")], "mean")
+        ids = torch.tensor([IDS])
+        loss = model(ids, attention_mask=torch.ones_like(ids), labels=ids, use_cache=False).loss
+        thread = threading.Thread(target=loss.backward)
+        thread.start()
+        thread.join()
+
+    decoder = Decoder("gpt2", num_layers=3, num_heads=4, head_dim=4)
+    want, got = (gradients(model, elsewhere) for model in (decoder.fresh(), checkpointed(decoder, reentrant=False)))
+    assert got.keys() == want.keys() and got
+    for name, gradient in want.items():
+        torch.testing.assert_close(got[name], gradient, rtol=1e-4, atol=1e-5 * float(gradient.abs().max()), msg=name)
+
+
 class SeesSites(Imputation):
     """Notes the sites that it is applied to."""
 

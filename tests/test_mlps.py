@@ -27,6 +27,7 @@ from ablation.units import Pair, parse_set
 from tests.comparing import ATOL, IDS, assert_results_equal
 from tests.families.configurations import build
 from tests.surgery import Oracle, kind
+from tests.test_adapters import LowRank
 from tests.test_hook import Twice, logits
 from tests.test_positions import cases
 
@@ -105,7 +106,8 @@ def test_mlps_and_heads_equal_an_edited_model(name: str, data: st.DataObject) ->
     case, positions = data.draw(cases(tuple(MLPS), ("float32", "float64")))
     decoder, inputs = case.decoder, case.inputs()
     layers = data.draw(st.lists(st.integers(0, decoder.num_layers - 1), min_size=1, unique=True))
-    pairs = data.draw(st.permutations([*case.heads, *((layer, "mlp") for layer in layers)]))
+    mlps: list[Pair] = [(layer, "mlp") for layer in layers]
+    pairs = data.draw(st.permutations([*case.heads, *mlps]))
     model, mask = decoder.shared(), inputs["attention_mask"]
     oracle = MLPOracle(case, layers, name, positions)
     with HeadAblation(model) as hook:
@@ -135,6 +137,24 @@ def test_zero_is_the_projection_without_weights_and_bias(family: str) -> None:
             got = logits(model, ids)
         assert_close(got, logits(without, ids), f"the logits without the MLP of layer {layer}")
         assert not torch.allclose(got, logits(model, ids))
+
+
+def test_low_rank_wrapper_of_an_mlp_is_its_projection() -> None:
+    """The output of the adapter belongs to the MLP's output."""
+    model: Any = Decoder("llama", num_layers=3, num_heads=2, head_dim=4).fresh()
+    merged: Any = Decoder("llama", num_layers=3, num_heads=2, head_dim=4).fresh()
+    for layer, of in zip(model.model.layers, merged.model.layers, strict=True):
+        layer.mlp.down_proj = LowRank(layer.mlp.down_proj)
+        of.mlp.down_proj = layer.mlp.down_proj.merged()
+    assert find_heads(model).mlp(1).projection is model.model.layers[1].mlp.down_proj
+    for imputation in ("zero", "mean"):
+        ablated = []
+        for each in (model, merged):
+            with HeadAblation(each) as hook:
+                hook.ablate([(1, "mlp")], imputation)
+                ablated.append(logits(each, torch.tensor([IDS])))
+        torch.testing.assert_close(*ablated, rtol=0, atol=1e-5)
+        assert not torch.allclose(ablated[0], logits(model, torch.tensor([IDS])), atol=1e-3)
 
 
 # ---- growing batches

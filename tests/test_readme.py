@@ -90,7 +90,7 @@ def test_shown_check_is_what_is_printed(tmp_path: Path) -> None:
     assert printed == COMMANDS[command].splitlines() and last.startswith("1 failed, 1 passed")
 
 
-@pytest.mark.parametrize(("page", "examples"), [("README.md", 1), ("docs/python.md", 7), ("docs/imputations.md", 2)])
+@pytest.mark.parametrize(("page", "examples"), [("README.md", 1), ("docs/python.md", 8), ("docs/imputations.md", 2)])
 def test_shown_python_prints_what_is_shown(page: str, examples: int) -> None:
     text = (ROOT / page).read_text(encoding="utf-8")
     shown = re.findall(r"```python\n([^`]*?)```\s*```\n(.*?)```", text, re.DOTALL)

@@ -1,0 +1,242 @@
+"""Removal curves: heads are ablated cumulatively in an order, and compared with random orders. Does not import torch.
+
+An order lists heads; its set of size k is its first k heads, so the sets of an order are nested. The random orders are
+of two kinds: `uniform`, in which all heads are equally likely, and `layers`, whose set of each size has as many heads
+of each layer as that of the order.
+"""
+
+from __future__ import annotations
+
+import itertools
+import re
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from typing import Any, NamedTuple
+
+import numpy as np
+from numpy.typing import NDArray
+
+from ablation import statistics
+from ablation.errors import InvalidAblation, InvalidResult
+from ablation.results import Result
+from ablation.units import Pair, pair_order
+
+Heads = tuple[Pair, ...]
+Floats = NDArray[np.float64]
+
+RANDOM = ("uniform", "layers")
+"""The kinds of random orders."""
+ORDERED = "ordered"
+METRICS = ("correct", "target_probability", "logit_difference", "kl")
+"""The metrics of a curve."""
+BY = {
+    "target": ("target_probability", -1.0),
+    "logit-difference": ("logit_difference", -1.0),
+    "correct": ("correct", -1.0),
+    "margin": ("margin", -1.0),
+    "kl": ("kl", 1.0),
+}
+"""{name of a ranking: (metric, sign)}: the first head is that whose mean change times the sign is largest."""
+BAND = (5.0, 95.0)
+"""The percentiles of the random orders between which their band lies."""
+
+
+class Series(NamedTuple):
+    """One order of heads. kind: `ORDERED`, or one of `RANDOM`. draw: which random order, from 0."""
+
+    kind: str
+    draw: int
+    heads: Heads
+
+    def name(self, k: int) -> str:
+        """The name of the set of the first k heads in a result."""
+        return f"{self.kind} {k}" if self.kind == ORDERED else f"{self.kind} {k} #{self.draw}"
+
+
+_NAME = re.compile(rf"({ORDERED}|{'|'.join(RANDOM)}) (\d+)(?: #(\d+))?")
+
+
+def rank_heads(
+    result: Result, by: str = "target", imputation: str | None = None, prompts: Sequence[int] | None = None
+) -> Heads:
+    """Return the heads of a sweep in the order of their effect, the most harmful first.
+
+    by: a key of `BY`. imputation: by default the first of the result. prompts: indices of those whose effects are
+    averaged; by default all. Heads with equal effects keep their order in the result. Raises InvalidAblation for an
+    unknown ranking, and InvalidResult unless the result is of single heads, with this imputation and metric.
+    """
+    if by not in BY:
+        raise InvalidAblation(f"unknown ranking {by!r}: use one of {', '.join(BY)}")
+    metric, sign = BY[by]
+    name = result.imputations[0] if imputation is None else imputation
+    if name not in result.imputations:
+        raise InvalidResult(f"the result has no imputation {name!r}, only {', '.join(result.imputations)}")
+    if any(len(key.heads) != 1 for key in result.ablations):
+        raise InvalidResult("heads are ranked by a sweep of single heads; this is a result of sets of heads")
+    if metric not in result.clean:
+        raise InvalidResult(f"the result has no {metric}: heads are ranked by a sweep of prompts")
+    change = result.change(metric)[slice(None) if prompts is None else list(prompts)]
+    if not len(change):
+        raise InvalidResult("there are no prompts to rank heads by")
+    own = [number for number, key in enumerate(result.ablations) if key.imputation == name]
+    score = -sign * change.mean(axis=0)
+    return tuple(result.ablations[number].heads[0] for number in sorted(own, key=score.__getitem__))
+
+
+def parse_ks(text: str, heads: int) -> list[int]:
+    """Return the sizes of sets. text: such as "1,2,4,8", or "1,2,4,..." to go on up to all heads.
+
+    Three dots continue the factor of the last two sizes if the last three have one, or else their difference. Raises
+    InvalidAblation.
+    """
+    parts = [part.strip() for part in text.split(",")]
+    going_on = parts[-1] in ("...", "…")
+    parts = parts[:-1] if going_on else parts
+    if not parts or not all(part.isdecimal() for part in parts) or (going_on and len(parts) < 2):
+        raise InvalidAblation(f"--k is a list of sizes, such as 1,2,4,8 or 1,2,4,..., not {text!r}")
+    ks = [int(part) for part in parts]
+    if going_on:
+        factor, step = ks[-1] / max(ks[-2], 1), ks[-1] - ks[-2]
+        geometric = ks[-2] > 0 and (len(ks) < 3 or ks[-1] * ks[-3] == ks[-2] ** 2) and factor > 1
+        if step < 1:
+            raise InvalidAblation(f"--k {text!r} does not grow, so it cannot go on")
+        while (following := int(ks[-1] * factor) if geometric else ks[-1] + step) < heads:
+            ks.append(following)
+        ks.append(heads)
+    return check_ks(ks, heads)
+
+
+def check_ks(ks: Iterable[int], heads: int) -> list[int]:
+    """Return sizes of sets, sorted, each once. Raises InvalidAblation unless all are from 1 to the number of heads."""
+    found = sorted(set(ks))
+    if not found or found[0] < 1 or found[-1] > heads:
+        raise InvalidAblation(f"the sizes of the sets are from 1 to {heads}, the number of ranked heads")
+    return found
+
+
+def random_orders(order: Sequence[Pair], heads: Iterable[Pair], count: int, seed: int) -> list[Series]:
+    """Return random orders as long as an order of heads, so many of each kind.
+
+    heads: all heads that may be drawn. Each order has a generator of its own, made from the seed, its kind and its
+    number: more orders do not change the first ones.
+    """
+    everyone = sorted(heads, key=pair_order)
+    found = []
+    for number, kind in enumerate(RANDOM):
+        for draw in range(count):
+            random = np.random.default_rng([seed, number, draw])
+            shuffled = [everyone[index] for index in random.permutation(len(everyone))]
+            if kind == "layers":
+                of_layer = {layer: iter([head for head in shuffled if head[0] == layer]) for layer, _ in order}
+                drawn = [next(of_layer[layer]) for layer, _ in order]
+            else:
+                drawn = shuffled[: len(order)]
+            found.append(Series(kind, draw, tuple(drawn)))
+    return found
+
+
+def split(prompts: int, share: float, seed: int = 0) -> tuple[list[int], list[int]]:
+    """Return the indices of prompts for the ranking, and of those for the evaluation, drawn with a seed.
+
+    share: of the ranking. Raises InvalidAblation unless both parts have a prompt.
+    """
+    count = round(share * prompts)
+    if not 0 < count < prompts:
+        raise InvalidAblation(
+            f"a split of {share} leaves {count} of {prompts} prompts for the ranking: both parts need one"
+        )
+    order = np.random.default_rng(seed).permutation(prompts)
+    return sorted(order[:count].tolist()), sorted(order[count:].tolist())
+
+
+# ---- what a result says
+
+
+@dataclass(frozen=True)
+class Curve:
+    """What sets of growing size do: the result of a curve, arranged by size.
+
+    Dimensions: I imputations, K sizes, D random orders of a kind, P prompts. ks: [K]. clean: {metric: the mean over the
+    prompts}. ordered: {metric: the mean over the prompts, [I, K]}. low, high: its bootstrap interval; NaN for a single
+    prompt. random: {kind: {metric: the mean over the prompts, [I, D, K]}}.
+    """
+
+    imputations: tuple[str, ...]
+    ks: tuple[int, ...]
+    clean: dict[str, float]
+    ordered: dict[str, Floats]
+    low: dict[str, Floats]
+    high: dict[str, Floats]
+    random: dict[str, dict[str, Floats]]
+
+    @classmethod
+    def of(cls, result: Result) -> Curve:
+        """Arrange the result of a curve. Raises InvalidResult if it is anything else."""
+        places: dict[tuple[str, str, int, int], int] = {}
+        for number, key in enumerate(result.ablations):
+            found = _NAME.fullmatch(key.name)
+            if found is None:
+                raise InvalidResult(f"{key} is not a set of a removal curve")
+            places[key.imputation, found[1], int(found[3] or 0), int(found[2])] = number
+        ks = tuple(sorted({k for *_, k in places}))
+        draws = {kind: sorted({draw for _, of, draw, _ in places if of == kind}) for kind in (ORDERED, *RANDOM)}
+        try:
+            at = {
+                kind: np.array(
+                    [[[places[name, kind, draw, k] for k in ks] for draw in of] for name in result.imputations]
+                )
+                for kind, of in draws.items()
+                if of
+            }
+            ordered = at[ORDERED][:, 0]
+        except KeyError:
+            raise InvalidResult("the removal curve lacks some of its sets") from None
+        means, low, high = {}, {}, {}
+        for metric in METRICS:
+            means[metric] = result.ablated[metric].mean(axis=0)
+            ends = statistics.bootstrap_interval(result.ablated[metric][:, ordered.ravel()].astype(np.float64))
+            low[metric], high[metric] = (end.reshape(ordered.shape) for end in ends)
+        return cls(
+            imputations=result.imputations,
+            ks=ks,
+            clean={metric: float(result.clean[metric].mean()) for metric in METRICS},
+            ordered={metric: means[metric][ordered] for metric in METRICS},
+            low=low,
+            high=high,
+            random={
+                kind: {metric: means[metric][of] for metric in METRICS} for kind, of in at.items() if kind != ORDERED
+            },
+        )
+
+    def band(self, kind: str, metric: str) -> tuple[Floats, Floats, Floats]:
+        """Return the mean of the random orders of a kind, and the ends of their band, `BAND`, [I, K] each."""
+        values = self.random[kind][metric]
+        low, high = np.percentile(values, BAND, axis=1)
+        return values.mean(axis=1), low, high
+
+    def as_harmful(self, kind: str, metric: str) -> Floats:
+        """Return the share of random orders that do at least as much harm as the ordered heads, [I, K].
+
+        With D orders, it is (1 + their number) / (1 + D), so that it is never 0: a one-sided p value (Phipson and
+        Smyth, 2010). Harm is a smaller value; for `kl`, a larger one.
+        """
+        sign = -1.0 if metric == "kl" else 1.0
+        values = sign * self.random[kind][metric]
+        worse = (values <= sign * self.ordered[metric][:, None]).sum(axis=1)
+        return np.asarray((1 + worse) / (1 + values.shape[1]))
+
+
+def curve_rows(curve: Curve) -> Iterable[dict[str, Any]]:
+    """Yield a row of the table for each imputation, order, size and metric.
+
+    low, high: the bootstrap interval over the prompts of the ordered heads; None for random orders.
+    """
+    for (i, imputation), (j, k) in itertools.product(enumerate(curve.imputations), enumerate(curve.ks)):
+        for metric in METRICS:
+            shared = {"imputation": imputation, "k": k, "metric": metric, "clean": curve.clean[metric]}
+            low, high = curve.low[metric][i, j], curve.high[metric][i, j]
+            ends = {"low": None, "high": None} if np.isnan(low) else {"low": float(low), "high": float(high)}
+            yield {**shared, "order": ORDERED, "draw": None, "value": float(curve.ordered[metric][i, j]), **ends}
+            for kind, values in curve.random.items():
+                for draw, value in enumerate(values[metric][i, :, j]):
+                    yield {**shared, "order": kind, "draw": draw, "value": float(value), "low": None, "high": None}

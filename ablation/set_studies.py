@@ -1,0 +1,137 @@
+"""Studies of sets of heads: removal curves, greedy orders, and pairs."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from ablation.curves import BY, ORDERED, Heads, Series, check_ks, parse_ks, random_orders
+from ablation.errors import InvalidAblation
+from ablation.experiment import Study
+from ablation.heads import HeadMap, find_heads
+from ablation.imputation import Imputation
+from ablation.measure import Metric
+from ablation.models import LoadedModel
+from ablation.pairs import sets_of_two
+from ablation.passes import Progress
+from ablation.results import Result
+from ablation.study import subrange
+from ablation.sweeps import HeadSet
+from ablation.units import MLP, Pair
+
+RANDOM_ORDERS = 20
+"""Random orders of each kind, by default."""
+
+
+def removal_curve(
+    loaded: LoadedModel,
+    prompts: Iterable[Any],
+    order: Sequence[Pair],
+    ks: Iterable[int] | None = None,
+    imputations: Sequence[str | Imputation] = ("zero",),
+    *,
+    random: int = RANDOM_ORDERS,
+    seed: int = 0,
+    metrics: Mapping[str, Metric] | None = None,
+    max_rows: int | None = None,
+    progress: Progress | None = None,
+    checkpoint: Path | str | None = None,
+    overwrite: bool = False,
+    **options: Any,
+) -> Result:
+    """Ablate the first k heads of an order together, for each k, and as many heads of random orders.
+
+    order: (layer, head) pairs, such as `ablation.rank_heads` returns. ks: sizes of the sets; by default 1, 2, 4, ... up
+    to all heads of the order. random: how many random orders of each kind; see `ablation.curves.random_orders`. seed:
+    of the random orders, and of `resample`. The other arguments and the errors are those of `ablation.sweep_prompts`;
+    in addition, raises InvalidHead and InvalidAblation for an order or sizes that are none. `ablation.Curve.of`
+    arranges the result by size.
+    """
+    sets = curve_sets(find_heads(loaded.model), order, ks, random, seed)
+    study = Study(loaded, prompts, imputations, sets=sets, seed=seed, stacklevel=3, **options)
+    return study.run(metrics=metrics, max_rows=max_rows, progress=progress, checkpoint=checkpoint, overwrite=overwrite)
+
+
+def pairs(
+    loaded: LoadedModel,
+    prompts: Iterable[Any],
+    imputations: Sequence[str | Imputation] = ("zero",),
+    *,
+    heads: Iterable[Pair] | None = None,
+    with_heads: Iterable[Pair] | None = None,
+    metrics: Mapping[str, Metric] | None = None,
+    max_rows: int | None = None,
+    progress: Progress | None = None,
+    checkpoint: Path | str | None = None,
+    overwrite: bool = False,
+    **options: Any,
+) -> Result:
+    """Ablate every head alone and every set of two heads.
+
+    heads: those that make pairs, such as `ablation.strongest_heads` returns; by default all. with_heads: only pairs
+    that contain one of these heads. The other arguments and the errors are those of `ablation.sweep_prompts`; in
+    addition, raises InvalidHead, and InvalidAblation if there is no pair. `ablation.Pairs.of` gives the interactions in
+    the result.
+    """
+    sets = pair_sets(find_heads(loaded.model), heads, with_heads)
+    study = Study(loaded, prompts, imputations, sets=sets, stacklevel=3, **options)
+    return study.run(metrics=metrics, max_rows=max_rows, progress=progress, checkpoint=checkpoint, overwrite=overwrite)
+
+
+def curve_sets(
+    heads: HeadMap, order: Sequence[Pair], ks: Iterable[int] | None, random: int, seed: int
+) -> list[HeadSet]:
+    """Return the named sets of a removal curve. The arguments and the errors are those of `removal_curve`."""
+    own = tuple(map(heads.validate, order))
+    if not own or len(set(own)) < len(own):
+        raise InvalidAblation("an order of heads names at least one head, and each only once")
+    if any(head == MLP for _, head in own):
+        raise InvalidAblation("a removal curve is of heads, as its random orders are: name no MLPs")
+    if isinstance(random, bool) or not isinstance(random, int) or random < 0:
+        raise InvalidAblation(f"the number of random orders is {random!r}: it is a whole number, at least 0")
+    sizes = parse_ks("1,2,4,...", len(own)) if ks is None else check_ks(ks, len(own))
+    series = [Series(ORDERED, 0, own), *random_orders(own, heads, random, seed)]
+    return [HeadSet(of.name(k), of.heads[:k]) for of in series for k in sizes]
+
+
+def pair_sets(heads: HeadMap, members: Iterable[Pair] | None, with_heads: Iterable[Pair] | None) -> list[HeadSet]:
+    """Return every head alone, and the pairs. The arguments and the errors are those of `pairs`."""
+    chosen = heads if members is None else map(heads.validate, members)
+    needed = None if with_heads is None else [heads.validate(head) for head in with_heads]
+    sets = [HeadSet("", of) for of in sets_of_two([*chosen, *(needed or [])], needed)]
+    if len(sets[-1].heads) < 2:
+        raise InvalidAblation("there is no pair of heads: name at least two heads")
+    return sets
+
+
+def greedy_order(
+    loaded: LoadedModel,
+    prompts: Iterable[Any],
+    count: int,
+    imputation: str | Imputation = "zero",
+    by: str = "target",
+    *,
+    max_rows: int | None = None,
+    progress: Progress | None = None,
+    **options: Any,
+) -> Heads:
+    """Return an order of heads that is ranked again at each step, with the heads before ablated.
+
+    Each step adds the head that does most harm on average, together with the heads before; of heads that do the same,
+    the first. count: heads of the order. by: a key of `ablation.curves.BY`. The other arguments and the errors are
+    those of `ablation.sweep_prompts`.
+    """
+    if by not in BY:
+        raise InvalidAblation(f"unknown ranking {by!r}: use one of {', '.join(BY)}")
+    (metric, sign), left, order = BY[by], list(find_heads(loaded.model)), list[Pair]()
+    if not 1 <= count <= len(left):
+        raise InvalidAblation(f"an order has 1 to {len(left)} heads, not {count}")
+    study = Study(loaded, prompts, [imputation], sets=[[head] for head in left], stacklevel=3, **options)
+    for step in range(count):
+        study.plan.sets = [HeadSet("", (*order, head)) for head in left]
+        part = subrange(progress, step / count, (step + 1) / count)
+        result = study.run(max_rows=max_rows, progress=part)
+        study.plan.reference = study.plan.reference or study.plan.computed  # the same at every step
+        order.append(left.pop(int((sign * result.change(metric).mean(axis=0)).argmax())))
+    return tuple(order)
