@@ -13,11 +13,13 @@ from transformers import PreTrainedModel
 from ablation.checks.decoders import Decoder
 from ablation.edits import Ablation
 from ablation.engine import run
-from ablation.errors import AblationNotApplied, InvalidResult
+from ablation.errors import AblationNotApplied, InvalidAblation, InvalidResult
 from ablation.heads import find_heads
 from ablation.hook import HeadAblation
 from ablation.imputation import Imputation, Site
+from ablation.pairs import Pairs, sets_of_two
 from ablation.results import AblationKey, Result
+from ablation.set_studies import curve_sets
 from ablation.tables import to_frame
 from ablation.units import each, parse_set
 from tests.comparing import IDS, assert_results_equal
@@ -179,3 +181,19 @@ def test_notation_gives_the_mlps_of_a_hybrid() -> None:
     assert [units.text for units in each("MLP*", heads)] == ["MLP0", "MLP1", "MLP2", "MLP3"]
     result = run(HYBRID.shared(), IDS, [Ablation(every), *(Ablation(u.heads(heads)) for u in each("MLP*", heads))])
     assert result.provenance["method"] == "growing batch" and (result.calls == 1).all()
+
+
+def test_pairs_of_heads_and_mlps_are_studied() -> None:
+    """Within a layer, an MLP sorts after the heads."""
+    model = GPT2.shared()
+    sets = sets_of_two([(1, "mlp"), (1, 2), (0, 0)])
+    assert sets[-1] == ((1, 2), (1, "mlp"))
+    found = Pairs.of(run(model, IDS, list(map(Ablation, sets)), 7, 11))
+    assert found.heads == ((0, 0), (1, 2), (1, "mlp")) and len(found.pairs) == 3
+    with pytest.raises(InvalidResult, match="the result has no ablation of MLP1 alone"):
+        Pairs.of(run(model, IDS, [Ablation([(1, 2)]), Ablation([(1, 2), (1, "mlp")])], 7, 11))
+
+
+def test_removal_curves_of_mlps_are_refused() -> None:
+    with pytest.raises(InvalidAblation, match="a removal curve is of heads, as its random orders are: name no MLPs"):
+        curve_sets(find_heads(GPT2.shared()), [(1, 2), (1, "mlp")], None, 2, 0)
