@@ -13,7 +13,7 @@ import transformers
 
 from ablation.heads import find_heads
 from tests.families.configurations import FAMILIES, build, config_of
-from tests.families.evidence import check_heads
+from tests.families.evidence import check_heads, check_mlps
 from tests.families.outcomes import NOT_BUILT, PAGE, REFUSED, VERSIONS, Outcome, described, outcome, summary
 
 FEW = {
@@ -62,6 +62,35 @@ def test_head_map_is_the_same_without_weights(family: str) -> None:
     with torch.device("meta"):
         empty = transformers.AutoModelForCausalLM.from_config(config_of(family))
     assert described(find_heads(empty)) == described(find_heads(build(family)))
+
+
+WITHOUT_MLPS = {
+    "nemotron_h": "a layer is an attention, a state-space model or an MLP",
+    "xlm": "the MLPs are not in the layers",
+    "zamba": "the layers share an attention and an MLP, or have neither",
+    "zamba2": "the layers share an attention and an MLP, or have neither",
+}
+
+
+def check_mlps_of(family: str) -> None:
+    model = build(family)
+    heads = find_heads(model)
+    check_mlps(model, heads)
+    reasons = {mlp for mlp in heads.mlps if isinstance(mlp, str)}
+    assert family in WITHOUT_MLPS or all("mixture of experts" in reason for reason in reasons), reasons
+
+
+@pytest.mark.filterwarnings("ignore")
+@pytest.mark.parametrize("family", [family for family in FEW if family not in REFUSED])
+def test_mlps_of_each_mechanism(family: str) -> None:
+    check_mlps_of(family)
+
+
+@pytest.mark.families
+@pytest.mark.filterwarnings("ignore")
+@pytest.mark.parametrize("family", [family for family in FAMILIES if family not in NOT_BUILT | REFUSED | FEW])
+def test_mlps_of_every_family(family: str) -> None:
+    check_mlps_of(family)
 
 
 def test_page_lists_every_family_and_counts_them() -> None:

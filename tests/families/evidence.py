@@ -115,6 +115,26 @@ def check_heads(model: PreTrainedModel, heads: HeadMap) -> bool:
     return own
 
 
+def check_mlps(model: PreTrainedModel, heads: HeadMap) -> None:
+    """Assert for each MLP that zero imputation equals zeroing its last projection, and has an effect."""
+    clean = logits(model)
+    for mlp in heads.mlps:
+        if isinstance(mlp, str):
+            continue
+        with HeadAblation(model) as ablation:
+            ablation.ablate([(mlp.index, "mlp")], "zero")
+            got = logits(model)
+        weights = [(parameter, parameter.detach().clone()) for parameter in mlp.projection.parameters()]
+        with torch.no_grad():
+            for parameter, _ in weights:
+                parameter.zero_()
+            want = logits(model)
+            for parameter, values in weights:
+                parameter.copy_(values)
+        assert_close(got, want, f"zero imputation of the MLP of layer {mlp.index}")
+        assert not torch.allclose(got, clean), f"the MLP of layer {mlp.index} has no effect"
+
+
 def check_zero_oracle(model: PreTrainedModel, heads: HeadMap) -> None:
     """Assert for each head that zero imputation equals zeroing its block of W_O, and has an effect."""
     for layer in heads.layers:  # layers may share a weight, and surgery must reach one layer only
