@@ -20,6 +20,7 @@ from ablation.curves import BY, Heads, rank_heads
 from ablation.errors import InvalidAblation, InvalidResult
 from ablation.results import Result
 from ablation.statistics import Share
+from ablation.units import pair_label, pair_order
 
 Floats = NDArray[np.float64]
 METRICS = ("target_probability", "target_log_probability", "logit_difference", "kl", "margin")
@@ -28,7 +29,7 @@ METRICS = ("target_probability", "target_log_probability", "logit_difference", "
 
 def sets_of_two(heads: Iterable[tuple[int, int]], with_head: Iterable[tuple[int, int]] | None = None) -> list[Heads]:
     """Return every head alone, and every set of two heads. with_head: only sets that contain one of these heads."""
-    members, needed = sorted(set(heads)), None if with_head is None else set(with_head)
+    members, needed = sorted(set(heads), key=pair_order), None if with_head is None else set(with_head)
     pairs = [pair for pair in itertools.combinations(members, 2) if needed is None or needed & set(pair)]
     return [*((head,) for head in members), *pairs]
 
@@ -52,12 +53,16 @@ class Pairs:
     def of(cls, result: Result, imputation: str | None = None) -> Pairs:
         """Find the pairs of an imputation, by default the first. Raises InvalidResult if a head alone is missing."""
         name = result.imputations[0] if imputation is None else imputation
-        place = {tuple(sorted(key.heads)): n for n, key in enumerate(result.ablations) if key.imputation == name}
+        place = {
+            tuple(sorted(key.heads, key=pair_order)): n
+            for n, key in enumerate(result.ablations)
+            if key.imputation == name
+        }
         pairs = tuple(heads for heads in place if len(heads) == 2)
         if not pairs:
             raise InvalidResult(f"the result has no pairs of heads with the imputation {name!r}")
         if missing := [head for pair in pairs for head in pair if (head,) not in place]:
-            raise InvalidResult(f"the result has no ablation of L{missing[0][0]}H{missing[0][1]} alone")
+            raise InvalidResult(f"the result has no ablation of {pair_label(missing[0])} alone")
         columns = [[place[(pair[0],)], place[(pair[1],)], place[pair]] for pair in pairs]
         return cls(result, name, pairs, *np.array(columns, dtype=np.int64).T)
 
@@ -86,7 +91,7 @@ class Pairs:
     @cached_property
     def heads(self) -> Heads:
         """All heads of the pairs, layer by layer."""
-        return tuple(sorted({head for pair in self.pairs for head in pair}))
+        return tuple(sorted({head for pair in self.pairs for head in pair}, key=pair_order))
 
     @cached_property
     def both_kept_alone(self) -> NDArray[np.bool_]:
@@ -145,7 +150,7 @@ def pair_rows(result: Result) -> Iterator[dict[str, Any]]:
             many = len(interaction) > 1
             low, high = (end.tolist() if many else [None] * len(pairs.pairs) for end in ends)
             for pair, *numbers in zip(pairs.pairs, *means, low, high, compensates, strict=True):
-                lower, upper = (f"L{layer}H{head}" for layer, head in pair)
+                lower, upper = map(pair_label, pair)
                 names = ("effect_lower", "effect_upper", "effect", "interaction", "low", "high", "compensates")
                 yield {
                     **{"imputation": imputation, "lower": lower, "upper": upper, "metric": metric},
