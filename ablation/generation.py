@@ -82,14 +82,14 @@ def generate(
     are used.
 
     prompts: texts, `Question` objects, or records with the column prompt, and optionally target and group. heads:
-    (layer, head) pairs. imputation: a name or an `Imputation`, but not `resample`. One that reads the whole row (`mean`,
-    `channel-mean`) runs without a key/value cache, so that each step computes its values from the text so far. positions:
-    "all", "prompt" (all tokens of the prompt, but no new ones), "last" (of the prompt), positions of the prompt, or a
-    column with spans of characters. sampling: None for the most probable token at each step. seed: of the sampling. The
-    random numbers of a prompt depend on the seed and its tokens; the clean and the ablated run see the same ones. chat:
-    whether texts and records are messages of the user, rendered by the chat template. reference: for reference means; by
-    default, `prompts`. skip_bad: leave out prompts that cannot be used, and warn. progress: called with the share of the
-    work that is done, after each token.
+    (layer, head) pairs. imputation: a name or an `Imputation`, but not `resample`. One that reads the whole row
+    (`mean`, `channel-mean`) runs without a key/value cache, so that each step computes its values from the text so
+    far. positions: "all", "prompt" (all tokens of the prompt, but no new ones), "last" (of the prompt), positions
+    of the prompt, or a column with spans of characters. sampling: None for the most probable token at each step.
+    seed: of the sampling. The random numbers of a prompt depend on the seed and its tokens; the clean and the
+    ablated run see the same ones. chat: whether texts and records are messages of the user, rendered by the chat
+    template. reference: for reference means; by default, `prompts`. skip_bad: leave out prompts that cannot be
+    used, and warn. progress: called with the share of the work that is done, after each token.
 
     Raises UnsupportedModel, InvalidHead, UnknownImputation, InvalidAblation, and InvalidPrompt for a prompt that cannot
     be used, or that is too long for the model or the values, before any text is generated; NonFiniteLogits;
@@ -350,7 +350,9 @@ def _without_own_settings(model: PreTrainedModel) -> Iterator[None]:
 
     `generate` takes every setting that its caller leaves out from there: penalties, suppressed and forced tokens.
     """
-    owners = [module for module in model.modules() if isinstance(vars(module).get("generation_config"), GenerationConfig)]
+    owners = [
+        module for module in model.modules() if isinstance(vars(module).get("generation_config"), GenerationConfig)
+    ]
     own = [owner.generation_config for owner in owners]
     for owner in owners:
         owner.generation_config = GenerationConfig()  # type: ignore[assignment]
