@@ -9,6 +9,7 @@ import argparse
 import difflib
 import math
 import re
+from collections.abc import Callable
 from pathlib import Path
 
 from ablation.errors import InvalidAblation
@@ -27,6 +28,8 @@ IMPUTATIONS = {
 }
 """{imputation: what z is replaced by}, for tooltips and `--help`."""
 SCALE, VALUES, RESAMPLE = "scale", "values", "resample"
+PROMPT = "prompt"
+"""The positions of all tokens of the prompt, in a text that is generated: z is not replaced at new tokens."""
 OF_REFERENCE = ("reference-mean", "reference-mean-by-position")
 """The imputations that need a reference."""
 _POSITIONS = re.compile(r"\s*[+-]?\d+\s*(,\s*[+-]?\d+\s*)*")
@@ -70,16 +73,15 @@ def _factor(text: str) -> str:
     return str(factor).removesuffix(".0")
 
 
-def whole_number(least: int) -> type[int]:
+def whole_number(least: int) -> Callable[[str], int]:
     """Return a type of argparse: whole numbers of at least `least`."""
 
-    class WholeNumber(int):
-        def __new__(cls, text: str) -> WholeNumber:
-            if not re.fullmatch(r"\s*\+?\d+\s*", text) or int(text) < least:
-                raise argparse.ArgumentTypeError(f"it is a whole number, at least {least}, not {text!r}")
-            return super().__new__(cls, text)
+    def parsed(text: str) -> int:
+        if not re.fullmatch(r"\s*\+?\d+\s*", text) or int(text) < least:
+            raise argparse.ArgumentTypeError(f"it is a whole number, at least {least}, not {text!r}")
+        return int(text)
 
-    return WholeNumber
+    return parsed
 
 
 def parse_positions(text: str) -> Positions:

@@ -11,10 +11,9 @@ import torch
 from torch import Tensor
 from transformers import GenerationConfig, LogitsProcessor, LogitsProcessorList, PreTrainedModel
 
-from ablation import provenance
-from ablation.choices import RESAMPLE
+from ablation import choices, provenance
 from ablation.edits import Ablation
-from ablation.errors import InvalidAblation, InvalidPrompt, NonFiniteLogits, UnsupportedModel
+from ablation.errors import InvalidPrompt, NonFiniteLogits, UnsupportedModel
 from ablation.forward import token_batch
 from ablation.heads import find_heads
 from ablation.hook import HeadAblation
@@ -22,16 +21,11 @@ from ablation.imputation import Imputation
 from ablation.models import LoadedModel
 from ablation.passes import Progress
 from ablation.plan import Plan
-from ablation.prompt_files import Columns, Row, as_rows, valid_rows
+from ablation.prompt_files import TO_CONTINUE, Row, as_rows, valid_rows
 from ablation.prompts import Question
 from ablation.questions import Asked, reference_prompts, tokenised, warn
 from ablation.reference import Reference
-from ablation.sampling import Sampling, seed_of_prompt, verify_new_tokens, verify_seed
-
-PROMPT = "prompt"
-"""The positions of all tokens of the prompt, so that z is not replaced at new tokens."""
-COLUMNS = Columns(("prompt", "target", "group"), ("prompt",))
-"""The columns of prompts to continue."""
+from ablation.sampling import Sampling, seed_of_prompt, verify_imputation, verify_new_tokens, verify_seed
 
 
 @dataclass(frozen=True)
@@ -142,11 +136,11 @@ class Generations:
         verify_imputation(imputation)
         self.loaded, self.max_new_tokens, self.sampling, self.seed = loaded, max_new_tokens, sampling, seed
         self.heads = Ablation(heads).validated(find_heads(loaded.model)).heads
-        self.only_prompt = isinstance(positions, str) and positions == PROMPT
+        self.only_prompt = isinstance(positions, str) and positions == choices.PROMPT
         self.plan = Plan.of(loaded, [imputation], "all" if self.only_prompt else positions, reference, 1, 0)
         where = self.plan.positions
         column = where if isinstance(where, str) and where not in ("all", "last") else None
-        columns = COLUMNS._replace(spans=column)
+        columns = TO_CONTINUE._replace(spans=column)
         rows, bad = valid_rows(as_rows(_records(prompts, chat), chat=chat, columns=columns), skip_bad=skip_bad)
         others, bad_others = reference_prompts(loaded, reference, skip_bad)
         asked, unusable = valid_rows(self._tokenised(rows), skip_bad=skip_bad)
@@ -208,7 +202,7 @@ class Generations:
             **prepared.made_with,
             "heads": [list(head) for head in self.heads],
             "imputation": imputation.name,
-            "positions": PROMPT if self.only_prompt else prepared.label,
+            "positions": choices.PROMPT if self.only_prompt else prepared.label,
             "max_new_tokens": self.max_new_tokens,
             "sampling": sampling,
         }
@@ -313,15 +307,6 @@ class _Watch(LogitsProcessor):
         self.forwards += 1
         self.progress(min(1.0, self.forwards / self.steps))
         return scores
-
-
-def verify_imputation(imputation: str | Imputation) -> None:
-    """Raise InvalidAblation for `resample`."""
-    if imputation == RESAMPLE:
-        raise InvalidAblation(
-            "resample takes z from a prompt of equal length, and a text that is being generated has none: use a "
-            "reference mean, or values of your own"
-        )
 
 
 def continuation_text(loaded: LoadedModel, prompt: Sequence[int], new: Sequence[int]) -> str:

@@ -1,4 +1,7 @@
-"""How tokens are sampled in generated text. This module imports neither torch nor transformers."""
+"""Choices for generated text: how tokens are sampled, and what is refused.
+
+This module imports neither torch nor transformers.
+"""
 
 from __future__ import annotations
 
@@ -8,6 +11,7 @@ import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 
+from ablation.choices import RESAMPLE
 from ablation.errors import InvalidAblation
 from ablation.prompts import is_integer
 
@@ -32,6 +36,15 @@ class Sampling:
             raise InvalidAblation(f"top_p is {self.top_p!r}: it is a probability, above 0 and at most 1")
         if self.top_k is not None and not (is_integer(self.top_k) and self.top_k >= 1):
             raise InvalidAblation(f"top_k is {self.top_k!r}: it is a number of tokens, at least 1")
+
+
+def verify_imputation(imputation: object) -> None:
+    """Raise InvalidAblation for `resample`."""
+    if imputation == RESAMPLE:
+        raise InvalidAblation(
+            "resample takes z from a prompt of equal length, and a text that is being generated has none: use a "
+            "reference mean, or values of your own"
+        )
 
 
 def verify_seed(seed: object) -> None:

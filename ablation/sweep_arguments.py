@@ -14,7 +14,7 @@ from typing import Any, NamedTuple
 
 from ablation import choices, output, sources
 from ablation.errors import InvalidPrompt, one_line, shortened
-from ablation.prompt_files import PROMPTS_ONLY, Columns, Row, read_rows, valid_rows
+from ablation.prompt_files import OF_QUESTIONS, PROMPTS_ONLY, Columns, Row, read_rows, valid_rows
 from ablation.prompts import Question, check_prompt
 
 LONGEST_PROMPT = 400
@@ -44,8 +44,11 @@ class Asking(NamedTuple):
         return self.text is None and len(self.rows) == 1
 
 
-def asking(arguments: argparse.Namespace, source: sources.Source) -> Asking:
-    """Return what the arguments ask. Raises InvalidPrompt, and InvalidAblation for positions that are none."""
+def asking(arguments: argparse.Namespace, source: sources.Source, columns: Columns = OF_QUESTIONS) -> Asking:
+    """Return what the arguments ask. columns: those of --prompts, besides the one that --positions may name.
+
+    Raises InvalidPrompt, and InvalidAblation for positions that are none.
+    """
     _verify_combination(arguments)
     positions = choices.parse_positions(arguments.positions)
     column = positions if isinstance(positions, str) and positions not in ("all", "last") else None
@@ -62,7 +65,7 @@ def asking(arguments: argparse.Namespace, source: sources.Source) -> Asking:
         question = _question(arguments, source)
         found = Asking(_texts_of(question), positions, [Row("", question)])
     else:
-        columns = Columns(spans=column)
+        columns = columns._replace(spans=column)
         rows, bad = valid_rows(
             read_rows(arguments.prompts, chat=arguments.chat, columns=columns), skip_bad=arguments.skip_bad
         )

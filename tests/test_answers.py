@@ -53,5 +53,8 @@ def test_prompts_without_a_target_do_not_count() -> None:
     found = [flags(" a", " a", " b a"), flags(None, " a", " b")]
     assert set(found[1].values()) == {None}
     assert found[0] == {"clean_exact": True, "ablated_exact": False, "clean_contains": True, "ablated_contains": True}
-    assert {name: (of.clean.of, of.lost) for name, of in changes(found).items()} == {"exact": (1, 1), "contains": (1, 0)}
+    assert {name: (of.clean.of, of.lost) for name, of in changes(found).items()} == {
+        "exact": (1, 1),
+        "contains": (1, 0),
+    }
     assert changes(found[1:]) == {}
