@@ -175,9 +175,8 @@ class Generations:
         try:
             self.plan.verify_length(range(read) if at_new_tokens else of.token_ids)
         except InvalidPrompt as error:
-            hint = ", with those that are generated: pass a longer reference, or the positions 'prompt' (on the "
-            hint += "command line, --positions prompt), which leave out new tokens"
-            return of.row.problem(f"{error}{hint}" if at_new_tokens else error)
+            hint = "pass a longer reference, or the positions 'prompt' (--positions prompt), which leave out new tokens"
+            return of.row.problem(f"with its new tokens, {error}: {hint}" if at_new_tokens else error)
         return of
 
     def run(self, progress: Progress | None = None) -> Iterator[Generation]:
@@ -207,7 +206,6 @@ class Generations:
             "sampling": sampling,
         }
         for number, of in enumerate(self.asked):
-            # A closure per prompt: one call for each token of both runs.
 
             def of_prompt(done: float, number: int = number) -> None:
                 if progress is not None:

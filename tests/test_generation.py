@@ -326,14 +326,16 @@ def test_values_have_to_reach_the_new_tokens() -> None:
     options: dict[str, Any] = dict(imputation="reference-mean-by-position", reference=reference(LLAMA))
     generate(loaded, prompt, HEADS, max_new_tokens=4, **options)
     with pytest.raises(
-        InvalidPrompt, match=r"prompt 1: it has 9 tokens, and .* values for 8 positions, with those that"
+        InvalidPrompt, match=r"prompt 1: with its new tokens, it has 9 tokens, and .* values for 8 positions: pass"
     ):
         generate(loaded, prompt, HEADS, max_new_tokens=5, **options)
     generate(loaded, prompt, HEADS, max_new_tokens=50, positions="prompt", **options)
     values = kind("values-by-position", LLAMA).imputation  # of nine positions
-    with pytest.raises(InvalidPrompt, match="it has 10 tokens, and 'values' has values for 9 positions, with those"):
+    with pytest.raises(
+        InvalidPrompt, match="with its new tokens, it has 10 tokens, and 'values' has values for 9 positions: pass"
+    ):
         generate(loaded, prompt, HEADS, values, max_new_tokens=6)
-    with pytest.raises(InvalidPrompt, match="it has 10 tokens, and 'values' has values for 9 positions$"):
+    with pytest.raises(InvalidPrompt, match="^prompt 1: it has 10 tokens, and 'values' has values for 9 positions$"):
         generate(loaded, [" ".join(["t1"] * 10)], HEADS, values, positions="prompt")
 
 
