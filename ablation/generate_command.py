@@ -8,7 +8,7 @@ import json
 import re
 from collections.abc import Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, NamedTuple, TextIO
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 from ablation import choices, sources
 from ablation.errors import InvalidAblation, InvalidHead, InvalidOutput, InvalidPrompt, one_line, shortened
@@ -208,7 +208,7 @@ class _Lines:
 
     def __init__(self, path: Path, overwrite: bool) -> None:
         self.path, self.of_summary, self.overwrite = path, path.with_suffix(".json"), overwrite
-        self._file: TextIO | None = None
+        self._mode, self._begun = "w" if overwrite else "x", False
 
     @classmethod
     def checked(cls, name: str, *, overwrite: bool) -> _Lines:
@@ -237,21 +237,18 @@ class _Lines:
     def write(self, of_prompt: dict[str, Any]) -> None:
         """Append a line. The first one replaces an earlier file, so that an error before it loses nothing."""
         try:
-            if self._file is None:
-                if self.overwrite:
-                    self.of_summary.unlink(missing_ok=True)
-                self._file = self.path.open("w" if self.overwrite else "x", encoding="utf-8")
-            self._file.write(json.dumps(of_prompt, ensure_ascii=False) + "\n")
-            self._file.flush()
+            if not self._begun and self.overwrite:
+                self.of_summary.unlink(missing_ok=True)
+            with self.path.open("a" if self._begun else self._mode, encoding="utf-8") as file:
+                file.write(json.dumps(of_prompt, ensure_ascii=False) + "\n")
+            self._begun = True
         except OSError as error:
             raise InvalidOutput(f"cannot write to {self.path}: {error.strerror or error}") from error
 
     def write_summary(self, content: dict[str, Any]) -> None:
-        """Close the lines, and write the other file. Raises InvalidOutput."""
-        assert self._file is not None
+        """Write the other file. Raises InvalidOutput."""
         try:
-            self._file.close()
-            with self.of_summary.open("w" if self.overwrite else "x", encoding="utf-8") as file:
+            with self.of_summary.open(self._mode, encoding="utf-8") as file:
                 json.dump({**content, "lines": self.path.name}, file, indent=2, ensure_ascii=False)
                 file.write("\n")
         except OSError as error:

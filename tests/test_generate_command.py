@@ -13,6 +13,7 @@ from ablation import generate, generation
 from ablation.cli import main
 from ablation.models import LoadedModel
 from ablation.sampling import Sampling
+from tests.test_cli import modules_after
 
 Run = Callable[..., tuple[int, str, str]]
 PAIR = ("--heads", "L0H8 L0H9", "--max-new-tokens", "6")
@@ -53,7 +54,10 @@ def test_equal_texts_are_printed_once(run: Run) -> None:
 
 def test_mark_is_after_what_both_texts_begin_with(run: Run) -> None:
     _, out, _ = run("--heads", "L0H8 L0H9", "--imputation", "channel-mean")
-    assert "clean      ' Germany‖.'\nablated    ' Germany‖" in out and "new token 1 (position 6): clean '.'" in out
+    assert (
+        "clean      ' Germany‖.'\nablated    \" Germany‖'s capital" in out
+        and "new token 1 (position 6): clean '.'" in out
+    )
 
 
 @pytest.mark.parametrize(
@@ -111,7 +115,8 @@ def test_data_set_is_summarised_and_written_line_by_line(run: Run) -> None:
     assert [line["prompt"] for line in lines] == [prompt["prompt"] for prompt in prompts]
     assert [line["group"] for line in lines] == ["Europe", None, None]
     assert [line["clean_exact"] for line in lines] == [True, False, None]
-    assert [line["ablated_contains"] for line in lines] == [False, True, None]
+    assert [line["ablated_exact"] for line in lines] == [False, False, None]
+    assert [line["ablated_contains"] for line in lines] == [True, True, None]
     assert lines[0]["parts_at"]["ablated"] == " the" and lines[1]["parts_at"] is None
     beside = json.loads(Path("answers.json").read_text(encoding="utf-8"))
     assert beside["lines"] == "answers.jsonl" and beside["summary"]["answers"]["exact"]["lost"] == 1
@@ -235,3 +240,17 @@ def test_other_processes_of_a_launcher_write_nothing(run: Run, monkeypatch: pyte
         monkeypatch.setenv(name, value)
     assert run(*PAIR, "--out", "answers.jsonl") == (0, "", "")
     assert list(Path().iterdir()) == []
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("arguments", "reason"),
+    [
+        (["--heads", "H1"], "'H1'"),
+        (["--heads", "L0H1", "--imputation", "resample"], "resample takes z from a prompt of equal length"),
+        (["--heads", "L0H1", "--sample", "--top-p", "2"], "top_p is 2.0"),
+    ],
+)
+def test_bad_arguments_precede_heavy_imports(arguments: list[str], reason: str) -> None:
+    status, out, modules = modules_after("generate", *arguments)
+    assert (status, modules) == (2, set()) and reason in out
