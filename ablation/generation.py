@@ -223,11 +223,13 @@ class Generations:
         progress(1.0)
         pairs = zip(clean.tokens, ablated.tokens, strict=False)
         parts_at = next((step for step, (one, other) in enumerate(pairs) if one != other), None)
-        margins: list[float | None] = [None, None]
+        clean_margin = ablated_margin = None
         if parts_at is not None:
             tokens = [clean.tokens[parts_at], ablated.tokens[parts_at]]
-            of_clean, of_ablated = (run.logits[parts_at][tokens].double().tolist() for run in (clean, ablated))
-            margins = [of_clean[0] - of_clean[1], of_ablated[1] - of_ablated[0]]
+            clean_margin, ablated_margin = (
+                float(run.logits[parts_at][own].double() - run.logits[parts_at][other].double())
+                for run, (own, other) in ((clean, tokens), (ablated, tokens[::-1]))
+            )
         question = of.row.question
         return Generation(
             question.prompt,
@@ -239,7 +241,8 @@ class Generations:
             continuation_text(self.loaded, ids, clean.tokens),
             continuation_text(self.loaded, ids, ablated.tokens),
             parts_at,
-            *margins,
+            clean_margin,
+            ablated_margin,
             ablated.forwards,
             ablated.replaced,
             ablated.changed,
@@ -248,7 +251,7 @@ class Generations:
     def _run(self, ids: Sequence[int], ablation: Ablation, cached: bool, progress: Progress) -> _Run:
         """Generate one text. cached: whether to use a key/value cache."""
         model = self.loaded.model
-        ends = model.generation_config.eos_token_id  # type: ignore[union-attr]
+        ends = model.generation_config.eos_token_id
         sampled = self.sampling or Sampling()
         chosen = dict(temperature=sampled.temperature, top_p=sampled.top_p, top_k=sampled.top_k or 0)
         config = GenerationConfig(

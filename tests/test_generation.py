@@ -209,8 +209,7 @@ def test_text_ends_with_a_token_that_the_model_names(llama: LoadedModel, several
 
 def test_receipts_are_summed_over_all_passes() -> None:
     """Three heads of eight channels, in five prompt tokens and three new ones that are read."""
-    loaded, options = loaded_of(LLAMA), {"max_new_tokens": 4}
-    counts = {}
+    loaded, options, counts = loaded_of(LLAMA), dict[str, Any](max_new_tokens=4), dict[Any, int]()
     for where in ("all", "prompt", "last", (0, -1)):
         (found,) = generate(loaded, ["t3 t1 t4 t1 t5"], HEADS, positions=where, **options)
         assert found.replaced == found.changed
