@@ -332,10 +332,13 @@ def _render_texts(loaded: LoadedModel, of: Generation) -> list[str]:
         start = continuation_text(loaded, of.token_ids, tokens[:at])
         shown = start + MARK + text.removeprefix(start) if text.startswith(start) else text
         lines.append(f"{name:<11}{shown!r}")
-    margins = [f"{margin:.2f} logits" for margin in (of.clean_margin or 0.0, of.ablated_margin or 0.0)]
+    margins = [  # a sampled token may be less probable than the other one
+        f"{'behind' if margin < 0 else 'ahead'} by {abs(margin):.2f} logits"
+        for margin in (of.clean_margin or 0.0, of.ablated_margin or 0.0)
+    ]
     one, other = (loaded.decode(tokens[at]) for tokens in (of.clean, of.ablated))
     where = f"new token {at} (position {len(of.token_ids) + at})"
-    lines.append(f"  {where}: clean {one!r}, ahead by {margins[0]}; ablated {other!r}, ahead by {margins[1]}")
+    lines.append(f"  {where}: clean {one!r}, {margins[0]}; ablated {other!r}, {margins[1]}")
     return lines
 
 

@@ -47,6 +47,12 @@ def test_texts_are_printed_with_the_place_where_they_part(run: Run) -> None:
     assert list(Path().iterdir()) == []
 
 
+def test_less_probable_token_of_a_sampled_text_is_behind(run: Run) -> None:
+    _, out, _ = run(*PAIR, "--prompt", "Rome is", "--sample", "--temperature", "2", "--seed", "3")
+    assert "sampled (temperature 2, seed 3)" in out
+    assert "clean ' capital', behind by 7.53 logits; ablated ' a', ahead by 9.06 logits" in out
+
+
 def test_equal_texts_are_printed_once(run: Run) -> None:
     _, out, _ = run("--heads", "L3H0", "--prompt", "Paris is the capital of")
     assert "both       ' France.'\n" in out and "clean" not in out

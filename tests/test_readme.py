@@ -82,7 +82,7 @@ def test_shown_generations_are_what_is_printed(
     shown = re.findall(
         r"^\$ (.+)\n((?:[^$`\n].*\n|\n)*)", "\n".join(re.findall(r"```console\n(.*?)```", page, re.DOTALL)), re.M
     )
-    assert len(shown) == 4
+    assert len(shown) == 3
     try:
         NAMED_MODELS["smollm2"].locate()
     except ModelUnavailable as error:
