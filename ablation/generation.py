@@ -294,7 +294,7 @@ class _Watch(LogitsProcessor):
         self.logits: list[Tensor] = []
         self.forwards = self.replaced = self.changed = 0
 
-    def __call__(self, input_ids: Tensor, scores: Tensor) -> Tensor:  # type: ignore[override]
+    def __call__(self, input_ids: Tensor, scores: Tensor) -> Tensor:
         """Return the scores, [1, vocabulary]. Raises NonFiniteLogits."""
         if not scores.isfinite().all():
             raise NonFiniteLogits(
