@@ -8,7 +8,15 @@ import sys
 from collections.abc import Sequence
 
 import ablation
-from ablation import curve_command, diff_command, pairs_command, set_command, sources, sweep_command
+from ablation import (
+    curve_command,
+    diff_command,
+    generate_command,
+    pairs_command,
+    set_command,
+    sources,
+    sweep_command,
+)
 from ablation.checks import command as check_command
 from ablation.errors import AblationError, one_line
 from ablation.terminal import (
@@ -82,6 +90,7 @@ def _parser() -> argparse.ArgumentParser:
     heads.add_argument("--model", default="capitals", help=sources.MODEL_HELP)
     heads.add_argument("--json", action="store_true", help="print the map as JSON, layer by layer")
     heads.set_defaults(run=_heads)
+    generate_command.add_command(commands)
     diff_command.add_command(commands)
     check_command.add_command(commands)
     return parser

@@ -9,12 +9,11 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
-from ablation import choices, curves, output, sources, units
+from ablation import choices, output, sources, units
 from ablation.errors import InvalidAblation, InvalidHead, InvalidPrompt, InvalidResult, one_line
 from ablation.processes import Processes
 from ablation.prompt_files import Row
 from ablation.prompts import Question
-from ablation.results import ARRAYS, Result
 from ablation.study_command import (
     Opened,
     add_imputation_options,
@@ -34,8 +33,10 @@ from ablation.sweep_arguments import Asking, asking
 from ablation.terminal import warnings_as_notes
 
 if TYPE_CHECKING:
+    from ablation.curves import Heads
     from ablation.models import LoadedModel
     from ablation.passes import Progress
+    from ablation.results import Result
     from ablation.sweeps import HeadSet
 
 DESCRIPTION = """\
@@ -51,13 +52,6 @@ examples:
 """
 MOST_HEADS = 10_000
 """No model has more heads: sizes are checked before the model is known."""
-BY_IN_WORDS = {
-    "target": "the fall of P(target)",
-    "logit-difference": "the fall of the logit difference",
-    "correct": "the fall of the accuracy",
-    "margin": "the fall of the margin",
-    "kl": "the KL divergence",
-}
 GREEDY_KS = "1,2,4,8"
 """The sizes by default with --greedy, whose work grows with each head."""
 
@@ -80,7 +74,7 @@ def add_command(commands: Any) -> None:
         "given; or a text file of heads in their order, such as L9H6 L9H9",
     )
     add("--greedy", action="store_true", help="rank the remaining heads again after each head that is removed")
-    add("--by", choices=list(curves.BY), help="what ranks heads, the most harmful first (default: target)")
+    add("--by", choices=list(choices.BY), help="what ranks heads, the most harmful first (default: target)")
     add(
         "--k", metavar="LIST", help="sizes of the sets, such as 1,2,3 or 1,2,4,... (default: 1,2,4,... up to all heads)"
     )
@@ -128,7 +122,7 @@ def _curve(arguments: argparse.Namespace) -> int:
     rows = () if order.result is None else _take_over(arguments, order.result)
     _set_defaults(arguments)
     source = sources.resolve(arguments.model)
-    of = asking(arguments, source, rows)
+    of = asking(arguments, source, rows=rows)
     ranking, of = _split(arguments, of)
     study: dict[str, Any] = {
         "kind": "curve",
@@ -173,11 +167,13 @@ def _read_order(arguments: argparse.Namespace) -> _Order:
     if arguments.greedy == (arguments.order is not None):
         raise InvalidAblation("pass the folder of a sweep, a file of heads, or --greedy, and only one of them")
     if arguments.k is not None:
-        curves.parse_ks(arguments.k, MOST_HEADS)
+        choices.parse_ks(arguments.k, MOST_HEADS)
     if arguments.greedy:
         return _Order()
     path = Path(arguments.order).expanduser()
     if not path.is_file():
+        from ablation.results import ARRAYS, Result
+
         return _Order(Result.load(path), digest=output.sha256(path / ARRAYS))
     if arguments.by is not None or arguments.split is not None:
         raise InvalidAblation(
@@ -247,6 +243,8 @@ def _split(arguments: argparse.Namespace, of: Asking) -> tuple[_Parts, Asking]:
     """Return the prompts of the ranking, and what is asked with those of the evaluation. Raises InvalidAblation."""
     if arguments.split is None:
         return _Parts(None, of.rows), of
+    from ablation import curves
+
     ranked, evaluated = curves.split(len(of.rows), arguments.split, arguments.seed or 0)
     return _Parts(ranked, [of.rows[index] for index in ranked]), of._replace(
         rows=[of.rows[index] for index in evaluated]
@@ -260,14 +258,14 @@ def _heads(
     this: Opened,
     progress: Progress,
     arguments: argparse.Namespace,
-) -> tuple[curves.Heads, str, float]:
+) -> tuple[Heads, str, float]:
     """Return the order of heads, where it is from in words, and the share of the work that it took."""
-    from ablation import provenance
+    from ablation import curves, provenance
     from ablation.heads import find_heads
     from ablation.set_studies import greedy_order
     from ablation.study import subrange
 
-    heads, by = find_heads(loaded.model), BY_IN_WORDS[arguments.by]
+    heads, by = find_heads(loaded.model), choices.BY[arguments.by][2]
     if order.heads is not None:
         found = dict.fromkeys(pair for unit in order.heads.units for pair in unit.pairs(heads))
         if any(head == units.MLP for _, head in found):
@@ -284,7 +282,7 @@ def _heads(
         return ranked, f"{by} by {imputation} imputation in {one_line(arguments.order)}, {on}", 0.0
     start = 0.8  # of the work: one sweep for each head of the order
     how = study_options(this.of, arguments)
-    count = max(curves.parse_ks(arguments.k or GREEDY_KS, len(list(heads))))
+    count = max(choices.parse_ks(arguments.k or GREEDY_KS, len(list(heads))))
     found_order = greedy_order(
         loaded,
         [*parts.rows],
@@ -298,12 +296,12 @@ def _heads(
     return found_order, f"{by} by {arguments.imputation[0]} imputation, ranked again at each head, {on}", start
 
 
-def _sets(loaded: LoadedModel, heads: curves.Heads, arguments: argparse.Namespace) -> list[HeadSet]:
+def _sets(loaded: LoadedModel, heads: Heads, arguments: argparse.Namespace) -> list[HeadSet]:
     from ablation.heads import find_heads
     from ablation.set_studies import curve_sets
 
     text = arguments.k or (GREEDY_KS if arguments.greedy else None)
-    ks = None if text is None else curves.parse_ks(text, len(heads))
+    ks = None if text is None else choices.parse_ks(text, len(heads))
     return curve_sets(find_heads(loaded.model), heads, ks, arguments.random, arguments.seed or 0)
 
 
@@ -326,7 +324,7 @@ def _evaluated_on(order: _Order, parts: _Parts, this: Opened) -> str | None:
 
 
 def _write_table(result: Result, folder: Path) -> None:
-    from ablation import tables
+    from ablation import curves, tables
 
     tables.write_rows(curves.curve_rows(curves.Curve.of(result)), folder / "curve.csv")
 

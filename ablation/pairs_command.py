@@ -8,7 +8,6 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from ablation import choices, sources, units
-from ablation.curves import BY
 from ablation.errors import InvalidPrompt
 from ablation.processes import Processes
 from ablation.study_command import (
@@ -63,7 +62,12 @@ def add_command(commands: Any) -> None:
         metavar="N",
         help="only pairs of the N heads with the largest effect on their own, of either sign (and those of --pairs-of)",
     )
-    add("--by", choices=list(BY), default="target", help="the effect that ranks the heads of --top (default: target)")
+    add(
+        "--by",
+        choices=list(choices.BY),
+        default="target",
+        help="the effect that ranks the heads of --top (default: target)",
+    )
     add_question_options(parser)
     add_imputation_options(parser, ["zero"])
     add_output_options(parser)

@@ -14,7 +14,7 @@ from typing import Any, NamedTuple
 
 from ablation import choices, output, sources
 from ablation.errors import InvalidPrompt, one_line, shortened
-from ablation.prompt_files import PROMPTS_ONLY, Columns, Row, read_rows, valid_rows
+from ablation.prompt_files import OF_QUESTIONS, PROMPTS_ONLY, Columns, Row, read_rows, valid_rows
 from ablation.prompts import Question, check_prompt
 
 LONGEST_PROMPT = 400
@@ -44,10 +44,13 @@ class Asking(NamedTuple):
         return self.text is None and len(self.rows) == 1
 
 
-def asking(arguments: argparse.Namespace, source: sources.Source, rows: Sequence[Row] = ()) -> Asking:
-    """Return what the arguments ask. Raises InvalidPrompt, and InvalidAblation for positions that are none.
+def asking(
+    arguments: argparse.Namespace, source: sources.Source, columns: Columns = OF_QUESTIONS, rows: Sequence[Row] = ()
+) -> Asking:
+    """Return what the arguments ask. columns: those of --prompts, besides the one that --positions may name.
 
-    rows: questions that are asked if the arguments name none.
+    rows: questions that are asked if the arguments name none. Raises InvalidPrompt, and InvalidAblation for positions
+    that are none.
     """
     _verify_combination(arguments)
     positions = choices.parse_positions(arguments.positions)
@@ -67,7 +70,7 @@ def asking(arguments: argparse.Namespace, source: sources.Source, rows: Sequence
         question = _question(arguments, source)
         found = Asking(_texts_of(question), positions, [Row("", question)])
     else:
-        columns = Columns(spans=column)
+        columns = columns._replace(spans=column)
         rows, bad = valid_rows(
             read_rows(arguments.prompts, chat=arguments.chat, columns=columns), skip_bad=arguments.skip_bad
         )
