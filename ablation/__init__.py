@@ -13,25 +13,30 @@ if TYPE_CHECKING:
     from ablation.engine import run, run_sequential
     from ablation.errors import AblationError
     from ablation.experiment import sweep_prompts
+    from ablation.generation import Generation, generate
     from ablation.heads import HeadMap, find_heads
     from ablation.hook import HeadAblation
     from ablation.imputation import Imputation, Values
     from ablation.models import LoadedModel, load
     from ablation.reference import Reference, record_z
     from ablation.results import Result
+    from ablation.sampling import Sampling
     from ablation.sweeps import sweep, sweep_sequential
 
 _MODULES = {
     "Ablation": "edits",
     "AblationError": "errors",
+    "Generation": "generation",
     "HeadAblation": "hook",
     "HeadMap": "heads",
     "Imputation": "imputation",
     "LoadedModel": "models",
     "Reference": "reference",
     "Result": "results",
+    "Sampling": "sampling",
     "Values": "imputation",
     "find_heads": "heads",
+    "generate": "generation",
     "load": "models",
     "record_z": "reference",
     "run": "engine",
@@ -44,14 +49,17 @@ _MODULES = {
 __all__ = [
     "Ablation",
     "AblationError",
+    "Generation",
     "HeadAblation",
     "HeadMap",
     "Imputation",
     "LoadedModel",
     "Reference",
     "Result",
+    "Sampling",
     "Values",
     "find_heads",
+    "generate",
     "load",
     "record_z",
     "run",

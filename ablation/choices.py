@@ -9,6 +9,7 @@ import argparse
 import difflib
 import math
 import re
+from collections.abc import Callable, Iterable
 from pathlib import Path
 
 from ablation.errors import InvalidAblation
@@ -27,8 +28,18 @@ IMPUTATIONS = {
 }
 """{imputation: what z is replaced by}, for tooltips and `--help`."""
 SCALE, VALUES, RESAMPLE = "scale", "values", "resample"
+PROMPT = "prompt"
+"""The positions of all tokens of the prompt, in a text that is generated: z is not replaced at new tokens."""
 OF_REFERENCE = ("reference-mean", "reference-mean-by-position")
 """The imputations that need a reference."""
+BY = {
+    "target": ("target_probability", -1.0, "the fall of P(target)"),
+    "logit-difference": ("logit_difference", -1.0, "the fall of the logit difference"),
+    "correct": ("correct", -1.0, "the fall of the accuracy"),
+    "margin": ("margin", -1.0, "the fall of the margin"),
+    "kl": ("kl", 1.0, "the KL divergence"),
+}
+"""{ranking of heads: (metric, sign, in words)}: the first head is that whose mean change times the sign is largest."""
 _POSITIONS = re.compile(r"\s*[+-]?\d+\s*(,\s*[+-]?\d+\s*)*")
 
 Positions = str | tuple[int, ...]
@@ -70,16 +81,15 @@ def _factor(text: str) -> str:
     return str(factor).removesuffix(".0")
 
 
-def whole_number(least: int) -> type[int]:
+def whole_number(least: int) -> Callable[[str], int]:
     """Return a type of argparse: whole numbers of at least `least`."""
 
-    class WholeNumber(int):
-        def __new__(cls, text: str) -> WholeNumber:
-            if not re.fullmatch(r"\s*\+?\d+\s*", text) or int(text) < least:
-                raise argparse.ArgumentTypeError(f"it is a whole number, at least {least}, not {text!r}")
-            return super().__new__(cls, text)
+    def parsed(text: str) -> int:
+        if not re.fullmatch(r"\s*\+?\d+\s*", text) or int(text) < least:
+            raise argparse.ArgumentTypeError(f"it is a whole number, at least {least}, not {text!r}")
+        return int(text)
 
-    return WholeNumber
+    return parsed
 
 
 def parse_positions(text: str) -> Positions:
@@ -99,3 +109,34 @@ def label(positions: Positions) -> str:
     if isinstance(positions, str):
         return positions
     return "last" if positions == (-1,) else ",".join(map(str, positions))
+
+
+def parse_ks(text: str, heads: int) -> list[int]:
+    """Return the sizes of sets. text: such as "1,2,4,8", or "1,2,4,..." to go on up to all heads.
+
+    Three dots continue the factor of the last two sizes if the last three have one, or else their difference. Raises
+    InvalidAblation.
+    """
+    parts = [part.strip() for part in text.split(",")]
+    going_on = parts[-1] in ("...", "…")
+    parts = parts[:-1] if going_on else parts
+    if not parts or not all(part.isdecimal() for part in parts) or (going_on and len(parts) < 2):
+        raise InvalidAblation(f"--k is a list of sizes, such as 1,2,4,8 or 1,2,4,..., not {text!r}")
+    ks = [int(part) for part in parts]
+    if going_on:
+        factor, step = ks[-1] / max(ks[-2], 1), ks[-1] - ks[-2]
+        geometric = ks[-2] > 0 and (len(ks) < 3 or ks[-1] * ks[-3] == ks[-2] ** 2) and factor > 1
+        if step < 1:
+            raise InvalidAblation(f"--k {text!r} does not grow, so it cannot go on")
+        while (following := int(ks[-1] * factor) if geometric else ks[-1] + step) < heads:
+            ks.append(following)
+        ks.append(heads)
+    return check_ks(ks, heads)
+
+
+def check_ks(ks: Iterable[int], heads: int) -> list[int]:
+    """Return sizes of sets, sorted, each once. Raises InvalidAblation unless all are from 1 to the number of heads."""
+    found = sorted(set(ks))
+    if not found or found[0] < 1 or found[-1] > heads:
+        raise InvalidAblation(f"the sizes of the sets are from 1 to {heads}, the number of ranked heads")
+    return found

@@ -8,7 +8,15 @@ import sys
 from collections.abc import Sequence
 
 import ablation
-from ablation import diff_command, sources, sweep_command
+from ablation import (
+    curve_command,
+    diff_command,
+    generate_command,
+    pairs_command,
+    set_command,
+    sources,
+    sweep_command,
+)
 from ablation.checks import command as check_command
 from ablation.errors import AblationError, one_line
 from ablation.terminal import (
@@ -72,7 +80,8 @@ def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(prog="ablation", description="Switch off attention heads of a language model.")
     parser.add_argument("--version", action=_Version, nargs=0, help="print the version and exit")
     commands = parser.add_subparsers(required=True, metavar="command")
-    sweep_command.add_command(commands)
+    for command in (sweep_command, set_command, curve_command, pairs_command):
+        command.add_command(commands)
     heads = commands.add_parser(
         "heads",
         help="show where the heads of a model are, or why the model is refused",
@@ -81,6 +90,7 @@ def _parser() -> argparse.ArgumentParser:
     heads.add_argument("--model", default="capitals", help=sources.MODEL_HELP)
     heads.add_argument("--json", action="store_true", help="print the map as JSON, layer by layer")
     heads.set_defaults(run=_heads)
+    generate_command.add_command(commands)
     diff_command.add_command(commands)
     check_command.add_command(commands)
     return parser

@@ -17,6 +17,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from ablation import statistics
+from ablation.choices import BY
 from ablation.errors import InvalidAblation, InvalidResult
 from ablation.results import Result
 from ablation.units import Pair, pair_order
@@ -29,14 +30,6 @@ RANDOM = ("uniform", "layers")
 ORDERED = "ordered"
 METRICS = ("correct", "target_probability", "logit_difference", "kl")
 """The metrics of a curve."""
-BY = {
-    "target": ("target_probability", -1.0),
-    "logit-difference": ("logit_difference", -1.0),
-    "correct": ("correct", -1.0),
-    "margin": ("margin", -1.0),
-    "kl": ("kl", 1.0),
-}
-"""{name of a ranking: (metric, sign)}: the first head is that whose mean change times the sign is largest."""
 BAND = (5.0, 95.0)
 """The percentiles of the random orders between which their band lies."""
 
@@ -61,13 +54,13 @@ def rank_heads(
 ) -> Heads:
     """Return the heads of a sweep in the order of their effect, the most harmful first.
 
-    by: a key of `BY`. imputation: by default the first of the result. prompts: indices of those whose effects are
+    by: a key of `choices.BY`. imputation: by default the first of the result. prompts: indices of those whose effects are
     averaged; by default all. Heads with equal effects keep their order in the result. Raises InvalidAblation for an
     unknown ranking, and InvalidResult unless the result is of single heads, with this imputation and metric.
     """
     if by not in BY:
         raise InvalidAblation(f"unknown ranking {by!r}: use one of {', '.join(BY)}")
-    metric, sign = BY[by]
+    metric, sign, _ = BY[by]
     name = result.imputations[0] if imputation is None else imputation
     if name not in result.imputations:
         raise InvalidResult(f"the result has no imputation {name!r}, only {', '.join(result.imputations)}")
@@ -81,37 +74,6 @@ def rank_heads(
     own = [number for number, key in enumerate(result.ablations) if key.imputation == name]
     score = -sign * change.mean(axis=0)
     return tuple(result.ablations[number].heads[0] for number in sorted(own, key=score.__getitem__))
-
-
-def parse_ks(text: str, heads: int) -> list[int]:
-    """Return the sizes of sets. text: such as "1,2,4,8", or "1,2,4,..." to go on up to all heads.
-
-    Three dots continue the factor of the last two sizes if the last three have one, or else their difference. Raises
-    InvalidAblation.
-    """
-    parts = [part.strip() for part in text.split(",")]
-    going_on = parts[-1] in ("...", "…")
-    parts = parts[:-1] if going_on else parts
-    if not parts or not all(part.isdecimal() for part in parts) or (going_on and len(parts) < 2):
-        raise InvalidAblation(f"--k is a list of sizes, such as 1,2,4,8 or 1,2,4,..., not {text!r}")
-    ks = [int(part) for part in parts]
-    if going_on:
-        factor, step = ks[-1] / max(ks[-2], 1), ks[-1] - ks[-2]
-        geometric = ks[-2] > 0 and (len(ks) < 3 or ks[-1] * ks[-3] == ks[-2] ** 2) and factor > 1
-        if step < 1:
-            raise InvalidAblation(f"--k {text!r} does not grow, so it cannot go on")
-        while (following := int(ks[-1] * factor) if geometric else ks[-1] + step) < heads:
-            ks.append(following)
-        ks.append(heads)
-    return check_ks(ks, heads)
-
-
-def check_ks(ks: Iterable[int], heads: int) -> list[int]:
-    """Return sizes of sets, sorted, each once. Raises InvalidAblation unless all are from 1 to the number of heads."""
-    found = sorted(set(ks))
-    if not found or found[0] < 1 or found[-1] > heads:
-        raise InvalidAblation(f"the sizes of the sets are from 1 to {heads}, the number of ranked heads")
-    return found
 
 
 def random_orders(order: Sequence[Pair], heads: Iterable[Pair], count: int, seed: int) -> list[Series]:

@@ -25,7 +25,7 @@ REFERENCE = "reference.npz"
 FILES = (
     MANIFEST,
     *("sweep.npz", REFERENCE),
-    *("results.csv", "results.parquet", "top_tokens.csv", "report.html"),
+    *("results.csv", "results.parquet", "curve.csv", "pairs.csv", "top_tokens.csv", "report.html"),
     *(
         "sensitivity.png",
         "agreement.png",
@@ -34,6 +34,9 @@ FILES = (
         "margins.png",
         "strongest.png",
         "loss.png",
+        "sets.png",
+        "curve.png",
+        "interactions.png",
     ),
 )
 """The files that a result may have."""

@@ -16,7 +16,8 @@ import numpy as np
 from numpy.typing import NDArray
 
 from ablation import statistics
-from ablation.curves import BY, Heads, rank_heads
+from ablation.choices import BY
+from ablation.curves import Heads, rank_heads
 from ablation.errors import InvalidAblation, InvalidResult
 from ablation.results import Result
 from ablation.statistics import Share
@@ -120,7 +121,7 @@ class Pairs:
 
 
 def strongest_heads(result: Result, count: int, by: str = "target", imputation: str | None = None) -> Heads:
-    """Return the heads of a sweep with the largest mean effect of either sign. by: see `ablation.curves.BY`.
+    """Return the heads of a sweep with the largest mean effect of either sign. by: see `ablation.choices.BY`.
 
     Raises InvalidAblation unless `count` is at least 2, and the errors of `rank_heads`.
     """
@@ -150,7 +151,7 @@ def pair_rows(result: Result) -> Iterator[dict[str, Any]]:
             many = len(interaction) > 1
             low, high = (end.tolist() if many else [None] * len(pairs.pairs) for end in ends)
             for pair, *numbers in zip(pairs.pairs, *means, low, high, compensates, strict=True):
-                lower, upper = (f"L{layer}H{head}" for layer, head in pair)
+                lower, upper = map(pair_label, pair)
                 names = ("effect_lower", "effect_upper", "effect", "interaction", "low", "high", "compensates")
                 yield {
                     **{"imputation": imputation, "lower": lower, "upper": upper, "metric": metric},

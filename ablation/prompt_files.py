@@ -48,6 +48,8 @@ class Columns(NamedTuple):
 
 OF_QUESTIONS, PROMPTS_ONLY = Columns(), Columns(("prompt",), ("prompt",))
 """The columns of questions, and of reference prompts."""
+TO_CONTINUE = Columns(("prompt", "target", "group"), ("prompt",))
+"""The columns of prompts from which text is generated."""
 
 
 def read_rows(name: str, *, chat: bool = False, columns: Columns = OF_QUESTIONS) -> Iterator[Row | InvalidPrompt]:

@@ -6,7 +6,8 @@ from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from ablation.curves import BY, ORDERED, Heads, Series, check_ks, parse_ks, random_orders
+from ablation.choices import BY, check_ks, parse_ks
+from ablation.curves import ORDERED, Heads, Series, random_orders
 from ablation.errors import InvalidAblation
 from ablation.experiment import Study
 from ablation.heads import HeadMap, find_heads
@@ -119,12 +120,12 @@ def greedy_order(
     """Return an order of heads that is ranked again at each step, with the heads before ablated.
 
     Each step adds the head that does most harm on average, together with the heads before; of heads that do the same,
-    the first. count: heads of the order. by: a key of `ablation.curves.BY`. The other arguments and the errors are
+    the first. count: heads of the order. by: a key of `ablation.choices.BY`. The other arguments and the errors are
     those of `ablation.sweep_prompts`.
     """
     if by not in BY:
         raise InvalidAblation(f"unknown ranking {by!r}: use one of {', '.join(BY)}")
-    (metric, sign), left, order = BY[by], list(find_heads(loaded.model)), list[Pair]()
+    (metric, sign, _), left, order = BY[by], list(find_heads(loaded.model)), list[Pair]()
     if not 1 <= count <= len(left):
         raise InvalidAblation(f"an order has 1 to {len(left)} heads, not {count}")
     study = Study(loaded, prompts, [imputation], sets=[[head] for head in left], stacklevel=3, **options)

@@ -10,9 +10,9 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 from ablation import choices, output, sources
-from ablation.errors import InvalidAblation, InvalidOutput, one_line
-from ablation.sweep_arguments import Asking, default_folder
-from ablation.terminal import say, silence_transformers, status_line
+from ablation.errors import InvalidAblation, InvalidOutput, one_line, shortened
+from ablation.sweep_arguments import LONGEST_PROMPT, Asking, default_folder
+from ablation.terminal import print_json, say, silence_transformers, status_line
 
 if TYPE_CHECKING:
     from ablation.experiment import Study
@@ -137,25 +137,31 @@ def load_model(arguments: argparse.Namespace) -> LoadedModel:
     return models.load(arguments.model, device=arguments.device, dtype=getattr(torch, arguments.dtype))
 
 
-def study_of(
-    loaded: LoadedModel, of: Asking, arguments: argparse.Namespace, sets: Sequence[HeadSet] | None = None
-) -> Study | TextStudy:
-    """Return the study of the arguments. sets: see `Study`."""
-    from ablation.errors import InvalidPrompt
-    from ablation.experiment import Study
+def study_options(of: Asking, arguments: argparse.Namespace) -> dict[str, Any]:
+    """Return the options of a study that say what replaces z, and where."""
     from ablation.reference import Reference
-    from ablation.texts import TextStudy
 
     reference: Any = None if of.reference is None else [*of.reference, *of.bad_reference]
     if of.reference_file is not None:
         reference = Reference.load(of.reference_file)
-    shared: dict[str, Any] = {
+    return {
         "reference": reference,
         "positions": of.positions,
         "seed": arguments.seed or 0,
         "draws": arguments.draws or 1,
         "skip_bad": arguments.skip_bad,
     }
+
+
+def study_of(
+    loaded: LoadedModel, of: Asking, arguments: argparse.Namespace, sets: Sequence[HeadSet] | None = None
+) -> Study | TextStudy:
+    """Return the study of the arguments. sets: see `Study`."""
+    from ablation.errors import InvalidPrompt
+    from ablation.experiment import Study
+    from ablation.texts import TextStudy
+
+    shared = study_options(of, arguments)
     if of.text is None:
         return Study(loaded, [*of.rows, *of.bad], of.asked["imputations"], sets=sets, **shared)
     try:
@@ -194,26 +200,66 @@ def run_study(study: Study | TextStudy, opened: Opened, progress: Progress, argu
     )
 
 
-def printed(print_report: Callable[[], None]) -> OSError | None:
-    """Print a report, and return the error if the output is closed, as by `| head`: the result is saved even so."""
+def print_findings(
+    found: dict[str, Any],
+    render: Callable[[dict[str, Any]], str],
+    result: Result,
+    model: str,
+    of: Asking,
+    arguments: argparse.Namespace,
+) -> None:
+    """Print findings as text, below the model and the question, or as JSON with the provenance. Raises OSError."""
+    if arguments.json:
+        print_json(found | {"provenance": result.provenance})
+    else:
+        print(f"{model}: {question_line(of)}\n\n{render(found)}", flush=True)
+
+
+def question_line(of: Asking) -> str:
+    """Return what is asked as text for a line: a text, a prompt or a number of prompts."""
+    if of.text is not None:
+        return "a text"
+    (first, *others) = of.rows
+    return f"{1 + len(others)} prompts" if others else repr(shortened(first.question.prompt, LONGEST_PROMPT))
+
+
+def draw_title(loaded: LoadedModel, result: Result) -> str:
+    """Return the title of figures: the model, and the prompt if there is one."""
+    (prompt, *others) = result.prompts
+    return loaded.name if others else f"{loaded.name}: {prompt.prompt}"
+
+
+def finish(
+    result: Result,
+    study: Study | TextStudy,
+    out: Path,
+    arguments: argparse.Namespace,
+    *,
+    report: Callable[[], None],
+    write: Callable[[Path], None],
+    draw: Callable[[Path], None],
+) -> int:
+    """Print the report of a result, save it, and say where it is. Returns the exit status.
+
+    report: prints it; if the output is closed, as by `| head`, the result is saved even so. write, draw: write tables,
+    and draw figures, into a folder. Raises InvalidOutput if something could not be printed, written or drawn.
+    """
+    unprinted = None
     try:
-        print_report()
+        report()
     except OSError as error:
-        return error
-    return None
-
-
-def report_folder(unprinted: OSError | None, out: Path, arguments: argparse.Namespace) -> None:
-    """Say where the result is. unprinted: the error that kept the report from being printed, which is raised."""
+        unprinted = error
+    out = _save(result, study, out, arguments, write, draw)
     if isinstance(unprinted, BrokenPipeError):
         raise unprinted
     if unprinted is not None:
         raise InvalidOutput(f"the result is in {out}, but it could not be printed: {unprinted}") from unprinted
     if not arguments.json:
         print(f"\nArrays, table, provenance and figures are in {out}")
+    return 0
 
 
-def save(
+def _save(
     result: Result,
     study: Study | TextStudy,
     out: Path,
@@ -223,8 +269,7 @@ def save(
 ) -> Path:
     """Save a result with its tables and figures, and without figures if they cannot be drawn. Returns its folder.
 
-    write, draw: write tables, and draw figures, into a folder. A reference that was computed for the result is saved,
-    too. Raises InvalidOutput if the figures or the result could not be written.
+    A reference that was computed for the result is saved, too.
     """
     undrawn = None
     try:

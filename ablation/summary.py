@@ -41,7 +41,7 @@ def findings(result: Result, strongest: int = 10) -> dict[str, Any]:
         "heads": int(has_head.sum()),
         "layers": len(has_head),
         "clean": {
-            "correct": _share(statistics.share(result.clean["correct"] > 0)),
+            "correct": share_of(statistics.share(result.clean["correct"] > 0)),
             **{name: float(result.clean[name].mean()) for name in ("target_probability", "control_probability")},
             **{name: float(result.clean[name].mean()) for name in ("logit_difference", "margin")},
         },
@@ -51,7 +51,7 @@ def findings(result: Result, strongest: int = 10) -> dict[str, Any]:
         "groups": {
             name: {
                 "prompts": len(members),
-                "correct": _share(statistics.share(result.clean["correct"][members] > 0)),
+                "correct": share_of(statistics.share(result.clean["correct"][members] > 0)),
                 "strongest": {
                     imputation: _strongest(result, imputation, {RANKED_BY: of_group}, 1)[0]
                     for imputation in result.imputations
@@ -83,7 +83,7 @@ def _of_imputation(
         "correct": int(result.ablated["correct"][:, own].sum()),
         "heads_that_differ": int(effects[RANKED_BY].differs[own].sum()),
         "strongest": _strongest(result, imputation, effects, strongest),
-        "control_largest": {"head": result.ablations[largest].label, **_interval(control, largest)},
+        "control_largest": {"head": result.ablations[largest].label, **interval(control, largest)},
         "changed_nothing": int((result.changed[:, own] == 0).sum()),
     }
 
@@ -97,20 +97,21 @@ def _strongest(
     return [
         {
             "head": result.ablations[index].label,
-            **{name: _interval(of, index) for name, of in effects.items()},
-            **({} if LOSS in result.clean else {"kept": _share(statistics.share(result.kept[:, index]))}),
+            **{name: interval(of, index) for name, of in effects.items()},
+            **({} if LOSS in result.clean else {"kept": share_of(statistics.share(result.kept[:, index]))}),
         }
         for index in order
     ]
 
 
-def _interval(effects: Effects, index: int) -> dict[str, Any]:
+def interval(effects: Effects, index: int) -> dict[str, Any]:
     """The mean change of one ablation, with its interval and its adjusted p value; None in place of NaN."""
     values = {name: float(getattr(effects, name)[index]) for name in ("mean", "low", "high", "adjusted_p")}
     return {name: value if np.isfinite(value) else None for name, value in values.items()}
 
 
-def _share(share: Share) -> dict[str, Any]:
+def share_of(share: Share) -> dict[str, Any]:
+    """Return a share as values that JSON can hold."""
     return dataclasses.asdict(share)
 
 
@@ -160,7 +161,7 @@ def render_text(found: dict[str, Any]) -> str:
             f"{name:10} {of['heads_that_differ']} of {found['heads']} heads change the loss on average "
             "(false discovery rate 5%)",
         ]
-        lines += [f"  {head['head']:8} {_numbers(head[LOSS], '+.4f'):>28}" for head in of["strongest"]]
+        lines += [f"  {head['head']:8} {numbers(head[LOSS], '+.4f'):>28}" for head in of["strongest"]]
     if found["agreement"]:
         lines += ["", *agreement.lines(found["agreement"], lambda change: f"{change:+.4f} nats")]
     if found["windows"] > 1:
@@ -175,8 +176,8 @@ def render(found: dict[str, Any]) -> str:
     """Return findings as text, with changes of probability in percentage points. found: the result of `findings`."""
     clean = found["clean"]
     lines = [
-        f"clean      {_correct(clean['correct'])}; on average P(target) = {clean['target_probability']:.1%}, "
-        f"P(control) = {_small(clean['control_probability'])}, margin {clean['margin']:.2f} logits"
+        f"clean      {correct(clean['correct'])}; on average P(target) = {clean['target_probability']:.1%}, "
+        f"P(control) = {small(clean['control_probability'])}, margin {clean['margin']:.2f} logits"
     ]
     lines += ablated_line(found)
     for name, of in found["imputations"].items():
@@ -189,7 +190,7 @@ def render(found: dict[str, Any]) -> str:
         ]
         lines += [f"  {head['head']:8} {_row(head)}" for head in of["strongest"]]
         lines.append(
-            f"  {'control':8} {_points(of['control_largest'], 26)}  at most, by {of['control_largest']['head']}"
+            f"  {'control':8} {points_of(of['control_largest'], 26)}  at most, by {of['control_largest']['head']}"
         )
         if of["changed_nothing"]:
             lines.append(f"  in {of['changed_nothing']} runs, the ablation changed no element of z")
@@ -200,7 +201,7 @@ def render(found: dict[str, Any]) -> str:
         lines += ["", "groups, with the head that changes P(target) most"]
         for name, of in found["groups"].items():
             heads = ", ".join(
-                f"{imputation} {head['head']} {_points(head[RANKED_BY]).strip()}"
+                f"{imputation} {head['head']} {points_of(head[RANKED_BY]).strip()}"
                 for imputation, head in of["strongest"].items()
             )
             lines.append(f"  {name:{width}}  {of['correct']['count']} of {of['prompts']} correct; {heads}")
@@ -212,12 +213,12 @@ def render(found: dict[str, Any]) -> str:
         f"trend {means['trend_slope']:+.4f} per layer (r² {means['trend_r_squared']:.2f})",
         "",
         "Intervals in brackets are of 95%: bootstrap over the prompts for means, Wilson for shares. They are not",
-        "corrected for the number of heads; the false discovery rate is." + _few(found["prompts"]),
+        "corrected for the number of heads; the false discovery rate is." + few(found["prompts"]),
     ]
     return "\n".join(lines)
 
 
-def _few(prompts: int) -> str:
+def few(prompts: int) -> str:
     """A warning about bootstrap intervals, which are too short if there are few prompts."""
     return f" With {prompts} prompts, bootstrap intervals are too short." if prompts < FEW else ""
 
@@ -225,25 +226,29 @@ def _few(prompts: int) -> str:
 def _row(head: dict[str, Any]) -> str:
     logits, kl, kept = head["logit_difference"], head["kl"], head["kept"]
     return (
-        f"{_points(head[RANKED_BY], 26)}  {_numbers(logits, '+.2f'):>24}  {_numbers(kl, '.3f'):>22}  "
+        f"{points_of(head[RANKED_BY], 26)}  {numbers(logits, '+.2f'):>24}  {numbers(kl, '.3f'):>22}  "
         f"{kept['count']} of {kept['of']}"
     )
 
 
-def _points(effect: dict[str, Any], width: int = 0) -> str:
+def points_of(effect: dict[str, Any], width: int = 0) -> str:
+    """Return the mean of a change of probability in percentage points, with its interval."""
     points = {name: None if effect[name] is None else 100 * effect[name] for name in ("mean", "low", "high")}
-    return f"{_numbers(points, '+.2f'):>{width}}"
+    return f"{numbers(points, '+.2f'):>{width}}"
 
 
-def _numbers(effect: dict[str, Any], form: str) -> str:
+def numbers(effect: dict[str, Any], form: str) -> str:
+    """Return a mean with its interval, if it has one."""
     if effect["low"] is None:
         return f"{effect['mean']:{form}}"
     return f"{effect['mean']:{form}} [{effect['low']:{form}}, {effect['high']:{form}}]"
 
 
-def _correct(share: dict[str, Any]) -> str:
+def correct(share: dict[str, Any]) -> str:
+    """Return in words how many prompts are answered correctly."""
     return f"{share['count']} of {share['of']} correct [{share['low']:.1%}, {share['high']:.1%}]"
 
 
-def _small(probability: float) -> str:
+def small(probability: float) -> str:
+    """Return a probability in percent; a small one with one digit."""
     return f"{probability:.1%}" if probability >= 0.0005 else f"{100 * probability:.0e}%"

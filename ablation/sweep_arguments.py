@@ -14,7 +14,7 @@ from typing import Any, NamedTuple
 
 from ablation import choices, output, sources
 from ablation.errors import InvalidPrompt, one_line, shortened
-from ablation.prompt_files import PROMPTS_ONLY, Columns, Row, read_rows, valid_rows
+from ablation.prompt_files import OF_QUESTIONS, PROMPTS_ONLY, Columns, Row, read_rows, valid_rows
 from ablation.prompts import Question, check_prompt
 
 LONGEST_PROMPT = 400
@@ -44,8 +44,14 @@ class Asking(NamedTuple):
         return self.text is None and len(self.rows) == 1
 
 
-def asking(arguments: argparse.Namespace, source: sources.Source) -> Asking:
-    """Return what the arguments ask. Raises InvalidPrompt, and InvalidAblation for positions that are none."""
+def asking(
+    arguments: argparse.Namespace, source: sources.Source, columns: Columns = OF_QUESTIONS, rows: Sequence[Row] = ()
+) -> Asking:
+    """Return what the arguments ask. columns: those of --prompts, besides the one that --positions may name.
+
+    rows: questions that are asked if the arguments name none. Raises InvalidPrompt, and InvalidAblation for positions
+    that are none.
+    """
     _verify_combination(arguments)
     positions = choices.parse_positions(arguments.positions)
     column = positions if isinstance(positions, str) and positions not in ("all", "last") else None
@@ -58,19 +64,26 @@ def asking(arguments: argparse.Namespace, source: sources.Source) -> Asking:
         text = _read_text(arguments.text)
         of = {"text_sha256": _digest(text), "stride": arguments.stride}
         found = Asking(of, positions, text=text)
+    elif arguments.prompts is None and arguments.prompt is None and rows:
+        found = Asking(_asked_of(rows, arguments), positions, rows)
     elif arguments.prompts is None:
         question = _question(arguments, source)
         found = Asking(_texts_of(question), positions, [Row("", question)])
     else:
-        columns = Columns(spans=column)
+        columns = columns._replace(spans=column)
         rows, bad = valid_rows(
             read_rows(arguments.prompts, chat=arguments.chat, columns=columns), skip_bad=arguments.skip_bad
         )
-        of = {"prompts": len(rows), "prompts_sha256": _digest_of(row.question for row in rows), "chat": arguments.chat}
-        found = Asking(of, positions, rows, bad)
+        found = Asking(_asked_of(rows, arguments), positions, rows, bad)
     found = _with_reference(found, arguments)
     _verify_has_others(found, arguments)
     return found._replace(asked={**found.asked, **_how(arguments, positions)})
+
+
+def _asked_of(rows: Sequence[Row], arguments: argparse.Namespace) -> dict[str, Any]:
+    """Return the questions of a file as values that JSON can hold."""
+    digest = _digest_of(row.question for row in rows)
+    return {"prompts": len(rows), "prompts_sha256": digest, "chat": arguments.chat}
 
 
 def _verify_combination(arguments: argparse.Namespace) -> None:
@@ -89,8 +102,9 @@ def _verify_combination(arguments: argparse.Namespace) -> None:
     if arguments.text is not None and (arguments.chat or arguments.top):
         raise InvalidPrompt(f"{'--chat' if arguments.chat else '--top'} is for questions, not for a --text")
     resamples = choices.RESAMPLE in arguments.imputation
-    for option, value in (("--draws", arguments.draws), ("--seed", arguments.seed)):
-        if value is not None and not resamples:
+    has_seed = resamples or hasattr(arguments, "random")  # random orders have a seed, too
+    for option, value, used in (("--draws", arguments.draws, resamples), ("--seed", arguments.seed, has_seed)):
+        if value is not None and not used:
             raise InvalidPrompt(f"{option} is for the imputation resample: pass --imputation resample")
     of_others = [*choices.OF_REFERENCE, choices.RESAMPLE]
     if arguments.reference is not None and not set(of_others) & set(arguments.imputation):
@@ -196,8 +210,12 @@ def _utf8(text: Any, option: str) -> Any:
 
 
 def default_folder(source: sources.Source, asked: dict[str, Any]) -> str:
-    """Return the name of the folder of a sweep: ablation-MODEL, and for another question its words and a digest."""
-    name = f"ablation-{_file_name(source.name.removesuffix('.gguf')) or 'model'}"
+    """Return the name of the folder of a result: ablation-MODEL, and for another question its words and a digest.
+
+    For a study of sets, the name begins with the kind of study: ablation-pairs-MODEL.
+    """
+    kind = asked.get("study", {}).get("kind")
+    name = "-".join(filter(None, ("ablation", kind, _file_name(source.name.removesuffix(".gguf")) or "model")))
     usual = {"imputations": DEFAULT_IMPUTATIONS, "dtype": "float32"}
     named = sources.NAMED_MODELS.get(source.full)
     if named is not None and asked == {**_texts_of(named.question), **usual}:

@@ -8,23 +8,22 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from ablation import sources
-from ablation.errors import shortened
 from ablation.processes import Processes
 from ablation.study_command import (
     add_imputation_options,
     add_output_options,
     add_question_options,
+    draw_title,
+    finish,
     load_model,
     opened,
-    printed,
+    print_findings,
     progress_bar,
-    report_folder,
     run_study,
-    save,
     study_of,
 )
-from ablation.sweep_arguments import DEFAULT_IMPUTATIONS, LONGEST_PROMPT, Asking, asking
-from ablation.terminal import print_json, warnings_as_notes
+from ablation.sweep_arguments import DEFAULT_IMPUTATIONS, Asking, asking
+from ablation.terminal import warnings_as_notes
 
 if TYPE_CHECKING:
     from ablation.experiment import Study
@@ -90,17 +89,15 @@ def _sweep(arguments: argparse.Namespace) -> int:
         return 0
     moved = None if arguments.top is None else _moved(study, result, arguments)
     result = dataclasses.replace(result, provenance={**result.provenance, "asked": this.of.asked})
-    unprinted = printed(lambda: _print_report(result, loaded, this.of, moved, arguments))
-    out = save(
+    return finish(
         result,
         study,
         this.out,
         arguments,
+        report=lambda: _print_report(result, loaded, this.of, moved, arguments),
         write=lambda folder: _write_tables(result, loaded, moved, folder),
         draw=lambda folder: _draw(result, loaded, folder),
     )
-    report_folder(unprinted, out, arguments)
-    return 0
 
 
 def _moved(study: Study | TextStudy, result: Result, arguments: argparse.Namespace) -> list[Moved]:
@@ -124,20 +121,16 @@ def _print_report(
     from ablation import report, summary
 
     if of.text is not None:
-        heading, found, render = "a text", summary.findings_of_text(result), summary.render_text
+        found, render = summary.findings_of_text(result), summary.render_text
     elif len(result.prompts) == 1:
-        heading = repr(shortened(of.rows[0].question.prompt, LONGEST_PROMPT))
         found, render = report.findings(result, loaded.decode), report.render
     else:
-        heading, found, render = f"{len(result.prompts)} prompts", summary.findings(result), summary.render
-    if arguments.json:
-        print_json(found | {"provenance": result.provenance})
-    else:
-        print(f"{loaded.name}: {heading}\n\n{render(found)}", flush=True)
-        if moved is not None and of.is_single:
-            from ablation.moved import render as render_moved
+        found, render = summary.findings(result), summary.render
+    print_findings(found, render, result, loaded.name, of, arguments)
+    if moved is not None and of.is_single and not arguments.json:
+        from ablation.moved import render as render_moved
 
-            print("\n" + "\n".join(render_moved(loaded, moved)), flush=True)
+        print("\n" + "\n".join(render_moved(loaded, moved)), flush=True)
 
 
 def _write_tables(result: Result, loaded: LoadedModel, moved: list[Moved] | None, folder: Path) -> None:
@@ -160,6 +153,4 @@ def _draw(result: Result, loaded: LoadedModel, folder: Path) -> None:
     if results.LOSS in result.clean:
         figures_of_text.draw(result, folder, title=loaded.name)
         return
-    (prompt, *others) = result.prompts
-    title = loaded.name if others else f"{loaded.name}: {prompt.prompt}"
-    figures.draw(result, folder, title=title, decode=loaded.decode)
+    figures.draw(result, folder, title=draw_title(loaded, result), decode=loaded.decode)

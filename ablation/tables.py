@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import csv
 import importlib.util
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -33,6 +33,16 @@ def write_csv(result: Result, path: Path) -> None:
         writer.writerow(COLUMNS)
         for rows in _blocks(result):
             writer.writerows(rows)
+
+
+def write_rows(rows: Iterable[Mapping[str, Any]], path: Path) -> None:
+    """Write rows with the same columns as a CSV file, in UTF-8; None is an empty cell. Raises OSError."""
+    with path.open("w", encoding="utf-8", errors="backslashreplace", newline="") as file:
+        for number, row in enumerate(rows):
+            if number == 0:
+                writer = csv.DictWriter(file, list(row))
+                writer.writeheader()
+            writer.writerow(row)
 
 
 def write_parquet(result: Result, path: Path) -> None:

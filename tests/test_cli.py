@@ -324,11 +324,11 @@ def modules_after(*arguments: str) -> tuple[int, str, set[str]]:
     return done.returncode, done.stdout + message, set(modules.split())
 
 
-@pytest.mark.parametrize("command", ["sweep", "heads", "check"])
+@pytest.mark.parametrize("command", ["sweep", "generate", "heads", "check"])
 def test_help_imports_no_torch(command: str) -> None:
     status, out, modules = modules_after(command, "--help")
     assert (status, modules) == (0, set())
-    assert "usage: ablation" in out and ("examples:" in out) == (command == "sweep")
+    assert "usage: ablation" in out and ("examples:" in out) == (command in ("sweep", "generate"))
 
 
 @pytest.mark.parametrize(

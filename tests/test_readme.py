@@ -74,6 +74,28 @@ def test_shown_studies_are_what_is_printed(
 
 
 @pytest.mark.end_to_end
+def test_shown_generations_are_what_is_printed(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """The commands of docs/generation.md; a line of three dots stands for lines that are not shown."""
+    page = (ROOT / "docs" / "generation.md").read_text(encoding="utf-8")
+    shown = re.findall(
+        r"^\$ (.+)\n((?:[^$`\n].*\n|\n)*)", "\n".join(re.findall(r"```console\n(.*?)```", page, re.DOTALL)), re.M
+    )
+    assert len(shown) == 3
+    try:
+        NAMED_MODELS["smollm2"].locate()
+    except ModelUnavailable as error:
+        pytest.skip(str(error))
+    monkeypatch.chdir(tmp_path)
+    for command, output in shown:
+        assert main(shlex.split(command)[1:]) == 0, command
+        pattern = ".*".join(re.escape(part.strip()) for part in re.split(r"^\.\.\.$", output, flags=re.M))
+        printed = capsys.readouterr().out
+        assert re.fullmatch(pattern, printed.strip(), re.DOTALL), f"{command} prints\n{printed}"
+
+
+@pytest.mark.end_to_end
 def test_shown_check_is_what_is_printed(tmp_path: Path) -> None:
     (command,) = (command for command in COMMANDS if " check " in command)
     (hook,) = re.findall(r"```python\n(# my_hook.py\n.*?)```", README, re.DOTALL)
@@ -90,7 +112,10 @@ def test_shown_check_is_what_is_printed(tmp_path: Path) -> None:
     assert printed == COMMANDS[command].splitlines() and last.startswith("1 failed, 1 passed")
 
 
-@pytest.mark.parametrize(("page", "examples"), [("README.md", 1), ("docs/python.md", 8), ("docs/imputations.md", 2)])
+@pytest.mark.parametrize(
+    ("page", "examples"),
+    [("README.md", 1), ("docs/python.md", 8), ("docs/imputations.md", 2), ("docs/generation.md", 1)],
+)
 def test_shown_python_prints_what_is_shown(page: str, examples: int) -> None:
     text = (ROOT / page).read_text(encoding="utf-8")
     shown = re.findall(r"```python\n([^`]*?)```\s*```\n(.*?)```", text, re.DOTALL)

@@ -1,0 +1,335 @@
+"""The command `ablation curve`: heads are ablated cumulatively. It checks its arguments before torch is imported."""
+
+from __future__ import annotations
+
+import argparse
+import dataclasses
+import warnings
+from collections.abc import Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, NamedTuple
+
+from ablation import choices, output, sources, units
+from ablation.errors import InvalidAblation, InvalidHead, InvalidPrompt, InvalidResult, one_line
+from ablation.processes import Processes
+from ablation.prompt_files import Row
+from ablation.prompts import Question
+from ablation.study_command import (
+    Opened,
+    add_imputation_options,
+    add_output_options,
+    add_question_options,
+    draw_title,
+    finish,
+    load_model,
+    opened,
+    print_findings,
+    progress_bar,
+    run_study,
+    study_of,
+    study_options,
+)
+from ablation.sweep_arguments import Asking, asking
+from ablation.terminal import warnings_as_notes
+
+if TYPE_CHECKING:
+    from ablation.curves import Heads
+    from ablation.models import LoadedModel
+    from ablation.passes import Progress
+    from ablation.results import Result
+    from ablation.sweeps import HeadSet
+
+DESCRIPTION = """\
+Ablate the first k heads of an order together, for growing k, and as many heads of random orders. The order is that of
+the effects in an earlier result of `ablation sweep`, that of a file, or --greedy."""
+EPILOG = """\
+examples:
+  ablation sweep --prompts capitals --out capitals-study
+  ablation curve capitals-study --split 0.5
+  ablation curve capitals-study --by kl --k 1,2,3,4 --random 100
+  ablation curve --greedy --prompts capitals --k 1,2,4,8
+  ablation curve order.txt --model smollm2
+"""
+MOST_HEADS = 10_000
+"""No model has more heads: sizes are checked before the model is known."""
+GREEDY_KS = "1,2,4,8"
+"""The sizes by default with --greedy, whose work grows with each head."""
+
+
+def add_command(commands: Any) -> None:
+    """Add the parser of `ablation curve`. commands: what `ArgumentParser.add_subparsers` returns."""
+    parser = commands.add_parser(
+        "curve",
+        help="ablate the strongest heads together, more and more of them, against random heads",
+        description=DESCRIPTION,
+        epilog=EPILOG,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    add = parser.add_argument
+    add(
+        "order",
+        nargs="?",
+        metavar="RESULT",
+        help="the folder of a sweep, whose model, prompts, positions and first imputation are taken unless others are "
+        "given; or a text file of heads in their order, such as L9H6 L9H9",
+    )
+    add("--greedy", action="store_true", help="rank the remaining heads again after each head that is removed")
+    add("--by", choices=list(choices.BY), help="what ranks heads, the most harmful first (default: target)")
+    add(
+        "--k", metavar="LIST", help="sizes of the sets, such as 1,2,3 or 1,2,4,... (default: 1,2,4,... up to all heads)"
+    )
+    add(
+        "--random",
+        type=choices.whole_number(0),
+        default=20,
+        metavar="N",
+        help="random orders of each kind: of all heads alike, and with as many heads of each layer (default: 20)",
+    )
+    add(
+        "--split",
+        type=_share,
+        metavar="SHARE",
+        help="rank heads on this share of the prompts, drawn with --seed, and ablate them on the others",
+    )
+    add_question_options(parser)
+    add_imputation_options(parser, ["zero"])
+    add_output_options(parser)
+    parser.set_defaults(
+        run=_curve, text=None, stride=None, top=None, model=None, imputation=None, positions=None, dtype=None
+    )
+
+
+def _share(text: str) -> float:
+    try:
+        share = float(text)
+    except ValueError:
+        share = 0.0
+    if not 0 < share < 1:
+        raise argparse.ArgumentTypeError(f"it is a share between 0 and 1, such as 0.5, not {text!r}")
+    return share
+
+
+class _Order(NamedTuple):
+    """Where the order of the heads comes from: a result, a file, or neither if it is greedy. digest: of the result."""
+
+    result: Result | None = None
+    heads: units.Units | None = None
+    digest: str | None = None
+
+
+def _curve(arguments: argparse.Namespace) -> int:
+    order = _read_order(arguments)
+    rows = () if order.result is None else _take_over(arguments, order.result)
+    _set_defaults(arguments)
+    source = sources.resolve(arguments.model)
+    of = asking(arguments, source, rows=rows)
+    ranking, of = _split(arguments, of)
+    study: dict[str, Any] = {
+        "kind": "curve",
+        **{name: getattr(arguments, name) for name in ("by", "greedy", "k", "random", "split")},
+        **({"seed": arguments.seed or 0} if arguments.random or arguments.split else {}),
+        "heads": None if order.heads is None else order.heads.text,
+        "ranked_by_result": order.digest,
+    }
+    this = opened(arguments, source, of._replace(asked={**of.asked, "study": study}))
+    with warnings_as_notes():
+        loaded = load_model(arguments)
+        with progress_bar(arguments, this) as progress:
+            heads, said, start = _heads(loaded, order, ranking, this, progress, arguments)
+            sets = _sets(loaded, heads, arguments)
+            from ablation.study import subrange
+
+            running = study_of(loaded, this.of, arguments, sets)
+            rest = subrange(progress, start, 1.0)
+            assert rest is not None
+            result = run_study(running, this, rest, arguments)
+    if not Processes.current().is_first:
+        return 0
+    told = {"order": said, "evaluated_on": _evaluated_on(order, ranking, this)}
+    result = dataclasses.replace(result, provenance={**result.provenance, "asked": this.of.asked, "study": told})
+    from ablation import report_of_sets
+
+    found = report_of_sets.findings_of_curve(result, loaded.decode)
+    title = draw_title(loaded, result)
+    return finish(
+        result,
+        running,
+        this.out,
+        arguments,
+        report=lambda: print_findings(found, report_of_sets.render_curve, result, loaded.name, this.of, arguments),
+        write=lambda folder: _write_table(result, folder),
+        draw=lambda folder: _draw(result, folder, title),
+    )
+
+
+def _read_order(arguments: argparse.Namespace) -> _Order:
+    """Return where the order comes from. Raises InvalidAblation, InvalidResult and InvalidHead."""
+    if arguments.greedy == (arguments.order is not None):
+        raise InvalidAblation("pass the folder of a sweep, a file of heads, or --greedy, and only one of them")
+    if arguments.k is not None:
+        choices.parse_ks(arguments.k, MOST_HEADS)
+    if arguments.greedy:
+        return _Order()
+    path = Path(arguments.order).expanduser()
+    if not path.is_file():
+        from ablation.results import ARRAYS, Result
+
+        return _Order(Result.load(path), digest=output.sha256(path / ARRAYS))
+    if arguments.by is not None or arguments.split is not None:
+        raise InvalidAblation(
+            f"{'--by' if arguments.by else '--split'} is for a ranking: {path.name} has an order already"
+        )
+    try:
+        text = path.read_text(encoding="utf-8-sig")
+    except (OSError, UnicodeDecodeError) as error:
+        reason = getattr(error, "strerror", None) or error
+        raise InvalidHead(f"cannot read heads from {one_line(path)}: {reason}") from None
+    return _Order(heads=units.parse_set(text))
+
+
+def _take_over(arguments: argparse.Namespace, result: Result) -> Sequence[Row]:
+    """Take the model, and how z is replaced, from a result where the arguments do not name them. Returns its prompts.
+
+    Raises InvalidResult if the result does not know them.
+    """
+    made = result.provenance
+    if arguments.model is None:
+        arguments.model = made.get("source")
+        arguments.dtype = arguments.dtype or made.get("dtype")
+    if arguments.model is None:
+        raise InvalidResult(f"the result in {one_line(arguments.order)} does not name its model: pass --model")
+    places = {key.positions for key in result.ablations}
+    if arguments.positions is None and len(places) == 1:
+        (arguments.positions,) = places
+    if arguments.imputation is None:
+        name = result.imputations[0]
+        if choices.meaning(name) is None or name.startswith(f"{choices.VALUES}:"):
+            raise InvalidResult(f"the result is of the imputation {name!r}: name one with --imputation")
+        arguments.imputation = [name]
+    if arguments.prompts is not None or arguments.prompt is not None:
+        if arguments.split is not None:
+            raise InvalidPrompt("--split divides the prompts of RESULT: leave out --prompts and --prompt, or --split")
+        return ()
+    if any(prompt.prompt is None for prompt in result.prompts):
+        raise InvalidResult(f"the result in {one_line(arguments.order)} has no texts of its prompts: pass --prompts")
+    chats = made.get("chat", False)
+    chat = chats if isinstance(chats, list) else [chats] * len(result.prompts)
+    return [
+        Row(
+            f"prompt {number} of RESULT",
+            Question(str(of.prompt), of.target_text, of.control_text, bool(is_chat), of.group),
+        )
+        for number, (of, is_chat) in enumerate(zip(result.prompts, chat, strict=True), start=1)
+    ]
+
+
+def _set_defaults(arguments: argparse.Namespace) -> None:
+    """Set what neither the arguments nor a result have named."""
+    arguments.model = arguments.model or "capitals"
+    arguments.positions = arguments.positions or "all"
+    arguments.imputation = arguments.imputation or ["zero"]
+    arguments.dtype = arguments.dtype or "float32"
+    arguments.by = arguments.by or "target"
+
+
+class _Parts(NamedTuple):
+    """The prompts that heads are ranked on. ranked: their indices, or None for all. rows: the prompts."""
+
+    ranked: list[int] | None
+    rows: Sequence[Row]
+
+
+def _split(arguments: argparse.Namespace, of: Asking) -> tuple[_Parts, Asking]:
+    """Return the prompts of the ranking, and what is asked with those of the evaluation. Raises InvalidAblation."""
+    if arguments.split is None:
+        return _Parts(None, of.rows), of
+    from ablation import curves
+
+    ranked, evaluated = curves.split(len(of.rows), arguments.split, arguments.seed or 0)
+    return _Parts(ranked, [of.rows[index] for index in ranked]), of._replace(
+        rows=[of.rows[index] for index in evaluated]
+    )
+
+
+def _heads(
+    loaded: LoadedModel,
+    order: _Order,
+    parts: _Parts,
+    this: Opened,
+    progress: Progress,
+    arguments: argparse.Namespace,
+) -> tuple[Heads, str, float]:
+    """Return the order of heads, where it is from in words, and the share of the work that it took."""
+    from ablation import curves, provenance
+    from ablation.heads import find_heads
+    from ablation.set_studies import greedy_order
+    from ablation.study import subrange
+
+    heads, by = find_heads(loaded.model), choices.BY[arguments.by][2]
+    if order.heads is not None:
+        found = dict.fromkeys(pair for unit in order.heads.units for pair in unit.pairs(heads))
+        if any(head == units.MLP for _, head in found):
+            raise InvalidHead("an order names heads, and no MLPs")
+        return tuple(found), f"{len(found)} heads of {Path(arguments.order).name}", 0.0
+    on = f"on {len(parts.rows)} prompt{'' if len(parts.rows) == 1 else 's'}"
+    if order.result is not None:
+        names = order.result.imputations
+        imputation = arguments.imputation[0] if arguments.imputation[0] in names else names[0]
+        ranked = curves.rank_heads(order.result, arguments.by, imputation, parts.ranked)
+        if provenance.weights_digest(loaded.model)["weights_sha256"] != order.result.provenance.get("weights_sha256"):
+            warnings.warn(f"the heads are ranked by a result of other weights than {loaded.name}", stacklevel=2)
+        on = on if parts.rows else f"on {len(order.result.prompts)} prompts"
+        return ranked, f"{by} by {imputation} imputation in {one_line(arguments.order)}, {on}", 0.0
+    start = 0.8  # of the work: one sweep for each head of the order
+    how = study_options(this.of, arguments)
+    count = max(choices.parse_ks(arguments.k or GREEDY_KS, len(list(heads))))
+    found_order = greedy_order(
+        loaded,
+        [*parts.rows],
+        count,
+        arguments.imputation[0],
+        arguments.by,
+        max_rows=arguments.max_rows,
+        progress=subrange(progress, 0.0, start),
+        **how,
+    )
+    return found_order, f"{by} by {arguments.imputation[0]} imputation, ranked again at each head, {on}", start
+
+
+def _sets(loaded: LoadedModel, heads: Heads, arguments: argparse.Namespace) -> list[HeadSet]:
+    from ablation.heads import find_heads
+    from ablation.set_studies import curve_sets
+
+    text = arguments.k or (GREEDY_KS if arguments.greedy else None)
+    ks = None if text is None else choices.parse_ks(text, len(heads))
+    return curve_sets(find_heads(loaded.model), heads, ks, arguments.random, arguments.seed or 0)
+
+
+def _evaluated_on(order: _Order, parts: _Parts, this: Opened) -> str | None:
+    """Return in words whether heads are ranked and ablated on the same prompts; None if they are not ranked here."""
+    if order.heads is not None:
+        return None
+    count = len(this.of.rows)
+    of = "the same prompt" if count == 1 else f"the same {count} prompts"
+    if parts.ranked is not None:
+        return f"ablated on {count} other prompts"
+    if order.result is not None:
+        ranked = {(of.prompt, of.target_text) for of in order.result.prompts}
+        shared = sum((row.question.prompt, row.question.target) in ranked for row in this.of.rows)
+        if not shared:
+            return f"ablated on {count} other prompts"
+        if shared < count:
+            return f"ablated on {count} prompts, of which {shared} are the same"
+    return f"ablated on {of}, which flatters the order: --split ranks and ablates on different prompts"
+
+
+def _write_table(result: Result, folder: Path) -> None:
+    from ablation import curves, tables
+
+    tables.write_rows(curves.curve_rows(curves.Curve.of(result)), folder / "curve.csv")
+
+
+def _draw(result: Result, folder: Path, title: str) -> None:
+    from ablation import figures_of_sets
+
+    figures_of_sets.draw_curve(result, folder, title)
