@@ -9,6 +9,7 @@ import importlib
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    from ablation.curves import Curve, rank_heads
     from ablation.edits import Ablation
     from ablation.engine import run, run_sequential
     from ablation.errors import AblationError
@@ -18,30 +19,39 @@ if TYPE_CHECKING:
     from ablation.hook import HeadAblation
     from ablation.imputation import Imputation, Values
     from ablation.models import LoadedModel, load
+    from ablation.pairs import Pairs, strongest_heads
     from ablation.reference import Reference, record_z
     from ablation.results import Result
     from ablation.sampling import Sampling
+    from ablation.set_studies import greedy_order, removal_curve, sweep_pairs
     from ablation.sweeps import sweep, sweep_sequential
 
 _MODULES = {
     "Ablation": "edits",
     "AblationError": "errors",
+    "Curve": "curves",
     "Generation": "generation",
     "HeadAblation": "hook",
     "HeadMap": "heads",
     "Imputation": "imputation",
     "LoadedModel": "models",
+    "Pairs": "pairs",
     "Reference": "reference",
     "Result": "results",
     "Sampling": "sampling",
     "Values": "imputation",
     "find_heads": "heads",
     "generate": "generation",
+    "greedy_order": "set_studies",
     "load": "models",
+    "rank_heads": "curves",
     "record_z": "reference",
+    "removal_curve": "set_studies",
     "run": "engine",
     "run_sequential": "engine",
+    "strongest_heads": "pairs",
     "sweep": "sweeps",
+    "sweep_pairs": "set_studies",
     "sweep_prompts": "experiment",
     "sweep_sequential": "sweeps",
 }
@@ -49,22 +59,29 @@ _MODULES = {
 __all__ = [
     "Ablation",
     "AblationError",
+    "Curve",
     "Generation",
     "HeadAblation",
     "HeadMap",
     "Imputation",
     "LoadedModel",
+    "Pairs",
     "Reference",
     "Result",
     "Sampling",
     "Values",
     "find_heads",
     "generate",
+    "greedy_order",
     "load",
+    "rank_heads",
     "record_z",
+    "removal_curve",
     "run",
     "run_sequential",
+    "strongest_heads",
     "sweep",
+    "sweep_pairs",
     "sweep_prompts",
     "sweep_sequential",
 ]

@@ -54,8 +54,8 @@ def rank_heads(
 ) -> Heads:
     """Return the heads of a sweep in the order of their effect, the most harmful first.
 
-    by: a key of `choices.BY`. imputation: by default the first of the result. prompts: indices of those whose effects are
-    averaged; by default all. Heads with equal effects keep their order in the result. Raises InvalidAblation for an
+    by: a key of `choices.BY`. imputation: by default the first of the result. prompts: indices of those whose effects
+    are averaged; by default all. Heads with equal effects keep their order in the result. Raises InvalidAblation for an
     unknown ranking, and InvalidResult unless the result is of single heads, with this imputation and metric.
     """
     if by not in BY:

@@ -17,6 +17,8 @@ from ablation.units import pair_label
 
 OF_SETS = ("target_probability", "control_probability", "logit_difference", "kl", "correct")
 """The metrics whose changes are reported for each set."""
+MOST_SIZES = 16
+"""So many sizes of a removal curve are listed."""
 KIND_NAMES = {ORDERED: "ordered heads", "uniform": "random heads", "layers": "random, same layers"}
 
 
@@ -176,9 +178,9 @@ def render_curve(found: dict[str, Any]) -> str:
             kinds = of["metrics"][metric]
             lines += ["", f"{imputation}, {name}"]
             lines.append("  " + "  ".join(["   k", *(f"{KIND_NAMES[kind]:>24}" for kind in kinds)]))
-            for j, k in enumerate(found["ks"]):
+            for j in _shown(found["ks"]):
                 cells = [f"{_cell(values, j, form):>24}" for values in kinds.values()]
-                lines.append("  " + "  ".join([f"{k:4}", *cells]))
+                lines.append("  " + "  ".join([f"{found['ks'][j]:4}", *cells]))
         for kind, values in of["metrics"]["kl"].items():
             if kind != ORDERED:
                 least = min(values["as_harmful"])
@@ -187,10 +189,20 @@ def render_curve(found: dict[str, Any]) -> str:
                     f"{least:.2f} at best (with {values['orders']} orders, it cannot be less than "
                     f"{1 / (1 + values['orders']):.2f})"
                 )
+    if len(_shown(found["ks"])) < len(found["ks"]):
+        lines += ["", f"{len(found['ks'])} sizes were run; curve.csv has all of them."]
     if any(set(of["metrics"]["kl"]) - {ORDERED} for of in found["imputations"].values()):
         low, high = (f"{end:.0f}" for end in BAND)
         lines += ["", f"Brackets after random heads hold the {low}th and {high}th percentile of the orders."]
     return "\n".join(lines + _about_intervals(found["prompts"]))
+
+
+def _shown(ks: list[int]) -> list[int]:
+    """Return the indices of the sizes that are listed: all, or some of many, denser where they are small."""
+    if len(ks) <= MOST_SIZES:
+        return list(range(len(ks)))
+    wanted = np.geomspace(1, len(ks), MOST_SIZES)
+    return sorted({round(number) - 1 for number in wanted})
 
 
 def _cell(values: dict[str, Any], index: int, form: Callable[[float], str]) -> str:

@@ -54,7 +54,7 @@ def removal_curve(
     return study.run(metrics=metrics, max_rows=max_rows, progress=progress, checkpoint=checkpoint, overwrite=overwrite)
 
 
-def pairs(
+def sweep_pairs(
     loaded: LoadedModel,
     prompts: Iterable[Any],
     imputations: Sequence[str | Imputation] = ("zero",),
@@ -97,7 +97,7 @@ def curve_sets(
 
 
 def pair_sets(heads: HeadMap, members: Iterable[Pair] | None, with_heads: Iterable[Pair] | None) -> list[HeadSet]:
-    """Return every head alone, and the pairs. The arguments and the errors are those of `pairs`."""
+    """Return every head alone, and the pairs. The arguments and the errors are those of `sweep_pairs`."""
     chosen = heads if members is None else map(heads.validate, members)
     needed = None if with_heads is None else [heads.validate(head) for head in with_heads]
     sets = [HeadSet("", of) for of in sets_of_two([*chosen, *(needed or [])], needed)]
