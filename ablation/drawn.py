@@ -10,7 +10,7 @@ import numpy as np
 
 from ablation.errors import shortened
 from ablation.figure_texts import NO_BREAK, Flags, Floats, largest_cells, printable, signed
-from ablation.report import token_labels
+from ablation.report import token_labels, where
 from ablation.results import Result
 
 FACTORS = {"target_probability": 100.0, "control_probability": 100.0, "signed_margin": 1.0}
@@ -51,6 +51,14 @@ class Change:
         if self.low is not None and self.high is not None and np.isfinite(self.low[place]):
             text += f" [{signed(self.low[place])}, {signed(self.high[place])}]"
         return text.replace(" ", NO_BREAK)
+
+
+def heading(result: Result, title: str) -> str:
+    """Return the last part of the title of a figure. title: the model and the prompt; for several prompts, the model."""
+    prompts = len(result.prompts)
+    words = f"{title.rstrip(': ')}: {prompts} prompts" if prompts > 1 else title
+    at = where(result)
+    return words if at == "at every token" else f"{words}; heads ablated {at}"
 
 
 class Drawn:
