@@ -54,7 +54,7 @@ class Change:
 
 
 def heading(result: Result, title: str) -> str:
-    """Return the last part of the title of a figure. title: the model and the prompt; for several prompts, the model."""
+    """Return the last part of a title. title: the model and the prompt; for several prompts, the model."""
     prompts = len(result.prompts)
     words = f"{title.rstrip(': ')}: {prompts} prompts" if prompts > 1 else title
     at = where(result)

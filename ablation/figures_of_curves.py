@@ -168,7 +168,7 @@ def _halving(curve: Curve, metric: str, what: str, names: list[str]) -> str:
     clean, ordered, most = curve.clean[metric], curve.ordered[metric], curve.ks[-1]
     first, *others = (_halved(values, clean, curve.ks) for values in ordered)
     if first is None:
-        at = int(ordered[0].argmin())
+        at = max(np.flatnonzero(ordered[0] == ordered[0].min()))
         left = f"{100 * ordered[0, at]:.0f}%" if metric == "correct" else rounded(float(ordered[0, at]))
         words = f"{_strongest(most, 'do', 'does')} not halve {what}: {left} is left"
         if curve.ks[at] != most:
