@@ -53,6 +53,11 @@ class Change:
         return text.replace(" ", NO_BREAK)
 
 
+def names_of_imputations(result: Result) -> list[str]:
+    """Return the names of the imputations as figures show them, [I]."""
+    return [printable(shortened(name, LONGEST_NAME)) for name in result.imputations]
+
+
 def heading(result: Result, title: str) -> str:
     """Return the last part of a title. title: the model and the prompt; for several prompts, the model."""
     prompts = len(result.prompts)
@@ -65,7 +70,7 @@ class Drawn:
     """A result of one-head ablations, and the changes that its figures show. Each change is computed once."""
 
     def __init__(self, result: Result, decode: Callable[..., str]) -> None:
-        """decode: returns the text of token ids; see `_names`."""
+        """decode: returns the text of token ids; see `roles`."""
         kept, margin = result.kept, result.ablated["margin"]
         self.result = replace(
             result,
@@ -74,10 +79,10 @@ class Drawn:
         )
         self.prompts, self.total = kept.shape
         self.imputations = result.imputations
-        self.names = [printable(shortened(name, LONGEST_NAME)) for name in result.imputations]
+        self.names = names_of_imputations(result)
         self.has_head = result.has_head
         self.kept = result.grid(kept)  # [P, I, L, H]
-        self.target, self.control, self.probability, self.argmax = _names(result, decode)
+        self.target, self.control, self.probability, self.argmax = roles(result, decode)
         self.averaged = "mean " if self.many else ""
         self._changes: dict[str, Change] = {}
 
@@ -145,10 +150,11 @@ def _change(result: Result, metric: str, factor: float) -> Change:
     return Change(of_prompts, mean, low, high, result.grid(effects.differs))
 
 
-def _names(result: Result, decode: Callable[..., str]) -> tuple[str, str, str, str]:
+def roles(result: Result, decode: Callable[..., str]) -> tuple[str, str, str, str]:
     """How figures call the target and the control, the probability of the target, and the clean argmax.
 
-    For one prompt with their texts in quotes, and the token id where the text is not enough.
+    For one prompt with their texts in quotes, and the token id where the text is not enough. decode: returns the text
+    of token ids.
     """
     if len(result.prompts) > 1:
         return "target", "control", "P(target)", "the prediction"

@@ -14,9 +14,8 @@ from matplotlib.patches import Patch
 from matplotlib.ticker import FixedLocator, FuncFormatter, MaxNLocator, NullLocator
 
 from ablation.curves import BAND, METRICS, Curve
-from ablation.drawn import LONGEST_NAME, heading
-from ablation.errors import shortened
-from ablation.figure_texts import MINUS, NO_BREAK, STYLE, Floats, add_title, printable, rounded, signed, width, wrapped
+from ablation.drawn import heading, names_of_imputations
+from ablation.figure_texts import MINUS, NO_BREAK, STYLE, Floats, add_title, rounded, signed, width, wrapped
 from ablation.maps import ACCENT, add_legend
 from ablation.results import Result
 
@@ -64,15 +63,14 @@ def draw_curve(result: Result, folder: Path | str, title: str) -> Path:
     title: the model and the prompts. Raises OSError, and InvalidResult for any other result.
     """
     curve, prompts = Curve.of(result), len(result.prompts)
-    names = [printable(shortened(name, LONGEST_NAME)) for name in curve.imputations]
+    names = names_of_imputations(result)
     by_column = 1 < len(names) <= COLUMNS  # imputations side by side, else the metrics
     path = Path(folder, "curve.png")
     with style.context(["default", STYLE]):
         rows, columns = (len(DRAWN), len(names)) if by_column else (len(names), len(DRAWN))
         size = 0.3 + columns * PANEL[0], 0.7 + rows * (PANEL[1] + 0.2)
         figure = Figure(figsize=size)
-        share = "row" if by_column else "col"
-        panels = figure.subplots(rows, columns, sharex=True, sharey=share, squeeze=False)
+        panels = figure.subplots(rows, columns, sharex=True, sharey="row" if by_column else "col", squeeze=False)
         for i, name in enumerate(names):
             for axes, metric in zip(panels[:, i] if by_column else panels[i], DRAWN, strict=True):
                 _panel(axes, curve, metric, i)
@@ -113,7 +111,7 @@ def _panel(axes: Axes, curve: Curve, metric: str, imputation: int) -> None:
 def _scale(axes: Axes, ks: Floats) -> None:
     """Choose a logarithmic axis if its steps between sizes are more even than those of a linear one."""
     if len(ks) < 3 or _unevenness(np.log2(ks)) >= _unevenness(ks):
-        axes.xaxis.set_major_locator(FixedLocator(ks) if len(ks) < 3 else MaxNLocator(6, integer=True))
+        axes.xaxis.set_major_locator(FixedLocator(ks.tolist()) if len(ks) < 3 else MaxNLocator(6, integer=True))
         room = 0.05 * np.ptp(ks) or 1.0
         axes.set_xlim(ks[0] - room, ks[-1] + room)
         return
@@ -183,7 +181,9 @@ def _halving(curve: Curve, metric: str, what: str, names: list[str]) -> str:
 
 def _random_halving(curve: Curve, metric: str, first: int | None) -> str:
     """Return which numbers of random heads halve a metric, in words. first: how many of the ordered heads do."""
-    do, do_not, orders = [], [], 0
+    do: list[tuple[str, int]] = []
+    do_not: list[tuple[str, int]] = []
+    orders = 0
     for kind, of in curve.random.items():
         orders = of[metric].shape[1]
         k = _halved(np.median(of[metric][0], axis=0), curve.clean[metric], curve.ks)

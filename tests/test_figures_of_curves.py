@@ -75,7 +75,7 @@ def test_curve_shows_the_values_of_the_result(tmp_path: Path, drawn: list[Figure
         assert np.allclose(np.asarray(clean.get_ydata()), factor * curve.clean[metric])
         assert np.allclose(np.asarray(ordered.get_ydata()), factor * curve.ordered[metric][0])
         means = [factor * curve.random[kind][metric][0].mean(axis=0) for kind in RANDOM]
-        assert np.allclose([line.get_ydata() for line in random], means)
+        assert np.allclose([np.asarray(line.get_ydata()) for line in random], means)
         assert axes.get_xscale() == "log" and axes.get_xticks().tolist() == [1, 2, 4, 8]
     assert legend_of(figure) == [
         "strongest heads first; lines: 95% interval over 3 prompts",
@@ -132,8 +132,8 @@ def test_title_without_accuracy_is_of_logit_difference(tmp_path: Path, drawn: li
     never.clean["logit_difference"][:] = -1
     never.ablated["logit_difference"][:] = -1.5
     assert title(never, tmp_path, drawn) == (
-        f"The model answers no prompt correctly; the 8 strongest heads change the logit difference of {MINUS}1 by {MINUS}0.5; 8 "
-        f"random heads by {MINUS}0.5; 8 random heads of the same layers by {MINUS}0.5"
+        f"The model answers no prompt correctly; the 8 strongest heads change the logit difference of {MINUS}1 by "
+        f"{MINUS}0.5; 8 random heads by {MINUS}0.5; 8 random heads of the same layers by {MINUS}0.5"
     )
 
 
