@@ -145,6 +145,8 @@ def add_title(figure: Figure, finding: str, heading: str) -> None:
         before = bounds
     with rc_context({"figure.constrained_layout.use": False}):
         figure.set_layout_engine(None)
+    for axes in figure.axes:
+        axes.apply_aspect()  # as when it is drawn: names are placed in panels of a fixed shape
 
 
 def _head(layer: int, head: int) -> str:

@@ -18,6 +18,7 @@ from ablation import statistics
 from ablation.drawn import FACTORS, heading, names_of_imputations, roles
 from ablation.figure_texts import (
     NAMED,
+    NO_BREAK,
     STYLE,
     Flags,
     Floats,
@@ -26,14 +27,13 @@ from ablation.figure_texts import (
     largest_magnitude,
     name_heads,
     name_points,
-    rounded,
     say_nothing,
     signed,
     tick_label,
     width,
     wrapped,
 )
-from ablation.maps import ABSENT, RING, Panel, add_legend, heat_map
+from ablation.maps import ABSENT, RING, Panel, add_legend, heat_map, negative_legend
 from ablation.pairs import Pairs
 from ablation.results import Result
 
@@ -42,6 +42,8 @@ MAP = 1.9, 4.0
 """Side of a map in inches, at least and at most."""
 SIDE = 0.155
 """Side of a cell in inches in which a head has a label of its own; larger only in a map of the smallest size."""
+CROWD = 1000
+"""From so many pairs, the points of a scatter plot are smaller."""
 SCATTER = 1.9
 """Side of a scatter plot in inches."""
 
@@ -111,7 +113,8 @@ def draw_pairs(result: Result, folder: Path | str, title: str, decode: Callable[
     path = Path(folder, "interactions.png")
     with style.context(["default", STYLE]):
         side = min(MAP[1], max(MAP[0], SIDE * max(len(of.labels) for of in shown)))
-        figure = Figure(figsize=(side + SCATTER + 2.6, 0.7 + len(shown) * (side + 0.75)))
+        labels = 0.3 if any(side / len(of.labels) >= SIDE for of in shown) else 0.0
+        figure = Figure(figsize=(side + SCATTER + labels + 2.6, 0.4 + len(shown) * (side + labels + 0.45)))
         panels = figure.subplots(len(shown), 2, width_ratios=[side, SCATTER], squeeze=False)
         for (left, right), of in zip(panels, shown, strict=True):
             several = f"{of.name}: " if shown[1:] else ""
@@ -144,7 +147,7 @@ def _map(figure: Figure, axes: Axes, of: _Shown, side: float) -> None:
         bar = figure.colorbar(image, ax=axes, format=FuncFormatter(tick_label), aspect=30, fraction=0.05, pad=0.02)
         bar.locator = MaxNLocator(4)
         bar.set_label("\n".join(wrapped(f"{label} (pp)", side, 8)))
-    axes.set(xlabel="", ylabel="", box_aspect=1)
+    axes.set(xlabel="", ylabel="", box_aspect=1, anchor="N")
     layers = [layer for layer, _ in of.pairs.heads]
     for edge in np.flatnonzero(np.diff(layers)) + 0.5:
         axes.axhline(edge, color="0.5", linewidth=0.3)
@@ -173,7 +176,12 @@ def _scatter(axes: Axes, of: _Shown) -> None:
     """Draw the effect of both heads against the sum of their effects."""
     total = of.alone.sum(axis=0)
     axes.spines[["top", "right"]].set_visible(False)
-    axes.set(box_aspect=1, xlabel="sum of the effects of\neach head alone (pp)", ylabel="effect of both heads (pp)")
+    axes.set(
+        box_aspect=1,
+        anchor="N",
+        xlabel="sum of the effects of\neach head alone (pp)",
+        ylabel="effect of both heads (pp)",
+    )
     both = np.concatenate([total, of.together])
     if not both.any():
         say_nothing(axes, "no change")
@@ -181,7 +189,7 @@ def _scatter(axes: Axes, of: _Shown) -> None:
         return
     ends = np.array([both.min(), both.max()]) + np.array([-0.08, 0.08]) * (np.ptp(both) or 1.0)
     axes.plot(ends, ends, color="0.5", linewidth=0.8)
-    axes.plot(total, of.together, ".", color="black", markersize=2.5, mew=0, rasterized=True)
+    axes.plot(total, of.together, ".", color="black", markersize=2.5 if len(total) < CROWD else 1.5, mew=0)
     axes.plot(total[of.compensating], of.together[of.compensating], markersize=4.5, **{**RING, "mew": 0.5})
     axes.set(xlim=ends, ylim=ends)
     for axis in (axes.xaxis, axes.yaxis):
@@ -197,7 +205,9 @@ def _legend(shown: list[_Shown]) -> list[Line2D | Patch]:
         handles.append(Line2D([], [], markersize=5, label=words, **RING))
     if any(len(of.pairs.pairs) < len(of.labels) * (len(of.labels) - 1) // 2 for of in shown):
         handles.append(Patch(label="pair not measured", **ABSENT))
-    return handles
+    scales = [(values, -largest_magnitude(values)) for of in shown for values in (of.lower, of.upper)]
+    dashes = [handle for scale in scales for handle in negative_legend(*scale, "20% of the scale")]
+    return handles + dashes[:1]
 
 
 def _finding(shown: list[_Shown], probability: str) -> str:
@@ -206,17 +216,18 @@ def _finding(shown: list[_Shown], probability: str) -> str:
     prompts, runs = of.pairs.both_kept_alone.shape
     under = f" ({of.name})" if shown[1:] else ""
     count = int(of.compensating.sum())
-    together = f"{count:,} of {runs:,} {'pair changes' if runs == 1 else 'pairs change'} the answer that neither head "
-    together += "changes alone" + (f", for at least one of {prompts} prompts" if prompts > 1 else "")
+    some = f"{count:,} of {runs:,} pairs" if count else f"none of {runs:,} pairs"
+    together = f"{some} {'change' if count > 1 else 'changes'} an answer that neither head changes alone"
     if not of.strongest:
         return f"no two heads interact: all their effects on {probability} add up; {together}"
     number = of.strongest[0]
     pair = " and ".join(f"L{layer}H{head}" for layer, head in of.pairs.pairs[number])
     value = float(of.interaction[number])
-    amount = f"{rounded(abs(value))} pp {'below' if value < 0 else 'above'}"
+    amount = f"{signed(value)} pp"
     if prompts > 1:
         ends = statistics.bootstrap_interval(FACTORS[METRIC] * of.pairs.interaction(METRIC)[:, [number]])
         amount += f" [{', '.join(signed(float(end[0])) for end in ends)}]"
-    words = f"{pair}{under} interact most: both change {probability} by {signed(float(of.together[number]))} pp, "
-    words += f"{amount} the sum of their effects"
-    return f"{words}; {together}"
+    both, total = (f"{signed(float(change))} pp" for change in (of.together[number], of.alone[:, number].sum()))
+    words = f"{pair}{under} interact most, by {amount}: both change {probability} by {both}, "
+    words += f"{'below' if value < 0 else 'above'} the sum of their effects, {total}"
+    return f"{words.replace(' pp', f'{NO_BREAK}pp')}; {together}"
