@@ -162,14 +162,14 @@ def roles(result: Result, decode: Callable[..., str]) -> tuple[str, str, str, st
     texts: dict[tuple[int, ...], str] = {(argmax,): decode(argmax)}
     for tokens, text in ((prompt.target, prompt.target_text), (prompt.control, prompt.control_text)):
         texts[tokens] = decode(*tokens) if text is None else text
-    labels = token_labels({tokens[0]: text for tokens, text in texts.items() if len(tokens) == 1}, _quoted)
+    labels = token_labels({tokens[0]: text for tokens, text in texts.items() if len(tokens) == 1}, quoted)
     target, control = (
-        labels[tokens[0]] if len(tokens) == 1 else _quoted(texts[tokens]) for tokens in (prompt.target, prompt.control)
+        labels[tokens[0]] if len(tokens) == 1 else quoted(texts[tokens]) for tokens in (prompt.target, prompt.control)
     )
     return f"target {target}", f"control {control}", f"P({target})", labels[argmax]
 
 
-def _quoted(text: str) -> str:
+def quoted(text: str) -> str:
     """A token in quotes, shortened if it is long, with visible spaces."""
     shown = printable(text).replace(" ", "␣")
     return f"“{shown if len(shown) <= 20 else shown[:19] + '…'}”"

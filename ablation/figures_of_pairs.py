@@ -38,7 +38,7 @@ from ablation.pairs import Pairs
 from ablation.results import Result
 
 METRIC = "target_probability"
-MAP = 1.9, 4.0
+MAP = 2.4, 4.0
 """Side of a map in inches, at least and at most."""
 SIDE = 0.155
 """Side of a cell in inches in which a head has a label of its own; larger only in a map of the smallest size."""
@@ -121,7 +121,7 @@ def draw_pairs(result: Result, folder: Path | str, title: str, decode: Callable[
             _map(figure, left, of, side)
             left.set_title("\n".join(wrapped(f"{several}pairs of {len(of.labels)} heads", side, 8)))
             _scatter(right, of)
-            right.set_title("\n".join(wrapped(f"{several}{len(of.together):,} pairs", SCATTER, 8)))
+            right.set_title("\n".join(wrapped(f"{several}{_pairs(len(of.together))}", SCATTER, 8)))
         add_legend(figure, _legend(shown))
         add_title(figure, _finding(shown, probability), heading(result, title))
         for (left, right), of in zip(panels, shown, strict=True):
@@ -216,7 +216,7 @@ def _finding(shown: list[_Shown], probability: str) -> str:
     prompts, runs = of.pairs.both_kept_alone.shape
     under = f" ({of.name})" if shown[1:] else ""
     count = int(of.compensating.sum())
-    some = f"{count:,} of {runs:,} pairs" if count else f"none of {runs:,} pairs"
+    some = f"{f'{count:,}' if count else 'none'} of {_pairs(runs)}"
     together = f"{some} {'change' if count > 1 else 'changes'} an answer that neither head changes alone"
     if not of.strongest:
         return f"no two heads interact: all their effects on {probability} add up; {together}"
@@ -231,3 +231,7 @@ def _finding(shown: list[_Shown], probability: str) -> str:
     words = f"{pair}{under} interact most, by {amount}: both change {probability} by {both}, "
     words += f"{'below' if value < 0 else 'above'} the sum of their effects, {total}"
     return f"{words.replace(' pp', f'{NO_BREAK}pp')}; {together}"
+
+
+def _pairs(count: int) -> str:
+    return "1 pair" if count == 1 else f"{count:,} pairs"
