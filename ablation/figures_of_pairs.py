@@ -56,12 +56,12 @@ class _Shown:
 
     def __init__(self, result: Result, imputation: str, name: str) -> None:
         self.pairs, self.name = Pairs.of(result, imputation), name
+        self.compensating = self.pairs.compensates.any(axis=0)  # [N]; raises InvalidResult for a result of a text
         lower, upper = self.pairs.alone(METRIC)
         self.alone = FACTORS[METRIC] * np.stack([lower, upper]).mean(axis=1)  # [2, N]
         self.together = FACTORS[METRIC] * self.pairs.effect(METRIC).mean(axis=0)  # [N]
         self.interaction = self.together - self.alone.sum(axis=0)  # [N]
         self.interaction[np.abs(self.interaction) < 1e-10] = 0.0  # rounding of the sum
-        self.compensating = self.pairs.compensates.any(axis=0)  # [N]
 
     @cached_property
     def labels(self) -> list[str]:
@@ -105,7 +105,7 @@ def draw_pairs(result: Result, folder: Path | str, title: str, decode: Callable[
     """Draw a result of pairs of heads as interactions.png in an existing folder, and return its path.
 
     title: the model and the prompt; for several prompts, the model. decode: returns the text of token ids. Raises
-    OSError, and InvalidResult if there are no pairs, or a head alone is missing.
+    OSError, and InvalidResult if there are no pairs, a head alone is missing, or the result is of a text.
     """
     names = names_of_imputations(result)
     shown = [_Shown(result, *both) for both in zip(result.imputations, names, strict=True)]
@@ -201,7 +201,7 @@ def _legend(shown: list[_Shown]) -> list[Line2D | Patch]:
     many = len(shown[0].pairs.result.prompts) > 1
     handles: list[Line2D | Patch] = [Line2D([], [], color="0.5", linewidth=0.8, label="effects that add up")]
     if any(of.compensating.any() for of in shown):
-        words = "both heads change the answer, neither does alone" + (", for some prompt" if many else "")
+        words = "both heads change the prediction, neither does alone" + (", for some prompt" if many else "")
         handles.append(Line2D([], [], markersize=5, label=words, **RING))
     if any(len(of.pairs.pairs) < len(of.labels) * (len(of.labels) - 1) // 2 for of in shown):
         handles.append(Patch(label="pair not measured", **ABSENT))
@@ -211,13 +211,13 @@ def _legend(shown: list[_Shown]) -> list[Line2D | Patch]:
 
 
 def _finding(shown: list[_Shown], probability: str) -> str:
-    """Return the strongest interaction, and how many pairs change an answer that neither head changes, in words."""
+    """Return the strongest interaction, and how many pairs change a prediction that neither head changes, in words."""
     of = max(shown, key=lambda one: np.abs(one.interaction).max())
     prompts, runs = of.pairs.both_kept_alone.shape
     under = f" ({of.name})" if shown[1:] else ""
     count = int(of.compensating.sum())
     some = f"{f'{count:,}' if count else 'none'} of {_pairs(runs)}"
-    together = f"{some} {'change' if count > 1 else 'changes'} an answer that neither head changes alone"
+    together = f"{some} {'change' if count > 1 else 'changes'} a prediction that neither head changes alone"
     if not of.strongest:
         return f"no two heads interact: all their effects on {probability} add up; {together}"
     number = of.strongest[0]

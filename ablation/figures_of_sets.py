@@ -1,4 +1,4 @@
-"""The figure of named sets of heads: what each set does to the target, to the prediction and to the answer.
+"""The figure of named sets of heads: what each set does to the probability of the target, and to the prediction.
 
 This module does not import torch.
 """
@@ -41,8 +41,10 @@ LABEL = 2.0
 """Width of the name of a set in inches, at most."""
 DRAWN = {"target_probability": FACTORS["target_probability"], "kl": 1.0}
 """{drawn metric: drawn units for each of its own}"""
-WIDTHS = 1.9, 1.5, 1.5
-"""Widths of the panels in inches: of `DRAWN`, and of the answers that change."""
+WIDTHS = 1.9, 1.5
+"""Widths of the panels of `DRAWN` in inches."""
+COUNTS, TOKENS = 1.5, 1.3
+"""Widths of the panel of changed predictions in inches: of several prompts; of one, for each of two imputations."""
 
 
 class _Sets:
@@ -53,9 +55,12 @@ class _Sets:
     """
 
     def __init__(self, result: Result) -> None:
+        kept = result.kept  # raises InvalidResult for a result of a text
         self.result, self.imputations = result, names_of_imputations(result)
         sets = list(dict.fromkeys((key.title, key.heads, key.positions) for key in result.ablations))
-        self.names = [_fitted(printable(title or "no head"), LABEL, 7) for title, *_ in sets]
+        several = len({positions for *_, positions in sets}) > 1
+        names = (f"{title or 'no head'}{f' at {positions}' if several else ''}" for title, _, positions in sets)
+        self.names = [_fitted(printable(name), LABEL, 7) for name in names]
         self.columns = np.full((len(sets), len(result.imputations)), -1)
         rows = {of: number for number, of in enumerate(sets)}
         for number, key in enumerate(result.ablations):
@@ -66,8 +71,8 @@ class _Sets:
             change = factor * result.change(metric)
             values = (change.mean(axis=0), *statistics.bootstrap_interval(change))
             self.mean[metric], self.low[metric], self.high[metric] = map(self.arranged, values)
-        self.flips = self.arranged((~result.kept).sum(axis=0).astype(float))
-        """[S, I] the number of prompts whose answer changes"""
+        self.flips = self.arranged((~kept).sum(axis=0).astype(float))
+        """[S, I] the number of prompts whose prediction changes."""
 
     def arranged(self, values: Floats) -> Floats:
         """Arrange values of ablations, [A] -> [S, I]; NaN where there is none."""
@@ -82,12 +87,13 @@ def draw_sets(result: Result, folder: Path | str, title: str, decode: Callable[.
     """Draw a result of sets of heads as sets.png in an existing folder, and return its path.
 
     title: the model and the prompt; for several prompts, the model. decode: returns the text of token ids. Raises
-    OSError.
+    OSError, and InvalidResult for a result of a text.
     """
     sets = _Sets(result)
     _, _, probability, clean = roles(result, decode)
     several, flips = len(sets.imputations) > 1, bool(np.nansum(sets.flips))
-    widths = WIDTHS[: 3 if flips else 2]
+    beside = COUNTS if sets.prompts > 1 else TOKENS * min(2, len(sets.imputations))
+    widths = [*WIDTHS, beside] if flips else [*WIDTHS]
     row = 0.14 + 0.03 * len(sets.imputations)  # inches
     path = Path(folder, "sets.png")
     with style.context(["default", STYLE]):
@@ -99,15 +105,17 @@ def draw_sets(result: Result, folder: Path | str, title: str, decode: Callable[.
         averaged = "mean " if sets.prompts > 1 else ""
         panels[0].set_xlabel(f"{averaged}change in P(target) (pp)")
         panels[1].set_xlabel(f"{averaged}KL (nats)")
+        for axes in panels[1:]:
+            axes.tick_params(left=False)
         panels[0].set_yticks(range(len(sets.names)), sets.names)
         panels[0].set_ylim(len(sets.names) - 0.5, -0.5)
         if flips and sets.prompts > 1:
             _points(panels[2], sets, sets.flips)
             panels[2].set(xlim=(-0.04 * sets.prompts, 1.04 * sets.prompts))
-            panels[2].set_xlabel(f"changed answers, of {sets.prompts}")
+            panels[2].set_xlabel(f"changed predictions, of {sets.prompts}")
             panels[2].xaxis.set_major_locator(MaxNLocator(4, integer=True))
         elif flips:
-            _answers(panels[2], sets, decode)
+            _tokens(panels[2], sets, decode, beside)
         handles: list[Line2D | Patch] = [Line2D([], [], **mark) for mark in marks(sets.imputations) if several]
         if sets.prompts > 1:
             label = f"95% interval over {sets.prompts} prompts, not corrected"
@@ -144,8 +152,8 @@ def _points(axes: Axes, sets: _Sets, values: Floats, interval: tuple[Floats, Flo
     axes.spines[["top", "right"]].set_visible(False)
 
 
-def _answers(axes: Axes, sets: _Sets, decode: Callable[..., str]) -> None:
-    """Write the tokens that the sets make of the answer of the only prompt, with the imputations if they differ."""
+def _tokens(axes: Axes, sets: _Sets, decode: Callable[..., str], inches: float) -> None:
+    """Write the other predictions for the only prompt, with the imputations if not all have one. inches: the width."""
     ids = sets.result.ablated["argmax"][0]
     labels = token_labels({int(token): decode(int(token)) for token in ids}, quoted)
     for row, columns in enumerate(sets.columns):
@@ -155,9 +163,8 @@ def _answers(axes: Axes, sets: _Sets, decode: Callable[..., str]) -> None:
                 made.setdefault(labels[int(ids[column])], []).append(name)
         everywhere = len(made) == 1 and sum(map(len, made.values())) == (columns >= 0).sum()
         words = ", ".join(made if everywhere else (f"{token} ({', '.join(names)})" for token, names in made.items()))
-        axes.text(0.02, row, _fitted(words, WIDTHS[2] - 0.2, 7), fontsize=7, va="center", gid=NAME)
-    axes.set(xticks=[], xlabel="changed answer", xlim=(0, 1))
-    axes.tick_params(left=False)
+        axes.text(0.02, row, _fitted(words, inches - 0.2, 7), fontsize=7, va="center", gid=NAME)
+    axes.set(xticks=[], xlabel="changed prediction", xlim=(0, 1))
     axes.spines[:].set_visible(False)
 
 
@@ -169,18 +176,20 @@ def _fitted(text: str, inches: float, size: float) -> str:
 
 
 def _finding(sets: _Sets, probability: str, clean: str) -> str:
-    """Return which set changes the target's probability most, and how many sets change the answer, in words."""
+    """Return which set changes the target's probability most, and how many change the prediction, in words."""
+    mean = sets.mean["target_probability"]
+    found = largest_cells(mean, 1)
     flipping, total = int(np.nansum(sets.flips > 0)), int((sets.columns >= 0).sum())
-    what = "ablations" if sets.imputations[1:] else "sets"
     of = "the prediction" if sets.prompts > 1 else f"the prediction {clean}"
-    counted = f"{flipping} of {total} {what} change{'s' if flipping == 1 else ''} {of}"
+    what = "ablations" if sets.imputations[1:] else "sets"
     if total == 1:
-        counted = f"it {'changes' if flipping else 'keeps'} {of}"
+        counted = f"{'it' if found else 'the only set'} {'changes' if flipping else 'keeps'} {of}"
+    else:
+        counted = f"{flipping} of {total} {what} change{'s' if flipping == 1 else ''} {of}"
     if sets.prompts > 1 and flipping:
         counted += f" of at least one of {sets.prompts} prompts"
-    mean = sets.mean["target_probability"]
-    if not (found := largest_cells(mean, 1)):
-        return f"no set changes {probability}; {counted.replace('it ', 'the only set ')}"
+    if not found:
+        return f"no set changes {probability}; {counted}"
     row, column = at = found[0]
     name = f"{sets.names[row]} ({sets.imputations[column]})" if sets.imputations[1:] else sets.names[row]
     amount = f"{signed(mean[at])} pp"

@@ -52,6 +52,11 @@ def title(figure: Figure) -> str:
     return " ".join(title_of(figure)).replace(NO_BREAK, " ")
 
 
+def shown_maps(figure: Figure) -> list[np.ndarray[Any, Any]]:
+    """The maps of the effects and of the interactions; NaN where nothing is shown."""
+    return [np.ma.filled(np.ma.asarray(image.get_array()), np.nan) for image in figure.axes[0].images]
+
+
 def test_map_of_pairs_shows_interactions_and_effects(tmp_path: Path, drawn: list[Figure]) -> None:  # noqa: F811
     strong, flip = ((0, 1), (2, 0)), ((0, 0), (1, 1))
     result = pairs_result(grid(3, 2), interactions={strong: -0.05}, flips=[flip])
@@ -59,7 +64,7 @@ def test_map_of_pairs_shows_interactions_and_effects(tmp_path: Path, drawn: list
     (figure,) = drawn
     assert_composed(figure)
     pairs = Pairs.of(result)
-    lower, upper = (np.ma.filled(image.get_array(), np.nan) for image in figure.axes[0].images)
+    lower, upper = shown_maps(figure)
     together = pairs.map_of(100 * pairs.effect("target_probability")[0])
     alone = 100 * result.change("target_probability")[0, :6]
     above, below = np.triu_indices(6, 1), np.tril_indices(6, -1)
@@ -74,7 +79,7 @@ def test_map_of_pairs_shows_interactions_and_effects(tmp_path: Path, drawn: list
     total, both = 100 * (together[1, 4] / 100 + 0.05), together[1, 4]
     words = title(figure)
     assert words.startswith(f"L0H1 and L2H0 interact most, by {MINUS}5 pp: both change P(“␣Germany”) by ")
-    assert f"below the sum of their effects, {total:+.2g} pp; 1 of 15 pairs changes an".replace("-", MINUS) in words
+    assert f"below the sum of their effects, {total:+.2g} pp; 1 of 15 pairs changes a ".replace("-", MINUS) in words
     assert f"{both:+.2g}".replace("-", MINUS) in words
 
 
@@ -82,20 +87,20 @@ def test_map_of_pairs_shows_interactions_and_effects(tmp_path: Path, drawn: list
 def test_title_of_pairs_says_what_is_missing(tmp_path: Path, drawn: list[Figure]) -> None:  # noqa: F811 (fixture)
     draw_pairs(pairs_result(grid(2, 2), 3, interactions={}), tmp_path, "gpt2", decode)
     assert title(drawn[0]) == (
-        "No two heads interact: all their effects on P(target) add up; none of 6 pairs changes an answer that neither "
-        "head changes alone gpt2: 3 prompts"
+        "No two heads interact: all their effects on P(target) add up; none of 6 pairs changes a prediction that "
+        "neither head changes alone gpt2: 3 prompts"
     )
     assert "pair not measured" not in legend_of(drawn[0])
     some = pairs_result(grid(2, 2), 3, with_head=[(0, 0)], flips="all", imputations=("zero", "mean"))
     draw_pairs(some, tmp_path, "gpt2", decode)
-    assert "3 of 3 pairs change an answer" in title(drawn[1]) and "pair not measured" in legend_of(drawn[1])
+    assert "3 of 3 pairs change a prediction" in title(drawn[1]) and "pair not measured" in legend_of(drawn[1])
     assert "[" in title(drawn[1]).split("]")[0], "the interval of the strongest interaction"
-    assert "both heads change the answer, neither does alone, for some prompt" in legend_of(drawn[1])
+    assert "both heads change the prediction, neither does alone, for some prompt" in legend_of(drawn[1])
 
 
 def test_map_of_pairs_has_no_value_where_none_is_measured(tmp_path: Path, drawn: list[Figure]) -> None:  # noqa: F811
     draw_pairs(pairs_result(grid(2, 2), with_head=[(0, 0)]), tmp_path, "gpt2", decode)
-    lower, upper = (np.ma.filled(image.get_array(), np.nan) for image in drawn[0].axes[0].images)
+    lower, upper = shown_maps(drawn[0])
     assert np.argwhere(np.isfinite(upper)).tolist() == [[0, 1], [0, 2], [0, 3]]
     assert np.argwhere(np.isfinite(lower)).tolist() == [[0, 0], [1, 0], [1, 1], [2, 0], [2, 2], [3, 0], [3, 3]]
     assert drawn[0].axes[0].patch.get_hatch()
