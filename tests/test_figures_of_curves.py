@@ -76,6 +76,8 @@ def test_curve_shows_the_values_of_the_result(tmp_path: Path, drawn: list[Figure
         assert np.allclose(np.asarray(ordered.get_ydata()), factor * curve.ordered[metric][0])
         means = [factor * curve.random[kind][metric][0].mean(axis=0) for kind in RANDOM]
         assert np.allclose([np.asarray(line.get_ydata()) for line in random], means)
+        ends = np.array([path.vertices[:, 1] for path in axes.collections[-1].get_paths()]).T
+        assert np.allclose(ends, [factor * curve.low[metric][0], factor * curve.high[metric][0]])
         assert axes.get_xscale() == "log" and axes.get_xticks().tolist() == [1, 2, 4, 8]
     assert legend_of(figure) == [
         "strongest heads first; lines: 95% interval over 3 prompts",
@@ -120,6 +122,17 @@ def test_title_says_how_many_heads_halve_accuracy(
     drawn: list[Figure],  # noqa: F811 (fixture)
 ) -> None:
     assert title(curve_result(wrong=wrong), tmp_path, drawn) == said
+
+
+@pytest.mark.end_to_end
+def test_title_counts_half_and_takes_the_median_order(tmp_path: Path, drawn: list[Figure]) -> None:  # noqa: F811
+    result = curve_result(orders=3, kinds=["uniform"])
+    values = {"ordered 2": 0.5, "ordered 4": 0.5, "ordered 8": 0.5}
+    values |= {f"uniform {k} #{draw}": 0.25 for k, draw in ((2, 0), (4, 0), (4, 1), (8, 1), (8, 2))}
+    result.ablated["correct"][:] = [values.get(key.name, 0.75) for key in result.ablations]
+    assert title(result, tmp_path, drawn) == (
+        "The 2 strongest heads halve the accuracy of 100%, as do 4 random heads (median of 3 orders)"
+    )
 
 
 @pytest.mark.end_to_end

@@ -15,7 +15,7 @@ from ablation import statistics
 from ablation.errors import InvalidResult
 from ablation.figure_texts import MINUS, NO_BREAK
 from ablation.figures_of_pairs import draw_pairs
-from ablation.figures_of_sets import draw_sets
+from ablation.figures_of_sets import LABEL, draw_sets
 from ablation.results import LOSS, AblationKey, Result
 from tests.synthetic import synthetic_sets
 from tests.test_figures import assert_composed, decode, drawn, legend_of, names_of_heads, title_of  # noqa: F401 (fixture)
@@ -114,7 +114,7 @@ SIZES: dict[str, dict[str, Any]] = {
         "imputations": SEVEN,
         "prompts": 3,
     },
-    "tokens": {"names": [f"L{n}" for n in range(12)], "imputations": SEVEN, "argmax": [n % 3 for n in range(84)]},
+    "tokens": {"names": [f"L{n}" for n in range(12)], "imputations": SEVEN, "argmax": [n % 5 % 3 for n in range(84)]},
     "60 sets": {"names": [f"L{n}" for n in range(60)], "imputations": SEVEN, "prompts": 55},
     "60 sets, one prompt": {"names": [f"L{n}" for n in range(60)]},
 }
@@ -125,6 +125,8 @@ SIZES: dict[str, dict[str, Any]] = {
 def test_sets_of_every_size_have_no_overlaps(name: str, tmp_path: Path, drawn: list[Figure]) -> None:  # noqa: F811
     draw_sets(sets_result(**SIZES[name]), tmp_path, "gpt2 $x$ 日本: " + "word " * 60, decode)
     assert_composed(drawn[0])
+    names = drawn[0].axes[0].get_yticklabels()
+    assert all(label.get_window_extent().width <= (LABEL + 0.05) * drawn[0].dpi for label in names)
 
 
 @pytest.mark.parametrize("draw", [draw_sets, draw_pairs])
