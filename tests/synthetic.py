@@ -65,6 +65,29 @@ def synthetic(
     return with_maps(result, **invented)
 
 
+def synthetic_sets(keys: Sequence[AblationKey], prompts: int = 1, seed: int = 0, **arrays: ArrayLike) -> Result:
+    """Return an invented result of sets of heads.
+
+    arrays: values in place of invented ones, broadcast to [P, A]: ablated target_probability, control_probability, kl,
+    margin and argmax, and correct; the other metrics follow from these.
+    """
+    random, runs = np.random.RandomState(seed), (prompts, len(keys))
+    size = np.array([len(key.heads) for key in keys])
+    harm = size * (0.5 + random.rand(*runs))
+    invented: dict[str, Any] = {
+        "target_probability": CLEAN["target_probability"] * np.exp(-0.1 * harm),
+        "control_probability": CLEAN["control_probability"] * np.exp(0.02 * harm),
+        "kl": 0.05 * harm,
+        "margin": random.rand(*runs),
+        "argmax": np.where(random.rand(*runs) < harm / 20, 1, 0),
+        **arrays,
+    }
+    ablated = _with_derived({name: np.array(np.broadcast_to(of, runs)) for name, of in invented.items()})
+    whole = synthetic(1, 1, ("zero",), prompts)
+    receipts: dict[str, Any] = {name: np.ones(runs, dtype=np.int64) for name in RECEIPTS}
+    return replace(whole, ablations=tuple(keys), ablated=ablated, **receipts)
+
+
 def with_maps(result: Result, **maps: ArrayLike) -> Result:
     """Return a copy of an invented result with other values, as maps that are broadcast to [P, I, L, H].
 
