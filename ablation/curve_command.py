@@ -320,7 +320,8 @@ def _evaluated_on(order: _Order, parts: _Parts, this: Opened) -> str | None:
             return f"ablated on {count} other prompts"
         if shared < count:
             return f"ablated on {count} prompts, of which {shared} are the same"
-    return f"ablated on {of}, which flatters the order: --split ranks and ablates on different prompts"
+    remedy = "pass others with --prompts" if count == 1 else "--split ranks and ablates on different prompts"
+    return f"ablated on {of}, which flatters the order: {remedy}"
 
 
 def _write_table(result: Result, folder: Path) -> None:
@@ -330,6 +331,6 @@ def _write_table(result: Result, folder: Path) -> None:
 
 
 def _draw(result: Result, folder: Path, title: str) -> None:
-    from ablation import figures_of_sets
+    from ablation import figures_of_curves
 
-    figures_of_sets.draw_curve(result, folder, title)
+    figures_of_curves.draw_curve(result, folder, title)
