@@ -56,7 +56,7 @@ def test_shown_sweep_is_what_is_printed(
 
 
 @pytest.mark.end_to_end
-@pytest.mark.parametrize(("page", "commands"), [("studies", 6), ("generation", 3), ("sets", 6)])
+@pytest.mark.parametrize(("page", "commands"), [("studies", 6), ("generation", 3), ("sets", 7)])
 def test_shown_commands_print_what_is_shown(
     page: str, commands: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
