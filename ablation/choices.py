@@ -12,7 +12,7 @@ import re
 from collections.abc import Callable, Iterable
 from pathlib import Path
 
-from ablation.errors import InvalidAblation
+from ablation.errors import InvalidAblation, shortened
 
 IMPUTATIONS = {
     "zero": "0",
@@ -114,21 +114,21 @@ def label(positions: Positions) -> str:
 def parse_ks(text: str, heads: int) -> list[int]:
     """Return the sizes of sets. text: such as "1,2,4,8", or "1,2,4,..." to go on up to all heads.
 
-    Three dots continue the factor of the last two sizes if the last three have one, or else their difference. Raises
-    InvalidAblation.
+    Three dots continue the factor of the last two sizes, rounded down, but their difference if the last three have no
+    common factor. Raises InvalidAblation.
     """
     parts = [part.strip() for part in text.split(",")]
     going_on = parts[-1] in ("...", "…")
     parts = parts[:-1] if going_on else parts
-    if not parts or not all(part.isdecimal() for part in parts) or (going_on and len(parts) < 2):
-        raise InvalidAblation(f"--k is a list of sizes, such as 1,2,4,8 or 1,2,4,..., not {text!r}")
+    if not parts or not all(re.fullmatch("[0-9]{1,9}", part) for part in parts) or (going_on and len(parts) < 2):
+        raise InvalidAblation(f"--k is a list of sizes, such as 1,2,4,8 or 1,2,4,..., not {shortened(text, 80)!r}")
     ks = [int(part) for part in parts]
     if going_on:
-        factor, step = ks[-1] / max(ks[-2], 1), ks[-1] - ks[-2]
-        geometric = ks[-2] > 0 and (len(ks) < 3 or ks[-1] * ks[-3] == ks[-2] ** 2) and factor > 1
-        if step < 1:
+        before, last = ks[-2:]
+        geometric = before > 0 and (len(ks) < 3 or last * ks[-3] == before**2)
+        if last <= before:
             raise InvalidAblation(f"--k {text!r} does not grow, so it cannot go on")
-        while (following := int(ks[-1] * factor) if geometric else ks[-1] + step) < heads:
+        while (following := ks[-1] * last // before if geometric else ks[-1] + last - before) < heads:
             ks.append(following)
         ks.append(heads)
     return check_ks(ks, heads)

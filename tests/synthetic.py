@@ -1,9 +1,9 @@
-"""Invented results of one-head ablations, for tests of what is made of a result. Does not import torch."""
+"""Invented results, for tests of what is made of a result. Does not import torch."""
 
 from __future__ import annotations
 
 import itertools
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from typing import Any
 
@@ -63,6 +63,36 @@ def synthetic(
         **receipts,
     )
     return with_maps(result, **invented)
+
+
+def synthetic_sets(
+    keys: Sequence[AblationKey], prompts: int = 1, seed: int = 0, clean: Mapping[str, ArrayLike] | None = None
+) -> Result:
+    """Return an invented result of any ablations.
+
+    clean: {metric: values in place of those of `CLEAN`, broadcast to [P]}. The metrics of the ablated runs are drawn;
+    every fifth changes the prediction.
+    """
+    random = np.random.RandomState(seed)
+    grid = (prompts, len(keys))
+    before = {name: np.broadcast_to(value, prompts) for name, value in {**CLEAN, **(clean or {})}.items()}
+    ablated = {
+        "target_probability": random.uniform(0.05, 0.6, grid),
+        "control_probability": random.uniform(0.001, 0.02, grid),
+        "kl": random.rand(*grid),
+        "margin": random.rand(*grid),
+        "argmax": np.where(random.rand(*grid) < 0.2, 1, 0),
+    }
+    texts = dict(target_text=WORDS[0], control_text=WORDS[2])
+    receipts: dict[str, Any] = {name: np.ones(grid, dtype=np.int64) for name in RECEIPTS}
+    return Result(
+        ablations=tuple(keys),
+        prompts=tuple(PromptRecord((n,), (0,), (2,), prompt=f"prompt {n}", **texts) for n in range(prompts)),
+        clean=_with_derived(before),
+        ablated=_with_derived(ablated),
+        head_mean=np.zeros((prompts, 2, 2)),
+        **receipts,
+    )
 
 
 def with_maps(result: Result, **maps: ArrayLike) -> Result:
