@@ -50,8 +50,6 @@ examples:
   ablation curve --greedy --prompts capitals --k 1,2,4,8
   ablation curve order.txt --model smollm2
 """
-MOST_HEADS = 10_000
-"""No model has more heads: sizes are checked before the model is known."""
 GREEDY_KS = "1,2,4,8"
 """The sizes by default with --greedy, whose work grows with each head."""
 
@@ -167,7 +165,7 @@ def _read_order(arguments: argparse.Namespace) -> _Order:
     if arguments.greedy == (arguments.order is not None):
         raise InvalidAblation("pass the folder of a sweep, a file of heads, or --greedy, and only one of them")
     if arguments.k is not None:
-        choices.parse_ks(arguments.k, MOST_HEADS)
+        choices.parse_ks(arguments.k, None)  # the model is not known yet
     if arguments.greedy:
         return _Order()
     path = Path(arguments.order).expanduser()

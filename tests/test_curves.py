@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 from scipy import stats
 
 from ablation import statistics
-from ablation.choices import BY, parse_ks
+from ablation.choices import BY, check_ks, parse_ks
 from ablation.curves import BAND, METRICS, ORDERED, RANDOM, Curve, Series, curve_rows, random_orders, rank_heads, split
 from ablation.errors import InvalidAblation, InvalidResult
 from ablation.results import AblationKey, Result
@@ -139,10 +139,32 @@ def test_parse_ks_refuses_to_go_on_without_growth(text: str) -> None:
         parse_ks(text, 20)
 
 
-@pytest.mark.parametrize("text", ["0", "0,1", "21", "1,21", "10,30,...", "0,1,..."])
-def test_parse_ks_refuses_sizes_out_of_range(text: str) -> None:
-    with pytest.raises(InvalidAblation, match="from 1 to 20"):
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("0", "none below 1"),
+        ("0,1,...", "none below 1"),
+        ("21", "no set of 21 heads: 20 heads are ranked"),
+        ("1,21", "no set of 21 heads: 20 heads are ranked"),
+        ("10,30,...", "no set of 30 heads: 20 heads are ranked"),
+    ],
+)
+def test_parse_ks_refuses_sizes_out_of_range(text: str, message: str) -> None:
+    with pytest.raises(InvalidAblation, match=message):
         parse_ks(text, 20)
+
+
+def test_parse_ks_checks_the_text_before_the_model_is_known() -> None:
+    assert parse_ks("4,2,30", None) == [2, 4, 30] and parse_ks("1,2,3,...", None) == [1, 2, 3]
+    with pytest.raises(InvalidAblation, match="none below 1"):
+        parse_ks("0", None)
+
+
+@pytest.mark.parametrize("ks", [[1.5], ["1"], 3, None, [None], []])
+def test_check_ks_refuses_what_is_no_list_of_integers(ks: Any) -> None:
+    with pytest.raises(InvalidAblation, match="a list of integers|at least one size"):
+        check_ks(ks, 20)
+    assert check_ks(np.array([4, 2, 4]), 20) == [2, 4]
 
 
 @given(st.integers(1, 60), st.integers(1, 60), st.integers(1, 3000))
