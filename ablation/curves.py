@@ -67,7 +67,9 @@ def rank_heads(
     if name not in result.imputations:
         raise InvalidResult(f"the result has no imputation {name!r}, only {', '.join(result.imputations)}")
     if any(len(key.heads) != 1 or key.heads[0][1] == MLP for key in result.ablations):
-        raise InvalidResult("heads are ranked by a sweep of single heads; this is a result of sets of heads, or of MLPs")
+        raise InvalidResult(
+            "heads are ranked by a sweep of single heads; this is a result of sets of heads, or of MLPs"
+        )
     if metric not in result.clean:
         raise InvalidResult(f"the result has no {metric}: heads are ranked by a sweep of prompts")
     count = len(result.prompts)
@@ -79,7 +81,9 @@ def rank_heads(
     own: dict[Pair, int] = {}
     for number, key in enumerate(result.ablations):
         if key.imputation == name and own.setdefault(key.heads[0], number) != number:
-            raise InvalidResult(f"{key.label} has several ablations with the imputation {name!r}: rank a sweep with one")
+            raise InvalidResult(
+                f"{key.label} has several ablations with the imputation {name!r}: rank a sweep with one"
+            )
     score = -sign * result.change(metric)[chosen].mean(axis=0)
     return tuple(sorted(own, key=lambda head: score[own[head]]))
 
@@ -138,6 +142,7 @@ class Curve:
     low: dict[str, Floats]
     high: dict[str, Floats]
     random: dict[str, dict[str, Floats]]
+    same: dict[str, NDArray[np.bool_]]
 
     @classmethod
     def of(cls, result: Result) -> Curve:
@@ -165,6 +170,17 @@ class Curve:
             ordered = at[ORDERED][:, 0]
         except KeyError:
             raise InvalidResult("the removal curve lacks some of its sets") from None
+        members = [frozenset(key.heads) for key in result.ablations]
+        same = {
+            kind: np.array(
+                [
+                    [[members[n] == members[m] for n, m in zip(row, own, strict=True)] for row in of]
+                    for of, own in zip(at[kind], ordered, strict=True)
+                ]
+            )
+            for kind in at
+            if kind != ORDERED
+        }
         means, low, high = {}, {}, {}
         for metric in METRICS:
             means[metric] = result.ablated[metric].mean(axis=0)
@@ -180,6 +196,7 @@ class Curve:
             random={
                 kind: {metric: means[metric][of] for metric in METRICS} for kind, of in at.items() if kind != ORDERED
             },
+            same=same,
         )
 
     def band(self, kind: str, metric: str) -> tuple[Floats, Floats, Floats]:
@@ -192,12 +209,13 @@ class Curve:
         """Return the share of random orders that do at least as much harm as the ordered heads, [I, K].
 
         With D orders, it is (1 + their number) / (1 + D), so that it is never 0: a one-sided p value (Phipson and
-        Smyth, 2010). Harm is a smaller value; for `kl`, a larger one.
+        Smyth, 2010). Harm is a smaller value; for `kl`, a larger one. A random set of the same heads does the same harm,
+        whatever rounding says.
         """
         sign = -1.0 if metric == "kl" else 1.0
         values = sign * self.random[kind][metric]
-        worse = (values <= sign * self.ordered[metric][:, None]).sum(axis=1)
-        return np.asarray((1 + worse) / (1 + values.shape[1]))
+        worse = (values <= sign * self.ordered[metric][:, None]) | self.same[kind]
+        return np.asarray((1 + worse.sum(axis=1)) / (1 + values.shape[1]))
 
 
 def curve_rows(curve: Curve) -> Iterable[dict[str, Any]]:

@@ -203,7 +203,7 @@ def as_sets(sets: Sets, heads: HeadMap) -> list[HeadSet]:
     """
     named = sets.items() if isinstance(sets, Mapping) else [of if isinstance(of, HeadSet) else ("", of) for of in sets]
     found = [HeadSet(str(name), Ablation(members).validated(heads).heads) for name, members in named]
-    if not found or len(set(found)) < len(found):
+    if not found or len({(of.name, frozenset(of.heads)) for of in found}) < len(found):
         raise InvalidAblation("name at least one set of heads, and each only once")
     return found
 

@@ -25,12 +25,12 @@ KS = (1, 2, 5)
 def curve_result(
     imputations: tuple[str, ...] = ("zero", "mean"), random: int = 3, prompts: int = 4, ks: tuple[int, ...] = KS
 ) -> Result:
-    """An invented result of a curve of heads of layer 0."""
+    """An invented result of a curve, in which no two orders share a head."""
     series = [Series(ORDERED, 0, ()), *(Series(kind, draw, ()) for kind in RANDOM for draw in range(random))]
     keys = [
-        AblationKey(tuple((0, head) for head in range(k)), imputation, name=of.name(k))
+        AblationKey(tuple((layer, head) for head in range(k)), imputation, name=of.name(k))
         for imputation in imputations
-        for of in series
+        for layer, of in enumerate(series)
         for k in ks
     ]
     return synthetic_sets(keys, prompts, clean={"argmax": [0, 1, 0, 0][:prompts]})
@@ -57,7 +57,6 @@ def test_rank_heads_sorts_by_the_mean_change(by: str, imputation: str | None, pr
             harm[key.heads[0]] = round(total, 12)
     expected = tuple(sorted(harm, key=lambda head: -harm[head]))
     assert rank_heads(result, by, imputation, prompts) == expected
-
 
 
 def test_rank_heads_keeps_the_order_of_ties() -> None:
@@ -125,7 +124,8 @@ def test_parse_ks_reads_sizes(text: str, expected: list[int]) -> None:
 
 
 @pytest.mark.parametrize(
-    "text", ["", ",", "a", "1,", "1,,2", "-1", "1.5", "1 2", "...", "1,...", "1,...,4", "1;2", "²", "1,2,..", "9" * 5000]
+    "text",
+    ["", ",", "a", "1,", "1,,2", "-1", "1.5", "1 2", "...", "1,...", "1,...,4", "1;2", "²", "1,2,..", "9" * 5000],
 )
 def test_parse_ks_refuses_other_texts(text: str) -> None:
     with pytest.raises(InvalidAblation, match="--k is a list of sizes, such as 1,2,4,8") as error:
@@ -233,9 +233,7 @@ def test_every_head_is_equally_likely(kind: str) -> None:
 
 def test_kinds_of_random_orders_are_drawn_independently() -> None:
     order = [(0, head) for head in range(5)]
-    uniform, layers = (
-        [of.heads for of in random_orders(order, GRID[:5], 10, 0) if of.kind == kind] for kind in RANDOM
-    )
+    uniform, layers = ([of.heads for of in random_orders(order, GRID[:5], 10, 0) if of.kind == kind] for kind in RANDOM)
     assert uniform != layers
 
 
@@ -369,6 +367,20 @@ def test_order_as_harmful_as_all_others_has_the_share_one() -> None:
     same = replace(result, ablated={name: np.full_like(values, 0.25) for name, values in result.ablated.items()})
     for metric in METRICS:
         assert (Curve.of(same).as_harmful("uniform", metric) == 1).all()
+
+
+def test_random_set_of_the_same_heads_is_as_harmful() -> None:
+    """Rounding may tell apart two runs of the same heads."""
+    result = curve_result(random=2)
+    five = [n for n, key in enumerate(result.ablations) if len(key.heads) == 5]
+    keys = list(result.ablations)
+    for n in five:
+        keys[n] = keys[n]._replace(heads=tuple((0, (head + n) % 5) for head in range(5)))
+    ablated = {name: np.tile(1e-9 * np.arange(len(keys)), (4, 1)) for name in result.ablated}
+    curve = Curve.of(replace(result, ablations=tuple(keys), ablated=ablated))
+    for kind in RANDOM:
+        assert curve.as_harmful(kind, "correct").tolist() == [[1 / 3, 1 / 3, 1]] * 2
+        assert curve.as_harmful(kind, "kl").tolist() == [[1, 1, 1]] * 2
 
 
 # ---- the table

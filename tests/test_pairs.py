@@ -208,9 +208,7 @@ def test_pair_rows_hold_the_means_over_prompts(prompts: int) -> None:
     for row in rows:
         one, other, metric = labels[row["lower"]], labels[row["upper"]], row["metric"]
         change = result.change(metric)
-        effects = [
-            change[:, column(result, row["imputation"], *heads)] for heads in ([one], [other], [one, other])
-        ]
+        effects = [change[:, column(result, row["imputation"], *heads)] for heads in ([one], [other], [one, other])]
         means = [sum(of) / prompts for of in effects]
         assert [row["effect_lower"], row["effect_upper"], row["effect"]] == pytest.approx(means, abs=1e-14)
         assert row["interaction"] == pytest.approx(means[2] - means[0] - means[1], abs=1e-14)
