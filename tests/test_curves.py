@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from dataclasses import replace
 from typing import Any
 
@@ -176,7 +177,7 @@ def test_parse_ks_goes_on_to_all_heads(first: int, step: int, heads: int) -> Non
     assert arithmetic == sorted({*range(first, heads + step, step), heads + step})
     geometric = parse_ks(f"{first},{second},...", heads)
     assert geometric[-1] == heads and geometric[:2] == [first, second][: len(geometric)]
-    for before, after in zip(geometric[1:-2], geometric[2:-1], strict=True):
+    for before, after in itertools.pairwise(geometric):
         assert after == before * second // first, "rounded down"
 
 
@@ -225,7 +226,7 @@ def test_every_head_is_equally_likely(kind: str) -> None:
     drawn = [of.heads for of in random_orders(order, GRID, 2000, 0) if of.kind == kind]
     allowed = GRID if kind == "uniform" else [head for head in GRID if head[0] in (1, 3)]
     for place, (layer, _) in enumerate(order):
-        counts = {head: 0 for head in (allowed if kind == "uniform" else [of for of in allowed if of[0] == layer])}
+        counts = dict.fromkeys(allowed if kind == "uniform" else [of for of in allowed if of[0] == layer], 0)
         for heads in drawn:
             counts[heads[place]] += 1
         assert stats.chisquare(list(counts.values())).pvalue > 1e-3
