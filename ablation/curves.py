@@ -209,8 +209,8 @@ class Curve:
         """Return the share of random orders that do at least as much harm as the ordered heads, [I, K].
 
         With D orders, it is (1 + their number) / (1 + D), so that it is never 0: a one-sided p value (Phipson and
-        Smyth, 2010). Harm is a smaller value; for `kl`, a larger one. A random set of the same heads does the same harm,
-        whatever rounding says.
+        Smyth, 2010). Harm is a smaller value; for `kl`, a larger one. A random set of the same heads does the same
+        harm, whatever rounding says.
         """
         sign = -1.0 if metric == "kl" else 1.0
         values = sign * self.random[kind][metric]
