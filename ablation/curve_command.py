@@ -357,7 +357,8 @@ def _evaluated_on(order: _Order, parts: _Parts, this: Opened) -> str | None:
         if shared < len(rows):
             return f"ablated on {len(rows)} prompts, of which {shared} {'is' if shared == 1 else 'are'} the same"
     of = "the same prompt" if len(rows) == 1 else f"the same {len(rows)} prompts"
-    return f"ablated on {of}, which flatters the order: --split ranks and ablates on different prompts"
+    remedy = "pass others with --prompts" if len(rows) == 1 else "--split ranks and ablates on different prompts"
+    return f"ablated on {of}, which flatters the order: {remedy}"
 
 
 def _write_table(result: Result, folder: Path) -> None:
@@ -367,6 +368,6 @@ def _write_table(result: Result, folder: Path) -> None:
 
 
 def _draw(result: Result, folder: Path, title: str) -> None:
-    from ablation import figures_of_sets
+    from ablation import figures_of_curves
 
-    figures_of_sets.draw_curve(result, folder, title)
+    figures_of_curves.draw_curve(result, folder, title)

@@ -10,7 +10,7 @@ import numpy as np
 
 from ablation.errors import shortened
 from ablation.figure_texts import NO_BREAK, Flags, Floats, largest_cells, printable, signed
-from ablation.report import token_labels
+from ablation.report import token_labels, where
 from ablation.results import Result
 
 FACTORS = {"target_probability": 100.0, "control_probability": 100.0, "signed_margin": 1.0}
@@ -53,11 +53,24 @@ class Change:
         return text.replace(" ", NO_BREAK)
 
 
+def names_of_imputations(result: Result) -> list[str]:
+    """Return the names of the imputations as figures show them, [I]."""
+    return [printable(shortened(name, LONGEST_NAME)) for name in result.imputations]
+
+
+def heading(result: Result, title: str) -> str:
+    """Return the last part of a title. title: the model and the prompt; for several prompts, the model."""
+    prompts = len(result.prompts)
+    words = f"{title.rstrip(': ')}: {prompts} prompts" if prompts > 1 else title
+    at = where(result)
+    return words if at == "at every token" else f"{words}; heads ablated {at}"
+
+
 class Drawn:
     """A result of one-head ablations, and the changes that its figures show. Each change is computed once."""
 
     def __init__(self, result: Result, decode: Callable[..., str]) -> None:
-        """decode: returns the text of token ids; see `_names`."""
+        """decode: returns the text of token ids; see `roles`."""
         kept, margin = result.kept, result.ablated["margin"]
         self.result = replace(
             result,
@@ -66,10 +79,10 @@ class Drawn:
         )
         self.prompts, self.total = kept.shape
         self.imputations = result.imputations
-        self.names = [printable(shortened(name, LONGEST_NAME)) for name in result.imputations]
+        self.names = names_of_imputations(result)
         self.has_head = result.has_head
         self.kept = result.grid(kept)  # [P, I, L, H]
-        self.target, self.control, self.probability, self.argmax = _names(result, decode)
+        self.target, self.control, self.probability, self.argmax = roles(result, decode)
         self.averaged = "mean " if self.many else ""
         self._changes: dict[str, Change] = {}
 
@@ -137,10 +150,11 @@ def _change(result: Result, metric: str, factor: float) -> Change:
     return Change(of_prompts, mean, low, high, result.grid(effects.differs))
 
 
-def _names(result: Result, decode: Callable[..., str]) -> tuple[str, str, str, str]:
+def roles(result: Result, decode: Callable[..., str]) -> tuple[str, str, str, str]:
     """How figures call the target and the control, the probability of the target, and the clean argmax.
 
-    For one prompt with their texts in quotes, and the token id where the text is not enough.
+    For one prompt with their texts in quotes, and the token id where the text is not enough. decode: returns the text
+    of token ids.
     """
     if len(result.prompts) > 1:
         return "target", "control", "P(target)", "the prediction"
@@ -148,14 +162,14 @@ def _names(result: Result, decode: Callable[..., str]) -> tuple[str, str, str, s
     texts: dict[tuple[int, ...], str] = {(argmax,): decode(argmax)}
     for tokens, text in ((prompt.target, prompt.target_text), (prompt.control, prompt.control_text)):
         texts[tokens] = decode(*tokens) if text is None else text
-    labels = token_labels({tokens[0]: text for tokens, text in texts.items() if len(tokens) == 1}, _quoted)
+    labels = token_labels({tokens[0]: text for tokens, text in texts.items() if len(tokens) == 1}, quoted)
     target, control = (
-        labels[tokens[0]] if len(tokens) == 1 else _quoted(texts[tokens]) for tokens in (prompt.target, prompt.control)
+        labels[tokens[0]] if len(tokens) == 1 else quoted(texts[tokens]) for tokens in (prompt.target, prompt.control)
     )
     return f"target {target}", f"control {control}", f"P({target})", labels[argmax]
 
 
-def _quoted(text: str) -> str:
+def quoted(text: str) -> str:
     """A token in quotes, shortened if it is long, with visible spaces."""
     shown = printable(text).replace(" ", "␣")
     return f"“{shown if len(shown) <= 20 else shown[:19] + '…'}”"

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import re
 from bisect import bisect_right
+from collections.abc import Callable
 from functools import cache
 from typing import Any
 
@@ -144,12 +145,18 @@ def add_title(figure: Figure, finding: str, heading: str) -> None:
         before = bounds
     with rc_context({"figure.constrained_layout.use": False}):
         figure.set_layout_engine(None)
+    for axes in figure.axes:
+        axes.apply_aspect()  # as when it is drawn: names are placed in panels of a fixed shape
 
 
-def name_heads(axes: Axes, values: Floats, flipped: Flags | None) -> None:
+def _head(layer: int, head: int) -> str:
+    return f"L{layer}H{head}"
+
+
+def name_heads(axes: Axes, values: Floats, flipped: Flags | None, names: Callable[[int, int], str] = _head) -> None:
     """Name the strongest heads of a map: in their cells or next to them, with no overlap; else not at all.
 
-    The layout of the figure must be final.
+    The layout of the figure must be final. names: returns the name of a cell, given its row and column.
     """
     box, (layers, heads) = axes.get_window_extent(), values.shape
     pixels = axes.figure.dpi
@@ -159,7 +166,7 @@ def name_heads(axes: Axes, values: Floats, flipped: Flags | None) -> None:
     avoided = [(y, x) for y, x in cells] + ([] if flipped is None else [tuple(c) for c in np.argwhere(flipped)])
     rectangles = {(y, x): Bbox.from_bounds(box.x0 + x * w, box.y1 - (y + 1) * h, w, h) for y, x in avoided}
     for y, x in cells:
-        name = f"L{y}H{x}"
+        name = names(y, x)
         across, down = pixels * width(name, NAME_SIZE) + 2, 1.2 * pixels * NAME_SIZE / 72
         own = rectangles[y, x]
         centre_x, centre_y = (own.x0 + own.x1) / 2, (own.y0 + own.y1) / 2
@@ -184,6 +191,36 @@ def name_heads(axes: Axes, values: Floats, flipped: Flags | None) -> None:
             axes.text(
                 place[0], place[1], name, fontsize=NAME_SIZE, ha="center", va="center", path_effects=RIM, gid=NAME
             )
+
+
+def name_points(axes: Axes, points: Floats, names: list[str]) -> None:
+    """Name points next to them, with a line to names that are further away, so that no name overlaps another."""
+    box, pixels = axes.get_window_extent(), axes.figure.dpi
+    taken: list[Bbox] = []
+    for point, name in zip(axes.transData.transform(points), names, strict=True):
+        across, down = pixels * width(name, NAME_SIZE) + 4, 1.4 * pixels * NAME_SIZE / 72
+        for distance in np.arange(0.6, 12, 0.6) * down:
+            corners = [(point[0] + x * distance, point[1] + y * distance) for x in (1, -1) for y in (1, -1, 0)]
+            places = [Bbox.from_bounds(x - across * (x < point[0]), y - down / 2, across, down) for x, y in corners]
+            free = [
+                at
+                for at in places
+                if at.x0 >= box.x0
+                and at.x1 <= box.x1
+                and at.y0 >= box.y0
+                and at.y1 <= box.y1
+                and not any(at.overlaps(other) for other in taken)
+            ]
+            if free:
+                taken.append(free[0])
+                centre = (free[0].x0 + free[0].x1) / 2, (free[0].y0 + free[0].y1) / 2
+                place, end = axes.transData.inverted().transform([centre, point])
+                if distance > down:
+                    side = free[0].x1 if centre[0] < point[0] else free[0].x0
+                    near = axes.transData.inverted().transform((side, centre[1]))
+                    axes.plot(*np.stack([near, end], axis=1), color="0.5", linewidth=0.4)
+                axes.text(place[0], place[1], name, fontsize=NAME_SIZE, ha="center", va="center", gid=NAME)
+                break
 
 
 def _overlap(one: Bbox, other: Bbox) -> bool:

@@ -17,7 +17,7 @@ from matplotlib.lines import Line2D
 from matplotlib.patches import Patch
 from matplotlib.ticker import FuncFormatter, MaxNLocator
 
-from ablation.drawn import CHANCE, Drawn
+from ablation.drawn import CHANCE, Drawn, heading
 from ablation.figure_texts import (
     MINUS,
     STYLE,
@@ -43,7 +43,7 @@ from ablation.maps import (
     missing_heads_legend,
     negative_legend,
 )
-from ablation.report import trend, where
+from ablation.report import trend
 from ablation.results import Result
 
 TREND_FROM = 0.1
@@ -58,9 +58,6 @@ def draw(result: Result, folder: Path | str, *, title: str, decode: Callable[...
     title: the model and the prompt; for several prompts, the model. decode: returns the text of token ids.
     """
     drawn = Drawn(result, decode)
-    heading = f"{title.rstrip(': ')}: {drawn.prompts} prompts" if drawn.many else title
-    if (place := where(result)) != "at every token":
-        heading += f"; heads ablated {place}"
     drawings: dict[str, Callable[[Drawn], Drawing]] = {"sensitivity": sensitivity}
     if len(drawn.imputations) > 1:
         drawings["agreement"] = agreement
@@ -71,7 +68,7 @@ def draw(result: Result, folder: Path | str, *, title: str, decode: Callable[...
     with style.context(["default", STYLE]):  # ignores matplotlib settings of the user, and leaves them unchanged
         for name, drawing in drawings.items():
             composed = drawing(drawn)
-            add_title(composed.figure, composed.finding, heading)
+            add_title(composed.figure, composed.finding, heading(result, title))
             for axes, panel in composed.maps:
                 name_heads(axes, panel.values, panel.flipped)
             paths.append(Path(folder, f"{name}.png"))

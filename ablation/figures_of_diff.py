@@ -8,13 +8,11 @@ from typing import Any
 
 import numpy as np
 from matplotlib import style
-from matplotlib.axes import Axes
 from matplotlib.figure import Figure
-from matplotlib.transforms import Bbox
 
 from ablation.diff import Pair, effects
 from ablation.errors import shortened
-from ablation.figure_texts import NAME, NAME_SIZE, STYLE, Floats, add_title, printable, rounded, width
+from ablation.figure_texts import STYLE, add_title, name_points, printable, rounded
 from ablation.maps import add_legend, marks
 
 LABELLED = 5
@@ -50,7 +48,7 @@ def draw(pair: Pair, found: Mapping[str, Any], path: Path, names: tuple[str, str
         worst = np.argsort(-np.abs(other - one), kind="stable")[:LABELLED]
         labels = [pair.one.ablations[i].label for i in worst]
         moved = np.abs(other - one)[worst] > 0
-        _name_points(
+        name_points(
             axes, np.stack([one, other], axis=1)[worst][moved], [of for of, m in zip(labels, moved, strict=True) if m]
         )
         figure.savefig(path, backend="agg")
@@ -70,33 +68,3 @@ def _finding(found: Mapping[str, Any]) -> str:
     )
     flips = len(found["flips"])
     return f"The results differ: {moved}{most}; {flips} prediction{' differs' if flips == 1 else 's differ'}"
-
-
-def _name_points(axes: Axes, points: Floats, names: list[str]) -> None:
-    """Name points next to them, with a line to names that are further away, so that no name overlaps another."""
-    box, pixels = axes.get_window_extent(), axes.figure.dpi
-    taken: list[Bbox] = []
-    for point, name in zip(axes.transData.transform(points), names, strict=True):
-        across, down = pixels * width(name, NAME_SIZE) + 4, 1.4 * pixels * NAME_SIZE / 72
-        for distance in np.arange(0.6, 12, 0.6) * down:
-            corners = [(point[0] + x * distance, point[1] + y * distance) for x in (1, -1) for y in (1, -1, 0)]
-            places = [Bbox.from_bounds(x - across * (x < point[0]), y - down / 2, across, down) for x, y in corners]
-            free = [
-                at
-                for at in places
-                if at.x0 >= box.x0
-                and at.x1 <= box.x1
-                and at.y0 >= box.y0
-                and at.y1 <= box.y1
-                and not any(at.overlaps(other) for other in taken)
-            ]
-            if free:
-                taken.append(free[0])
-                centre = (free[0].x0 + free[0].x1) / 2, (free[0].y0 + free[0].y1) / 2
-                place, end = axes.transData.inverted().transform([centre, point])
-                if distance > down:
-                    side = free[0].x1 if centre[0] < point[0] else free[0].x0
-                    near = axes.transData.inverted().transform((side, centre[1]))
-                    axes.plot(*np.stack([near, end], axis=1), color="0.5", linewidth=0.4)
-                axes.text(place[0], place[1], name, fontsize=NAME_SIZE, ha="center", va="center", gid=NAME)
-                break

@@ -8,9 +8,8 @@ import numpy as np
 from matplotlib import style
 
 from ablation import statistics
-from ablation.drawn import CHANCE, LONGEST_NAME, Change
-from ablation.errors import shortened
-from ablation.figure_texts import MINUS, STYLE, add_title, name_heads, printable
+from ablation.drawn import CHANCE, Change, names_of_imputations
+from ablation.figure_texts import MINUS, STYLE, add_title, name_heads
 from ablation.maps import Group, Panel, maps
 from ablation.report import where
 from ablation.results import LOSS, Result
@@ -26,7 +25,7 @@ def draw(result: Result, folder: Path | str, *, title: str) -> Path:
     mean, low, high = (result.grid(values) for values in (effects.mean, effects.low, effects.high))
     of_prompts, differs = result.grid(result.change(LOSS)), result.grid(effects.differs)
     change = Change(of_prompts, mean, *((low, high, differs) if several else (None, None, None)))
-    names = [printable(shortened(name, LONGEST_NAME)) for name in result.imputations]
+    names = names_of_imputations(result)
     panels = [Panel(mean[i], [name], None, change.certain(i)) for i, name in enumerate(names)]
     clean = f"{effects.clean:.3f}".replace("-", MINUS)
     place = change.strongest

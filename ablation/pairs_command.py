@@ -144,6 +144,6 @@ def _write_table(result: Result, folder: Path) -> None:
 
 
 def _draw(result: Result, folder: Path, title: str, decode: Any) -> None:
-    from ablation import figures_of_sets
+    from ablation import figures_of_pairs
 
-    figures_of_sets.draw_pairs(result, folder, title, decode)
+    figures_of_pairs.draw_pairs(result, folder, title, decode)

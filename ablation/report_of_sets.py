@@ -185,9 +185,8 @@ def render_curve(found: dict[str, Any]) -> str:
             if kind != ORDERED:
                 least = min(values["as_harmful"])
                 lines.append(
-                    f"  {KIND_NAMES[kind]}: the share of orders with at least the KL of the ordered heads is "
-                    f"{least:.2f} at best (with {values['orders']} orders, it cannot be less than "
-                    f"{1 / (1 + values['orders']):.2f})"
+                    f"  {KIND_NAMES[kind]}: at best, {least:.2f} of the orders reach the KL of the ordered heads (of "
+                    f"{values['orders']} orders, at least {1 / (1 + values['orders']):.2f})"
                 )
     if len(_shown(found["ks"])) < len(found["ks"]):
         lines += ["", f"{len(found['ks'])} sizes were run; curve.csv has all of them."]

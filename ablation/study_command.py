@@ -212,15 +212,16 @@ def print_findings(
     if arguments.json:
         print_json(found | {"provenance": result.provenance})
     else:
-        print(f"{model}: {question_line(of)}\n\n{render(found)}", flush=True)
+        print(f"{model}: {_question_line(of, result)}\n\n{render(found)}", flush=True)
 
 
-def question_line(of: Asking) -> str:
-    """Return what is asked as text for a line: a text, a prompt or a number of prompts."""
+def _question_line(of: Asking, result: Result) -> str:
+    """Return what was asked as text for a line: a text, a prompt or a number of prompts."""
     if of.text is not None:
         return "a text"
-    (first, *others) = of.rows
-    return f"{1 + len(others)} prompts" if others else repr(shortened(first.question.prompt, LONGEST_PROMPT))
+    if len(result.prompts) > 1:
+        return f"{len(result.prompts)} prompts"
+    return repr(shortened(result.prompts[0].prompt or "", LONGEST_PROMPT))
 
 
 def draw_title(loaded: LoadedModel, result: Result) -> str:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import itertools
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import replace
 from typing import Any
 
@@ -65,34 +65,27 @@ def synthetic(
     return with_maps(result, **invented)
 
 
-def synthetic_sets(
-    keys: Sequence[AblationKey], prompts: int = 1, seed: int = 0, clean: Mapping[str, ArrayLike] | None = None
-) -> Result:
-    """Return an invented result of any ablations.
+def synthetic_sets(keys: Sequence[AblationKey], prompts: int = 1, seed: int = 0, **arrays: ArrayLike) -> Result:
+    """Return an invented result of sets of heads.
 
-    clean: {metric: values in place of those of `CLEAN`, broadcast to [P]}. The metrics of the ablated runs are drawn;
-    every fifth changes the prediction.
+    arrays: values in place of invented ones, broadcast to [P, A]: ablated target_probability, control_probability, kl,
+    margin and argmax, and correct; the other metrics follow from these.
     """
-    random = np.random.RandomState(seed)
-    grid = (prompts, len(keys))
-    before = {name: np.broadcast_to(value, prompts) for name, value in {**CLEAN, **(clean or {})}.items()}
-    ablated = {
-        "target_probability": random.uniform(0.05, 0.6, grid),
-        "control_probability": random.uniform(0.001, 0.02, grid),
-        "kl": random.rand(*grid),
-        "margin": random.rand(*grid),
-        "argmax": np.where(random.rand(*grid) < 0.2, 1, 0),
+    random, runs = np.random.RandomState(seed), (prompts, len(keys))
+    size = np.array([len(key.heads) for key in keys])
+    harm = size * (0.5 + random.rand(*runs))
+    invented: dict[str, Any] = {
+        "target_probability": CLEAN["target_probability"] * np.exp(-0.1 * harm),
+        "control_probability": CLEAN["control_probability"] * np.exp(0.02 * harm),
+        "kl": 0.05 * harm,
+        "margin": random.rand(*runs),
+        "argmax": np.where(random.rand(*runs) < harm / 20, 1, 0),
+        **arrays,
     }
-    texts = dict(target_text=WORDS[0], control_text=WORDS[2])
-    receipts: dict[str, Any] = {name: np.ones(grid, dtype=np.int64) for name in RECEIPTS}
-    return Result(
-        ablations=tuple(keys),
-        prompts=tuple(PromptRecord((n,), (0,), (2,), prompt=f"prompt {n}", **texts) for n in range(prompts)),
-        clean=_with_derived(before),
-        ablated=_with_derived(ablated),
-        head_mean=np.zeros((prompts, 2, 2)),
-        **receipts,
-    )
+    ablated = _with_derived({name: np.array(np.broadcast_to(of, runs)) for name, of in invented.items()})
+    whole = synthetic(1, 1, ("zero",), prompts)
+    receipts: dict[str, Any] = {name: np.ones(runs, dtype=np.int64) for name in RECEIPTS}
+    return replace(whole, ablations=tuple(keys), ablated=ablated, **receipts)
 
 
 def with_maps(result: Result, **maps: ArrayLike) -> Result:

@@ -345,8 +345,9 @@ def test_checked_files_are_those_of_a_sweep() -> None:
     optional = {"results.parquet", "report.html"}  # if their packages are installed
     # Of several prompts; with --top; of a text; of a reference mean.
     asked_for = {"strongest.png", "top_tokens.csv", "loss.png", "reference.npz"}
+    of_sets = {"sets.png", "curve.csv", "curve.png", "pairs.csv", "interactions.png"}
     # tests/test_cli.py compares FILES with the files that a sweep writes.
-    assert set(output.FILES) == FILES | optional | asked_for
+    assert set(output.FILES) == FILES | optional | asked_for | of_sets
 
 
 def test_published_file_of_any_name_replaces_no_foreign_one(tmp_path: Path) -> None:

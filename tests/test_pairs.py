@@ -29,8 +29,11 @@ def pairs_result(prompts: int = 3, imputations: tuple[str, ...] = ("zero", "mean
         for imputation in imputations
         for number, heads in enumerate(sets_of_two(HEADS))
     ]
-    order = np.random.RandomState(1).permutation(len(keys))
-    return synthetic_sets([keys[n] for n in order], prompts, clean={"argmax": [0, 1, 0][:prompts]})
+    random = np.random.RandomState(1)
+    shuffled = [keys[n] for n in random.permutation(len(keys))]
+    result = synthetic_sets(shuffled, prompts, argmax=random.rand(prompts, len(keys)) < 0.2)
+    clean = {name: values * np.linspace(1, 1.5, prompts) for name, values in result.clean.items()}
+    return replace(result, clean=clean | {"argmax": np.array([0, 1, 0][:prompts])})
 
 
 def column(result: Result, imputation: str, *heads: Pair) -> int:

@@ -351,7 +351,7 @@ def test_non_finite_logits_name_the_ablation() -> None:
 
     handle = model.transformer.h[1].mlp.register_forward_hook(poison)
     try:
-        with pytest.raises(NonFiniteLogits, match="layer 0, head 2; zero imputation"):
+        with pytest.raises(NonFiniteLogits, match="layer 0, head 1; zero imputation"):
             sweep(model, IDS)
     finally:
         handle.remove()
