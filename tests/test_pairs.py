@@ -112,7 +112,7 @@ def test_pairs_compensate_and_restore_as_a_plain_loop_says() -> None:
     assert share is not None and (share.count, share.of) == (counts["compensates"], counts["alone"])
 
 
-def test_share_is_none_if_every_head_alone_changes_the_prediction() -> None:
+def test_share_is_none_if_every_head_changes_the_prediction() -> None:
     result = pairs_result()
     other = replace(result, clean={**result.clean, "argmax": np.full(3, 2)})
     assert Pairs.of(other).share_that_compensates() is None
