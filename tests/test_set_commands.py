@@ -74,7 +74,7 @@ def odd(swept_cities: Result, tmp_path_factory: pytest.TempPathFactory) -> Path:
     swept_cities.save(folder / "swept")
     synthetic_sets([AblationKey(((0, 0), (0, 1)), "zero")]).save(folder / "sets")
     few = swept_cities.of_prompt(0)
-    loss = {"clean": {"loss": np.zeros(1)}, "ablated": {"loss": np.zeros((1, len(few.ablations)))}}
+    loss: dict[str, Any] = {"clean": {"loss": np.zeros(1)}, "ablated": {"loss": np.zeros((1, len(few.ablations)))}}
     replace(few, **loss).save(folder / "text")
     replace(few, prompts=tuple(replace(of, prompt=None) for of in few.prompts)).save(folder / "without-texts")
     made = {name: value for name, value in few.provenance.items() if name != "source"}

@@ -13,7 +13,7 @@ import torch
 from transformers import GPT2Config, GPT2LMHeadModel
 
 from ablation.choices import BY
-from ablation.curves import METRICS, ORDERED, RANDOM, Curve, random_orders
+from ablation.curves import METRICS, ORDERED, RANDOM, Curve, Heads, random_orders
 from ablation.errors import InvalidAblation, InvalidHead, InvalidPrompt, UnknownImputation
 from ablation.experiment import sweep_prompts
 from ablation.heads import find_heads
@@ -87,14 +87,14 @@ def assert_columns(result: Result, loaded: LoadedModel, columns: Iterable[int], 
 
 
 def test_curve_is_one_hooked_forward_per_set(tiny: LoadedModel) -> None:
-    order = [(1, 1), (0, 0), (2, 1), (1, 0)]
+    order: list[Pair] = [(1, 1), (0, 0), (2, 1), (1, 0)]
     result = removal_curve(tiny, RECORDS, order, [3, 1, 4, 3], ["zero", "mean"], random=2, seed=5)
     assert len(result.ablations) == 2 * 3 * (1 + 2 * 2)
     assert_columns(result, tiny, range(len(result.ablations)), ATOL["float64"])
     assert (result.calls == 1).all() and (result.replaced > 0).all()
     curve = Curve.of(result)
     assert (curve.ks, curve.imputations) == ((1, 3, 4), ("zero", "mean"))
-    series = {ORDERED: [tuple(order)], **{kind: [] for kind in RANDOM}}
+    series: dict[str, list[Heads]] = {ORDERED: [tuple(order)], **{kind: [] for kind in RANDOM}}
     for of in random_orders(order, HEADS, 2, 5):
         series[of.kind].append(of.heads)
     for i, imputation in enumerate(curve.imputations):
