@@ -21,7 +21,7 @@ from ablation.hook import HeadAblation
 from ablation.imputation import Imputation
 from ablation.models import LoadedModel
 from ablation.pairs import Pairs
-from ablation.prompts import continuation_ids, prompt_ids
+from ablation.prompts import Question, continuation_ids, prompt_ids
 from ablation.reference import Reference
 from ablation.results import Result
 from ablation.set_studies import greedy_order, removal_curve, sweep_pairs
@@ -49,14 +49,28 @@ def tiny(capitals: LoadedModel) -> LoadedModel:
 def hooked(
     loaded: LoadedModel, number: int, heads: frozenset[Pair], imputation: str | Imputation = "zero", at: Any = None
 ) -> dict[str, float]:
-    """The metrics of one of `RECORDS` with a set of heads ablated, by one hooked forward pass."""
+    """The metrics of one of `RECORDS` with a set of heads ablated."""
     record = RECORDS[number]
-    ids = torch.tensor([prompt_ids(loaded.tokenizer, record["prompt"])])
-    target, control = (continuation_ids(loaded.tokenizer, record[name])[0] for name in ("target", "control"))
+    return hooked_forward(
+        loaded, Question(record["prompt"], record["target"], record["control"]), heads, imputation, at
+    )
+
+
+def hooked_forward(
+    loaded: LoadedModel,
+    question: Question,
+    heads: Iterable[Pair],
+    imputation: str | Imputation = "zero",
+    at: Any = None,
+) -> dict[str, float]:
+    """The metrics of a question with a set of heads ablated, by one hooked forward pass. Texts are of one token."""
+    assert question.target is not None and question.control is not None
+    ids = torch.tensor([prompt_ids(loaded.tokenizer, question.prompt)])
+    target, control = (continuation_ids(loaded.tokenizer, text)[0] for text in (question.target, question.control))
     with torch.no_grad(), HeadAblation(loaded.model) as ablation:
         clean = loaded.model(ids).logits[0, -1].double().log_softmax(-1)
-        if heads:
-            ablation.ablate(list(heads), imputation, at)
+        if members := list(heads):
+            ablation.ablate(members, imputation, at)
         found = loaded.model(ids).logits[0, -1].double().log_softmax(-1)
     first, second = found.topk(2).values.tolist()
     return {
@@ -220,7 +234,7 @@ def test_pairs_refuse_wrong_heads(
 
 
 def test_pairs_of_capitals_are_hooked_forwards(capitals: LoadedModel) -> None:
-    """Some of the 10,296; tests/test_golden_sets.py has 200 of a run of all."""
+    """Some of the 10,296; `tests.test_golden_sets` has 200 of a run of all."""
     every = list(itertools.combinations(find_heads(capitals.model), 2))
     drawn = np.random.default_rng(0).choice(len(every), 30, replace=False)
     result = sweep_prompts(capitals, RECORDS[:1], ["zero"], sets=[every[n] for n in drawn])
