@@ -19,26 +19,23 @@ from tests.golden import FOLDER
 
 KS = {"capitals": (1, 2, 4, 8, 16, 32, 64, 144), "smollm2": (1, 2, 4, 8, 16)}
 PROMPTS = {"capitals": 8, "smollm2": 3}
-"""So many of the prompts about all capitals are asked for a removal curve."""
+"""So many prompts are asked for a removal curve: the first ones about capitals that the model answers."""
 RANDOM = 3
 """Random orders of each kind."""
 
 
-def order(loaded: LoadedModel) -> Heads:
-    """Return all heads by their pinned effect on P(target) of all capitals, the most harmful first.
-
-    The order is that of golden/MODEL/all_capitals.npz, so that no rounding changes it.
-    """
-    with np.load(FOLDER / loaded.name / "all_capitals.npz") as pinned:
-        zero = pinned["all_target_probability_change"][0]
-    return tuple(sorted(find_heads(loaded.model), key=lambda head: float(zero[head])))
-
-
 def curve(loaded: LoadedModel, max_rows: int | None = None) -> Result:
-    """Return the removal curve that is pinned, with zero imputation."""
-    ks = KS[loaded.name]
-    asked = questions(loaded.name)[: PROMPTS[loaded.name]]
-    return removal_curve(loaded, asked, order(loaded)[: ks[-1]], ks, random=RANDOM, max_rows=max_rows)
+    """Return the removal curve that is pinned, with zero imputation.
+
+    The heads are ordered by their mean effect on P(target) in golden/MODEL/all_capitals.npz, so that no rounding
+    changes the order.
+    """
+    ks, asked = KS[loaded.name], questions(loaded.name)
+    with np.load(FOLDER / loaded.name / "all_capitals.npz") as pinned:
+        zero, correct = pinned["all_target_probability_change"][0], pinned["all_correct"]
+    order: Heads = tuple(sorted(find_heads(loaded.model), key=lambda head: float(zero[head])))
+    answered = [asked[n] for n in np.flatnonzero(correct)[: PROMPTS[loaded.name]]]
+    return removal_curve(loaded, answered, order[: ks[-1]], ks, random=RANDOM, max_rows=max_rows)
 
 
 def pairs(loaded: LoadedModel, max_rows: int | None = None) -> Result:
