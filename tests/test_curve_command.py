@@ -4,12 +4,18 @@
 
 from __future__ import annotations
 
+import argparse
 import json
+from dataclasses import replace
 from pathlib import Path
 
+import numpy as np
 import pytest
 
+from ablation.curve_command import _take_over
 from ablation.curves import Curve, rank_heads
+from ablation.edits import Ablation
+from ablation.engine import run_sequential
 from ablation.models import LoadedModel
 from ablation.results import AblationKey, Result
 from ablation.set_studies import greedy_order
@@ -128,3 +134,33 @@ def test_result_of_a_curve_can_be_compared(run: Run, result: str) -> None:
         assert run("set", heads, "L0", "--imputation", "zero", "--out", name)[0] == 0
     status, out, err = run("diff", "three", "four")
     assert status == 0 and out
+
+
+def test_curve_takes_over_groups_and_chat_of_prompts(swept_cities: Result) -> None:
+    """The model has no chat template, so only what is asked is looked at."""
+    prompts = tuple(replace(of, group=of.prompt) for of in swept_cities.prompts)
+    made = {**swept_cities.provenance, "chat": [True, False, False, True], "for_each_prompt": ["chat"]}
+    result = replace(swept_cities, prompts=prompts, provenance=made)
+    names = ("model", "dtype", "positions", "imputation", "prompt", "prompts", "target", "control")
+    arguments = argparse.Namespace(**dict.fromkeys(names), chat=False, order="swept")
+    rows = _take_over(arguments, result)
+    assert [row.question.chat for row in rows] == [True, False, False, True]
+    assert [row.question.group for row in rows] == [row.question.prompt for row in rows]
+    assert [(row.question.target, row.question.control) for row in rows] == [
+        (of.target_text, of.control_text) for of in prompts
+    ]
+    assert (arguments.model, arguments.imputation, arguments.positions) == ("capitals", ["zero"], "all")
+
+
+def test_curve_of_targets_of_several_tokens_is_one_run_each(run: Run, capitals: LoadedModel) -> None:
+    record = {"prompt": "Berlin is the capital of", "target": " the country", "control": " Germany"}
+    Path("one.jsonl").write_text(json.dumps(record))
+    Path("order.txt").write_text("L3H1 L0H8")
+    arguments = ["curve", "order.txt", "--prompts", "one.jsonl", "--k", "1,2", "--random", "0", "--out", "out"]
+    assert run(*arguments)[0] == 0
+    found = Result.load("out")
+    ids, target, control = (capitals.tokenizer.encode(record[name]) for name in ("prompt", "target", "control"))
+    same = run_sequential(capitals.model, ids, [Ablation(key.heads) for key in found.ablations], target, control)
+    assert len(target) == 2
+    for metric in ("target_log_probability", "logit_difference", "kl"):
+        np.testing.assert_allclose(found.ablated[metric], same.ablated[metric], rtol=0, atol=ATOL["float32"])

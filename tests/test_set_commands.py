@@ -19,7 +19,6 @@ from ablation import curve_command, experiment, pairs_command, set_command
 from ablation.cli import main
 from ablation.experiment import sweep_prompts
 from ablation.models import LoadedModel
-from ablation.pairs import Pairs, strongest_heads
 from ablation.results import AblationKey, Result
 from tests.comparing import ATOL
 from tests.synthetic import synthetic_sets
@@ -280,38 +279,6 @@ def test_other_study_in_a_folder_is_kept_unless_overwritten(run: Run) -> None:
     assert Result.load("set").ablations[0].label == "L0H9"
 
 
-# ---- ablation pairs
-
-
-def test_pairs_of_the_strongest_heads(run: Run, swept_cities: Result) -> None:
-    arguments = ["pairs", "--prompts", "cities.jsonl", "--top", "3", "--by", "kl", "--pairs-of", "L5H5"]
-    status, out, err = run(*arguments, "--out", "out")
-    assert (status, err) == (0, "") and files("out") >= {"sweep.npz", "sweep.json", "pairs.csv", "figure.png"}
-    pairs, top = Pairs.of(Result.load("out")), strongest_heads(swept_cities, 3, "kl")
-    assert set(pairs.heads) == {*top, (5, 5)} and all((5, 5) in pair for pair in pairs.pairs)
-    assert out.startswith("capitals: 4 prompts\n") and "3 pairs of 4 heads" in out
-    table = [row for row in rows("out/pairs.csv") if row["metric"] == "target_probability"]
-    assert [float(row["interaction"]) for row in table] == pytest.approx(
-        pairs.interaction("target_probability").mean(axis=0).tolist()
-    )
-    assert {(row["lower"], row["upper"]) for row in table} == {
-        tuple(f"L{layer}H{head}" for layer, head in pair) for pair in pairs.pairs
-    }
-
-
-def test_pairs_prints_the_findings_as_json(run: Run) -> None:
-    status, out, _ = run("pairs", "--pairs-of", "L0H8", "--json", "--out", "out")
-    found, pairs = json.loads(out), Pairs.of(Result.load("out"))
-    assert status == 0 and len(pairs.pairs) == 143
-    of = found["imputations"]["zero"]
-    assert (of["pairs"], of["heads"], len(of["strongest"])) == (143, 144, 10)
-    mean = pairs.interaction("target_probability").mean(axis=0)
-    best = int(np.abs(mean).argmax())
-    assert of["strongest"][0]["interaction"]["mean"] == pytest.approx(mean[best])
-    assert of["strongest"][0]["effect"] == pytest.approx(pairs.effect("target_probability")[0, best])
-    assert (of["compensating"]["count"], of["restoring"]) == (pairs.compensates.sum(), pairs.restores.sum())
-
-
 # ---- interruptions and closed pipes
 
 
@@ -393,3 +360,11 @@ def test_sets_of_single_heads_equal_the_sweep(run: Run, swept_cities: Result) ->
         np.testing.assert_allclose(
             found.ablated[metric], swept_cities.ablated[metric][:, own], rtol=0, atol=ATOL["float32"]
         )
+
+
+def test_name_of_a_set_cannot_control_the_terminal(run: Run) -> None:
+    Path("names.txt").write_text("a\x1b[31mred: L0H8\n" + 50 * "long " + ": L0H9\n")
+    status, out, err = run("set", "--heads-file", "names.txt", "--imputation", "zero", "scale:1", "--out", "out")
+    assert (status, err) == (0, "") and "\x1b" not in out and "  a\\x1b[31mred  " in out
+    assert max(map(len, out.splitlines())) < 130
+    assert [key.name[:5] for key in Result.load("out").ablations] == ["a\x1b[31", "long "] * 2
