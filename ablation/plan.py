@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import itertools
 import json
+from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import cached_property
@@ -206,8 +207,8 @@ def as_sets(sets: Sets, heads: HeadMap) -> list[HeadSet]:
     found = [HeadSet(str(name), Ablation(members).validated(heads).heads) for name, members in named]
     if not found or len({(of.name, frozenset(of.heads)) for of in found}) < len(found):
         raise InvalidAblation("name at least one set of heads, and each only once")
-    names = [of.name for of in found if of.name]
-    if twice := [name for name in dict.fromkeys(names) if names.count(name) > 1]:
+    counts = Counter(of.name for of in found if of.name)
+    if twice := [name for name, count in counts.items() if count > 1]:
         raise InvalidAblation(f"two sets of heads have the name {one_line(twice[0])!r}: rename one")
     return found
 

@@ -6,6 +6,8 @@ from __future__ import annotations
 
 import argparse
 import json
+import subprocess
+import sys
 from dataclasses import replace
 from pathlib import Path
 
@@ -21,7 +23,8 @@ from ablation.results import AblationKey, Result
 from ablation.set_studies import greedy_order
 from tests.comparing import ATOL
 from tests.test_checkpoint import assert_same_bits
-from tests.test_set_commands import CITIES, RECORDS, Run, files, odd, result, rows, run, swept_cities  # noqa: F401
+from tests.test_set_commands import CITIES, RECORDS, Run, files, odd, result, rows, run, swept_cities, write_cities  # noqa: F401
+from tests.test_study import ENVIRONMENT, launcher
 
 
 def test_curve_takes_the_order_of_a_result(run: Run, result: str, swept_cities: Result) -> None:
@@ -164,3 +167,29 @@ def test_curve_of_targets_of_several_tokens_is_one_run_each(run: Run, capitals: 
     assert len(target) == 2
     for metric in ("target_log_probability", "logit_difference", "kl"):
         np.testing.assert_allclose(found.ablated[metric], same.ablated[metric], rtol=0, atol=ATOL["float32"])
+
+
+def test_greedy_split_ranks_on_the_other_prompts(run: Run, capitals: LoadedModel) -> None:
+    arguments = ["curve", "--greedy", "--prompts", "cities.jsonl", "--split", "0.5", "--k", "1", "--random", "0"]
+    status, out, _ = run(*arguments, "--out", "out")
+    assert status == 0 and "on 2 prompts\n" in out and "ablated on 2 other prompts" in out
+    found = Result.load("out")
+    evaluated = {of.prompt for of in found.prompts}
+    ranked = [record for record in RECORDS if record["prompt"] not in evaluated]
+    assert len(ranked) == 2 and found.ablations[0].heads == greedy_order(capitals, ranked, 1)
+
+
+@pytest.mark.end_to_end
+def test_two_processes_give_the_curve_of_one(tmp_path: Path) -> None:
+    write_cities(tmp_path)
+    (tmp_path / "order.txt").write_text("L0H8 L3H1 L0H9")
+    arguments = ["-m", "ablation", "curve", "order.txt", "--prompts", "cities.jsonl", "--random", "2", "--out"]
+    printed = []
+    for out, start in (("alone", [sys.executable]), ("shared", launcher(2))):
+        command = [*start, *arguments, out]
+        done = subprocess.run(command, cwd=tmp_path, env=ENVIRONMENT, capture_output=True, text=True)
+        assert done.returncode == 0, done.stderr
+        printed.append(done.stdout.replace(out, "out"))
+    assert_same_bits(*(Result.load(tmp_path / out) for out in ("alone", "shared")))
+    assert printed[0] == printed[1]
+    assert (tmp_path / "alone/curve.csv").read_bytes() == (tmp_path / "shared/curve.csv").read_bytes()
