@@ -8,11 +8,12 @@ from __future__ import annotations
 import argparse
 import difflib
 import math
+import operator
 import re
 from collections.abc import Callable, Iterable
 from pathlib import Path
 
-from ablation.errors import InvalidAblation
+from ablation.errors import InvalidAblation, shortened
 
 IMPUTATIONS = {
     "zero": "0",
@@ -111,32 +112,43 @@ def label(positions: Positions) -> str:
     return "last" if positions == (-1,) else ",".join(map(str, positions))
 
 
-def parse_ks(text: str, heads: int) -> list[int]:
+def parse_ks(text: str, heads: int | None) -> list[int]:
     """Return the sizes of sets. text: such as "1,2,4,8", or "1,2,4,..." to go on up to all heads.
 
-    Three dots continue the factor of the last two sizes if the last three have one, or else their difference. Raises
-    InvalidAblation.
+    heads: their number; None if it is not known yet: the text is then checked, and does not go on.
+
+    Three dots continue the factor of the last two sizes, rounded down, but their difference if the last three have no
+    common factor. Raises InvalidAblation.
     """
     parts = [part.strip() for part in text.split(",")]
     going_on = parts[-1] in ("...", "…")
     parts = parts[:-1] if going_on else parts
-    if not parts or not all(part.isdecimal() for part in parts) or (going_on and len(parts) < 2):
-        raise InvalidAblation(f"--k is a list of sizes, such as 1,2,4,8 or 1,2,4,..., not {text!r}")
+    if not parts or not all(re.fullmatch("[0-9]{1,9}", part) for part in parts) or (going_on and len(parts) < 2):
+        raise InvalidAblation(f"--k is a list of sizes, such as 1,2,4,8 or 1,2,4,..., not {shortened(text, 80)!r}")
     ks = [int(part) for part in parts]
     if going_on:
-        factor, step = ks[-1] / max(ks[-2], 1), ks[-1] - ks[-2]
-        geometric = ks[-2] > 0 and (len(ks) < 3 or ks[-1] * ks[-3] == ks[-2] ** 2) and factor > 1
-        if step < 1:
+        before, last = ks[-2:]
+        geometric = before > 0 and (len(ks) < 3 or last * ks[-3] == before**2)
+        if last <= before:
             raise InvalidAblation(f"--k {text!r} does not grow, so it cannot go on")
-        while (following := int(ks[-1] * factor) if geometric else ks[-1] + step) < heads:
-            ks.append(following)
-        ks.append(heads)
+        if heads is not None:
+            while (following := ks[-1] * last // before if geometric else ks[-1] + last - before) < heads:
+                ks.append(following)
+            ks.append(heads)
     return check_ks(ks, heads)
 
 
-def check_ks(ks: Iterable[int], heads: int) -> list[int]:
-    """Return sizes of sets, sorted, each once. Raises InvalidAblation unless all are from 1 to the number of heads."""
-    found = sorted(set(ks))
-    if not found or found[0] < 1 or found[-1] > heads:
-        raise InvalidAblation(f"the sizes of the sets are from 1 to {heads}, the number of ranked heads")
+def check_ks(ks: Iterable[int], heads: int | None) -> list[int]:
+    """Return sizes of sets, sorted, each once.
+
+    Raises InvalidAblation unless all are from 1 to the number of heads; None for a number that is not known yet.
+    """
+    try:
+        found = sorted({operator.index(k) for k in ks})
+    except TypeError:
+        raise InvalidAblation("the sizes of the sets are a list of integers") from None
+    if not found or found[0] < 1:
+        raise InvalidAblation("name at least one size of the sets, and none below 1")
+    if heads is not None and found[-1] > heads:
+        raise InvalidAblation(f"there is no set of {found[-1]} heads: {heads} heads are ranked")
     return found

@@ -50,9 +50,7 @@ examples:
   ablation curve --greedy --prompts capitals --k 1,2,4,8
   ablation curve order.txt --model smollm2
 """
-MOST_HEADS = 10_000
-"""No model has more heads: sizes are checked before the model is known."""
-GREEDY_KS = "1,2,4,8"
+GREEDY_KS = (1, 2, 4, 8)
 """The sizes by default with --greedy, whose work grows with each head."""
 
 
@@ -124,6 +122,7 @@ def _curve(arguments: argparse.Namespace) -> int:
     source = sources.resolve(arguments.model)
     of = asking(arguments, source, rows=rows)
     ranking, of = _split(arguments, of)
+    ranked = () if order.result is None else _ranked(order.result, ranking, arguments)
     study: dict[str, Any] = {
         "kind": "curve",
         **{name: getattr(arguments, name) for name in ("by", "greedy", "k", "random", "split")},
@@ -135,7 +134,7 @@ def _curve(arguments: argparse.Namespace) -> int:
     with warnings_as_notes():
         loaded = load_model(arguments)
         with progress_bar(arguments, this) as progress:
-            heads, said, start = _heads(loaded, order, ranking, this, progress, arguments)
+            heads, said, start = _heads(loaded, order, ranked, ranking, this, progress, arguments)
             sets = _sets(loaded, heads, arguments)
             from ablation.study import subrange
 
@@ -167,7 +166,7 @@ def _read_order(arguments: argparse.Namespace) -> _Order:
     if arguments.greedy == (arguments.order is not None):
         raise InvalidAblation("pass the folder of a sweep, a file of heads, or --greedy, and only one of them")
     if arguments.k is not None:
-        choices.parse_ks(arguments.k, MOST_HEADS)
+        choices.parse_ks(arguments.k, None)  # the model is not known yet
     if arguments.greedy:
         return _Order()
     path = Path(arguments.order).expanduser()
@@ -184,7 +183,10 @@ def _read_order(arguments: argparse.Namespace) -> _Order:
     except (OSError, UnicodeDecodeError) as error:
         reason = getattr(error, "strerror", None) or error
         raise InvalidHead(f"cannot read heads from {one_line(path)}: {reason}") from None
-    return _Order(heads=units.parse_set(text))
+    heads = units.parse_set(text)
+    if any(unit.kind == "MLP" for unit in heads.units):
+        raise InvalidHead(f"{one_line(path.name)}: an order names heads, and no MLPs")
+    return _Order(heads=heads)
 
 
 def _take_over(arguments: argparse.Namespace, result: Result) -> Sequence[Row]:
@@ -210,6 +212,9 @@ def _take_over(arguments: argparse.Namespace, result: Result) -> Sequence[Row]:
         if arguments.split is not None:
             raise InvalidPrompt("--split divides the prompts of RESULT: leave out --prompts and --prompt, or --split")
         return ()
+    own = {name: getattr(arguments, name) for name in ("target", "control", "chat")}
+    if given := [name for name, value in own.items() if value not in (None, False)]:
+        raise InvalidPrompt(f"--{given[0]} is not for the prompts of RESULT: leave it out, or name others")
     if any(prompt.prompt is None for prompt in result.prompts):
         raise InvalidResult(f"the result in {one_line(arguments.order)} has no texts of its prompts: pass --prompts")
     chats = made.get("chat", False)
@@ -251,16 +256,36 @@ def _split(arguments: argparse.Namespace, of: Asking) -> tuple[_Parts, Asking]:
     )
 
 
+def _ranked(result: Result, parts: _Parts, arguments: argparse.Namespace) -> Heads:
+    """Return the heads of a result in their order. Raises InvalidResult, and InvalidAblation for too large sets."""
+    from ablation import curves
+
+    heads = curves.rank_heads(result, arguments.by, _ranking_imputation(result, arguments), parts.ranked)
+    if arguments.k is not None:
+        choices.parse_ks(arguments.k, len(heads))
+    return heads
+
+
+def _ranking_imputation(result: Result, arguments: argparse.Namespace) -> str:
+    """Return the imputation whose effects rank the heads: the first one of the curve, if the result has it."""
+    (first, *_), names = arguments.imputation, result.imputations
+    return first if first in names else next(iter(names), "")
+
+
 def _heads(
     loaded: LoadedModel,
     order: _Order,
+    ranked: Heads,
     parts: _Parts,
     this: Opened,
     progress: Progress,
     arguments: argparse.Namespace,
 ) -> tuple[Heads, str, float]:
-    """Return the order of heads, where it is from in words, and the share of the work that it took."""
-    from ablation import curves, provenance
+    """Return the order of heads, where it is from in words, and the share of the work that it took.
+
+    ranked: the heads of a result in their order.
+    """
+    from ablation import provenance
     from ablation.heads import find_heads
     from ablation.set_studies import greedy_order
     from ablation.study import subrange
@@ -268,21 +293,16 @@ def _heads(
     heads, by = find_heads(loaded.model), choices.BY[arguments.by][2]
     if order.heads is not None:
         found = dict.fromkeys(pair for unit in order.heads.units for pair in unit.pairs(heads))
-        if any(head == units.MLP for _, head in found):
-            raise InvalidHead("an order names heads, and no MLPs")
         return tuple(found), f"{len(found)} heads of {Path(arguments.order).name}", 0.0
-    on = f"on {len(parts.rows)} prompt{'' if len(parts.rows) == 1 else 's'}"
     if order.result is not None:
-        names = order.result.imputations
-        imputation = arguments.imputation[0] if arguments.imputation[0] in names else names[0]
-        ranked = curves.rank_heads(order.result, arguments.by, imputation, parts.ranked)
+        imputation = _ranking_imputation(order.result, arguments)
         if provenance.weights_digest(loaded.model)["weights_sha256"] != order.result.provenance.get("weights_sha256"):
             warnings.warn(f"the heads are ranked by a result of other weights than {loaded.name}", stacklevel=2)
-        on = on if parts.rows else f"on {len(order.result.prompts)} prompts"
-        return ranked, f"{by} by {imputation} imputation in {one_line(arguments.order)}, {on}", 0.0
+        on = _prompts(len(order.result.prompts if parts.ranked is None else parts.ranked))
+        return ranked, f"{by} by {imputation} imputation in {one_line(arguments.order)}, on {on}", 0.0
     start = 0.8  # of the work: one sweep for each head of the order
     how = study_options(this.of, arguments)
-    count = max(choices.parse_ks(arguments.k or GREEDY_KS, len(list(heads))))
+    count = max(_sizes(len(list(heads)), arguments) or ())
     found_order = greedy_order(
         loaded,
         [*parts.rows],
@@ -293,15 +313,29 @@ def _heads(
         progress=subrange(progress, 0.0, start),
         **how,
     )
-    return found_order, f"{by} by {arguments.imputation[0]} imputation, ranked again at each head, {on}", start
+    return (
+        found_order,
+        f"{by} by {arguments.imputation[0]} imputation, ranked again at each head, on {_prompts(len(parts.rows))}",
+        start,
+    )
+
+
+def _prompts(count: int, which: str = "") -> str:
+    return f"{count} {which}prompt{'' if count == 1 else 's'}"
+
+
+def _sizes(heads: int, arguments: argparse.Namespace) -> list[int] | None:
+    """Return the sizes of the sets; None for those of `curve_sets`."""
+    if arguments.k is not None:
+        return choices.parse_ks(arguments.k, heads)
+    return [k for k in GREEDY_KS if k <= heads] if arguments.greedy else None
 
 
 def _sets(loaded: LoadedModel, heads: Heads, arguments: argparse.Namespace) -> list[HeadSet]:
     from ablation.heads import find_heads
     from ablation.set_studies import curve_sets
 
-    text = arguments.k or (GREEDY_KS if arguments.greedy else None)
-    ks = None if text is None else choices.parse_ks(text, len(heads))
+    ks = _sizes(len(heads), arguments)
     return curve_sets(find_heads(loaded.model), heads, ks, arguments.random, arguments.seed or 0)
 
 
@@ -309,18 +343,21 @@ def _evaluated_on(order: _Order, parts: _Parts, this: Opened) -> str | None:
     """Return in words whether heads are ranked and ablated on the same prompts; None if they are not ranked here."""
     if order.heads is not None:
         return None
-    count = len(this.of.rows)
-    of = "the same prompt" if count == 1 else f"the same {count} prompts"
+    rows = this.of.rows
+    other = f"ablated on {_prompts(len(rows), 'other ')}"
     if parts.ranked is not None:
-        return f"ablated on {count} other prompts"
+        return other
     if order.result is not None:
-        ranked = {(of.prompt, of.target_text) for of in order.result.prompts}
-        shared = sum((row.question.prompt, row.question.target) in ranked for row in this.of.rows)
+        ranked = {of.prompt for of in order.result.prompts}
+        if None in ranked:
+            return f"ablated on {_prompts(len(rows))}; the result has no texts that tell whether they are others"
+        shared = sum(row.question.prompt in ranked for row in rows)
         if not shared:
-            return f"ablated on {count} other prompts"
-        if shared < count:
-            return f"ablated on {count} prompts, of which {shared} are the same"
-    remedy = "pass others with --prompts" if count == 1 else "--split ranks and ablates on different prompts"
+            return other
+        if shared < len(rows):
+            return f"ablated on {len(rows)} prompts, of which {shared} {'is' if shared == 1 else 'are'} the same"
+    of = "the same prompt" if len(rows) == 1 else f"the same {len(rows)} prompts"
+    remedy = "pass others with --prompts" if len(rows) == 1 else "--split ranks and ablates on different prompts"
     return f"ablated on {of}, which flatters the order: {remedy}"
 
 

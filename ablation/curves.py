@@ -20,7 +20,7 @@ from ablation import statistics
 from ablation.choices import BY
 from ablation.errors import InvalidAblation, InvalidResult
 from ablation.results import Result
-from ablation.units import Pair, pair_order
+from ablation.units import MLP, Pair, pair_order
 
 Heads = tuple[Pair, ...]
 Floats = NDArray[np.float64]
@@ -56,24 +56,36 @@ def rank_heads(
 
     by: a key of `choices.BY`. imputation: by default the first of the result. prompts: indices of those whose effects
     are averaged; by default all. Heads with equal effects keep their order in the result. Raises InvalidAblation for an
-    unknown ranking, and InvalidResult unless the result is of single heads, with this imputation and metric.
+    unknown ranking, and InvalidResult unless the result is of single heads, with this imputation, metric and prompts.
     """
     if by not in BY:
         raise InvalidAblation(f"unknown ranking {by!r}: use one of {', '.join(BY)}")
     metric, sign, _ = BY[by]
+    if not result.ablations:
+        raise InvalidResult("the result has no ablations, so there is nothing to rank")
     name = result.imputations[0] if imputation is None else imputation
     if name not in result.imputations:
         raise InvalidResult(f"the result has no imputation {name!r}, only {', '.join(result.imputations)}")
-    if any(len(key.heads) != 1 for key in result.ablations):
-        raise InvalidResult("heads are ranked by a sweep of single heads; this is a result of sets of heads")
+    if any(len(key.heads) != 1 or key.heads[0][1] == MLP for key in result.ablations):
+        raise InvalidResult(
+            "heads are ranked by a sweep of single heads; this is a result of sets of heads, or of MLPs"
+        )
     if metric not in result.clean:
         raise InvalidResult(f"the result has no {metric}: heads are ranked by a sweep of prompts")
-    change = result.change(metric)[slice(None) if prompts is None else list(prompts)]
-    if not len(change):
+    count = len(result.prompts)
+    chosen = list(range(count) if prompts is None else prompts)
+    if not chosen:
         raise InvalidResult("there are no prompts to rank heads by")
-    own = [number for number, key in enumerate(result.ablations) if key.imputation == name]
-    score = -sign * change.mean(axis=0)
-    return tuple(result.ablations[number].heads[0] for number in sorted(own, key=score.__getitem__))
+    if unknown := [index for index in chosen if not 0 <= index < count]:
+        raise InvalidResult(f"the result has no prompt {unknown[0]}: it has {count}, counted from 0")
+    own: dict[Pair, int] = {}
+    for number, key in enumerate(result.ablations):
+        if key.imputation == name and own.setdefault(key.heads[0], number) != number:
+            raise InvalidResult(
+                f"{key.label} has several ablations with the imputation {name!r}: rank a sweep with one"
+            )
+    score = -sign * result.change(metric)[chosen].mean(axis=0)
+    return tuple(sorted(own, key=lambda head: score[own[head]]))
 
 
 def random_orders(order: Sequence[Pair], heads: Iterable[Pair], count: int, seed: int) -> list[Series]:
@@ -130,6 +142,7 @@ class Curve:
     low: dict[str, Floats]
     high: dict[str, Floats]
     random: dict[str, dict[str, Floats]]
+    same: dict[str, NDArray[np.bool_]]
 
     @classmethod
     def of(cls, result: Result) -> Curve:
@@ -139,7 +152,11 @@ class Curve:
             found = _NAME.fullmatch(key.name)
             if found is None:
                 raise InvalidResult(f"{key} is not a set of a removal curve")
-            places[key.imputation, found[1], int(found[3] or 0), int(found[2])] = number
+            place = (key.imputation, found[1], int(found[3] or 0), int(found[2]))
+            if places.setdefault(place, number) != number:
+                raise InvalidResult(f"{key} occurs twice, so this is no removal curve")
+        if missing := [metric for metric in METRICS if metric not in result.clean]:
+            raise InvalidResult(f"the result has no {missing[0]}: a removal curve is of prompts")
         ks = tuple(sorted({k for *_, k in places}))
         draws = {kind: sorted({draw for _, of, draw, _ in places if of == kind}) for kind in (ORDERED, *RANDOM)}
         try:
@@ -153,6 +170,17 @@ class Curve:
             ordered = at[ORDERED][:, 0]
         except KeyError:
             raise InvalidResult("the removal curve lacks some of its sets") from None
+        members = [frozenset(key.heads) for key in result.ablations]
+        same = {
+            kind: np.array(
+                [
+                    [[members[n] == members[m] for n, m in zip(row, own, strict=True)] for row in of]
+                    for of, own in zip(at[kind], ordered, strict=True)
+                ]
+            )
+            for kind in at
+            if kind != ORDERED
+        }
         means, low, high = {}, {}, {}
         for metric in METRICS:
             means[metric] = result.ablated[metric].mean(axis=0)
@@ -168,6 +196,7 @@ class Curve:
             random={
                 kind: {metric: means[metric][of] for metric in METRICS} for kind, of in at.items() if kind != ORDERED
             },
+            same=same,
         )
 
     def band(self, kind: str, metric: str) -> tuple[Floats, Floats, Floats]:
@@ -180,12 +209,13 @@ class Curve:
         """Return the share of random orders that do at least as much harm as the ordered heads, [I, K].
 
         With D orders, it is (1 + their number) / (1 + D), so that it is never 0: a one-sided p value (Phipson and
-        Smyth, 2010). Harm is a smaller value; for `kl`, a larger one.
+        Smyth, 2010). Harm is a smaller value; for `kl`, a larger one. A random set of the same heads does the same
+        harm, whatever rounding says.
         """
         sign = -1.0 if metric == "kl" else 1.0
         values = sign * self.random[kind][metric]
-        worse = (values <= sign * self.ordered[metric][:, None]).sum(axis=1)
-        return np.asarray((1 + worse) / (1 + values.shape[1]))
+        worse = (values <= sign * self.ordered[metric][:, None]) | self.same[kind]
+        return np.asarray((1 + worse.sum(axis=1)) / (1 + values.shape[1]))
 
 
 def curve_rows(curve: Curve) -> Iterable[dict[str, Any]]:

@@ -52,13 +52,17 @@ class Pairs:
 
     @classmethod
     def of(cls, result: Result, imputation: str | None = None) -> Pairs:
-        """Find the pairs of an imputation, by default the first. Raises InvalidResult if a head alone is missing."""
-        name = result.imputations[0] if imputation is None else imputation
-        place = {
-            tuple(sorted(key.heads, key=pair_order)): n
-            for n, key in enumerate(result.ablations)
-            if key.imputation == name
-        }
+        """Find the pairs of an imputation, by default the first.
+
+        Raises InvalidResult if there are none, if a head alone is missing, and if heads have several ablations.
+        """
+        name = next(iter(result.imputations), "") if imputation is None else imputation
+        place: dict[Heads, int] = {}
+        for n, key in enumerate(result.ablations):
+            if key.imputation == name and len(key.heads) in (1, 2):
+                heads = tuple(sorted(key.heads, key=pair_order))
+                if place.setdefault(heads, n) != n:
+                    raise InvalidResult(f"{key.label} has several ablations with the imputation {name!r}")
         pairs = tuple(heads for heads in place if len(heads) == 2)
         if not pairs:
             raise InvalidResult(f"the result has no pairs of heads with the imputation {name!r}")

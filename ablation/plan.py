@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import itertools
 import json
+from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import cached_property
@@ -199,12 +200,16 @@ class PreparedPlan:
 def as_sets(sets: Sets, heads: HeadMap) -> list[HeadSet]:
     """Return sets of heads, validated. sets: {name: heads}, or a list of heads of unnamed sets, or `HeadSet` objects.
 
-    Raises InvalidHead if the model lacks a head, and InvalidAblation if there are no sets, or if two are the same.
+    Raises InvalidHead if the model lacks a head, and InvalidAblation if there are no sets, or if two are the same or
+    have one name.
     """
     named = sets.items() if isinstance(sets, Mapping) else [of if isinstance(of, HeadSet) else ("", of) for of in sets]
     found = [HeadSet(str(name), Ablation(members).validated(heads).heads) for name, members in named]
-    if not found or len(set(found)) < len(found):
+    if not found or len({(of.name, frozenset(of.heads)) for of in found}) < len(found):
         raise InvalidAblation("name at least one set of heads, and each only once")
+    counts = Counter(of.name for of in found if of.name)
+    if twice := [name for name, count in counts.items() if count > 1]:
+        raise InvalidAblation(f"two sets of heads have the name {one_line(twice[0])!r}: rename one")
     return found
 
 

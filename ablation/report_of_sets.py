@@ -106,11 +106,15 @@ def render_sets(found: dict[str, Any]) -> str:
     replaced = sum(of["replaced"] for of in found["sets"])
     lines += ["", f"receipts   every projection was called once; {replaced} elements of z were replaced"]
     if receipts:
-        lines.append(f"           {', '.join(of['name'] for of in receipts)}: no element of z changed its value")
+        lines.append(
+            f"           {', '.join(_cut(of['name'], width) for of in receipts)}: no element of z changed its value"
+        )
     return "\n".join(lines + _about_intervals(found["prompts"]))
 
 
 def _cut(text: str, width: int) -> str:
+    """Return a name for a column of the terminal: what cannot be printed, such as an escape sequence, is escaped."""
+    text = "".join(c if c.isprintable() else ascii(c)[1:-1] for c in text)
     return text if len(text) <= width else f"{text[: width - 3]}..."
 
 

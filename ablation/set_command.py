@@ -73,7 +73,7 @@ def add_command(commands: Any) -> None:
 def _set(arguments: argparse.Namespace) -> int:
     named = [(_name(of), of) for of in map(units.parse_set, arguments.sets)]
     if arguments.heads_file is not None:
-        named += units.read_sets(arguments.heads_file)
+        named += [(_name(of) if name == of.text else name, of) for name, of in units.read_sets(arguments.heads_file)]
     patterns = list(map(units.parse_set, arguments.each))
     if not named and not patterns:
         raise InvalidHead("name at least one set of heads: ablation set L9, ablation set 'L9H6 L9H9', --each 'L*'")

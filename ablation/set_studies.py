@@ -6,9 +6,9 @@ from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from ablation.choices import BY, check_ks, parse_ks
+from ablation.choices import BY, check_ks
 from ablation.curves import ORDERED, Heads, Series, random_orders
-from ablation.errors import InvalidAblation
+from ablation.errors import InvalidAblation, InvalidHead
 from ablation.experiment import Study
 from ablation.heads import HeadMap, find_heads
 from ablation.imputation import Imputation
@@ -84,26 +84,36 @@ def curve_sets(
     heads: HeadMap, order: Sequence[Pair], ks: Iterable[int] | None, random: int, seed: int
 ) -> list[HeadSet]:
     """Return the named sets of a removal curve. The arguments and the errors are those of `removal_curve`."""
-    own = tuple(map(heads.validate, order))
+    own = _validated(order, heads)
     if not own or len(set(own)) < len(own):
         raise InvalidAblation("an order of heads names at least one head, and each only once")
     if any(head == MLP for _, head in own):
         raise InvalidAblation("a removal curve is of heads, as its random orders are: name no MLPs")
     if isinstance(random, bool) or not isinstance(random, int) or random < 0:
         raise InvalidAblation(f"the number of random orders is {random!r}: it is a whole number, at least 0")
-    sizes = parse_ks("1,2,4,...", len(own)) if ks is None else check_ks(ks, len(own))
+    if isinstance(seed, bool) or not isinstance(seed, int) or seed < 0:
+        raise InvalidAblation(f"the seed is {seed!r}: it is a whole number, at least 0")
+    doubled = {min(2**power, len(own)) for power in range(len(own).bit_length() + 1)}
+    sizes = check_ks(doubled if ks is None else ks, len(own))
     series = [Series(ORDERED, 0, own), *random_orders(own, heads, random, seed)]
     return [HeadSet(of.name(k), of.heads[:k]) for of in series for k in sizes]
 
 
 def pair_sets(heads: HeadMap, members: Iterable[Pair] | None, with_heads: Iterable[Pair] | None) -> list[HeadSet]:
     """Return every head alone, and the pairs. The arguments and the errors are those of `sweep_pairs`."""
-    chosen = heads if members is None else map(heads.validate, members)
-    needed = None if with_heads is None else [heads.validate(head) for head in with_heads]
+    chosen = heads if members is None else _validated(members, heads)
+    needed = None if with_heads is None else _validated(with_heads, heads)
     sets = [HeadSet("", of) for of in sets_of_two([*chosen, *(needed or [])], needed)]
-    if len(sets[-1].heads) < 2:
+    if not any(len(of.heads) == 2 for of in sets):
         raise InvalidAblation("there is no pair of heads: name at least two heads")
     return sets
+
+
+def _validated(pairs: Iterable[Pair], heads: HeadMap) -> Heads:
+    """Return (layer, head) pairs as a tuple. Raises InvalidHead."""
+    if isinstance(pairs, str) or not isinstance(pairs, Iterable):
+        raise InvalidHead(f"{pairs!r} is no list of heads: pass a list of (layer, head) pairs, such as [(0, 1)]")
+    return tuple(map(heads.validate, pairs))
 
 
 def greedy_order(
@@ -126,8 +136,8 @@ def greedy_order(
     if by not in BY:
         raise InvalidAblation(f"unknown ranking {by!r}: use one of {', '.join(BY)}")
     (metric, sign, _), left, order = BY[by], list(find_heads(loaded.model)), list[Pair]()
-    if not 1 <= count <= len(left):
-        raise InvalidAblation(f"an order has 1 to {len(left)} heads, not {count}")
+    if isinstance(count, bool) or not isinstance(count, int) or not 1 <= count <= len(left):
+        raise InvalidAblation(f"an order has 1 to {len(left)} heads, not {count!r}")
     study = Study(loaded, prompts, [imputation], sets=[[head] for head in left], stacklevel=3, **options)
     for step in range(count):
         study.plan.sets = [HeadSet("", (*order, head)) for head in left]

@@ -1,7 +1,7 @@
 """Measure the noise of the golden arrays, and write the tolerances that it justifies: python -m tests.noise [MODEL ...]
 
-`python -m tests.noise --prompts MODEL` measures those of the experiment over all capitals, on the first prompts, and
-`python -m tests.noise --imputations MODEL` those of other imputations.
+`python -m tests.noise --prompts MODEL` measures those of the experiment over all capitals, on the first prompts,
+`--imputations` those of other imputations, `--curve` those of a removal curve, and `--pairs` those of all pairs.
 
 The same sweep runs in new processes. Each differs from the reference (float32, one thread, sdpa, the widest instruction
 set of the processor) in one thing that must not change a result. The tolerance of an array is FACTOR times the largest
@@ -28,7 +28,7 @@ from ablation import models, provenance
 from ablation.experiment import sweep_prompts
 from ablation.results import Result
 from ablation.sources import NAMED_MODELS
-from tests import all_capitals, other_imputations
+from tests import all_capitals, golden_sets, other_imputations
 from tests.golden import FOLDER, agreement_arrays, head_mean_arrays, robustness_arrays, sensitivity_arrays
 
 FACTOR = 30
@@ -43,6 +43,13 @@ VARIANTS: dict[str, dict[str, Any]] = {
     "eager attention": {"attention": "eager"},
     "float64": {"dtype": "float64"},
     "8 rows at once": {"max_rows": 8},
+}
+
+
+STUDIES: dict[str, Callable[[models.LoadedModel, int | None], Result]] = {
+    "imputations": other_imputations.swept,
+    "curve": golden_sets.curve,
+    "pairs": golden_sets.pairs,
 }
 
 
@@ -66,18 +73,18 @@ def run(
     dtype: str = "float32",
     max_rows: int = 0,
     prompts: int = 0,
-    imputations: bool = False,
+    study: str = "",
 ) -> None:
     """Sweep in this process, and save the result.
 
-    prompts: of the file of capitals; 0 for the model's own question. imputations: whether to sweep with other ones.
+    prompts: of the file of capitals; 0 for the model's own question. study: a key of `STUDIES`, in place of a sweep.
     """
     torch.set_num_threads(threads)
     loaded = models.load(name, download=False, device="cpu")
     loaded.model.set_attn_implementation(attention)
     loaded.model.to(getattr(torch, dtype))
-    if imputations:
-        other_imputations.swept(loaded, max_rows or None).save(out)
+    if study:
+        STUDIES[study](loaded, max_rows or None).save(out)
         return
     questions = all_capitals.questions(name)[:prompts] if prompts else [NAMED_MODELS[name].question]
     sweep_prompts(loaded, questions, max_rows=max_rows or None).save(out)
@@ -113,7 +120,9 @@ def measure(name: str) -> dict[str, Any]:
 
 PINNED: dict[str, tuple[Callable[[Result, Result], dict[str, float]], dict[str, Any]]] = {
     "--prompts": (all_capitals.noise_between, {"prompts": PROMPTS}),
-    "--imputations": (other_imputations.noise_between, {"imputations": True}),
+    "--imputations": (other_imputations.noise_between, {"study": "imputations"}),
+    "--curve": (golden_sets.noise_of_curve, {"study": "curve"}),
+    "--pairs": (golden_sets.noise_of_pairs, {"study": "pairs"}),
 }
 """{option: how the results of two runs are compared, and the arguments of `run`}"""
 

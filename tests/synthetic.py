@@ -1,4 +1,4 @@
-"""Invented results of one-head ablations, for tests of what is made of a result. Does not import torch."""
+"""Invented results, for tests of what is made of a result. Does not import torch."""
 
 from __future__ import annotations
 

@@ -1,17 +1,21 @@
-"""Names of imputations and positions, as a person writes them."""
+"""Names of imputations, positions and sizes of sets, as a person writes them."""
 
 from __future__ import annotations
 
 import argparse
+import itertools
 import subprocess
 import sys
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
+from hypothesis import given
+from hypothesis import strategies as st
 
 from ablation import choices
-from ablation.choices import IMPUTATIONS, OF_REFERENCE, RESAMPLE
+from ablation.choices import IMPUTATIONS, OF_REFERENCE, RESAMPLE, check_ks, parse_ks
 from ablation.errors import InvalidAblation
 from ablation.imputation import IMPUTATIONS as OF_ONE_PROMPT
 from ablation.imputation import as_imputation
@@ -120,3 +124,87 @@ def test_choices_import_no_torch() -> None:
     code = "import sys, ablation.choices, ablation.sweep_arguments; print({'torch', 'numpy'} & {*sys.modules})"
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
     assert done.stdout == "set()\n", done.stderr
+
+
+# ---- sizes
+
+
+@pytest.mark.parametrize(
+    ("text", "expected"),
+    [
+        ("1", [1]),
+        ("1,2,4", [1, 2, 4]),
+        (" 4 , 2,2 ", [2, 4]),
+        ("1,2,...", [1, 2, 4, 8, 16, 20]),
+        ("1,2,4,...", [1, 2, 4, 8, 16, 20]),
+        ("1,2,4,…", [1, 2, 4, 8, 16, 20]),
+        ("1,3,9,...", [1, 3, 9, 20]),
+        ("4,6,9,...", [4, 6, 9, 13, 19, 20]),
+        ("5,10,15,...", [5, 10, 15, 20]),
+        ("1,2,3,...", list(range(1, 21))),
+        ("2,4,6,...", [2, 4, 6, 8, 10, 12, 14, 16, 18, 20]),
+        ("1,5,7,...", [1, 5, 7, 9, 11, 13, 15, 17, 19, 20]),
+        ("10,20,...", [10, 20]),
+        ("20", [20]),
+        ("5,20,...", [5, 20]),
+    ],
+)
+def test_parse_ks_reads_sizes(text: str, expected: list[int]) -> None:
+    assert parse_ks(text, 20) == expected
+
+
+@pytest.mark.parametrize(
+    "text",
+    ["", ",", "a", "1,", "1,,2", "-1", "1.5", "1 2", "...", "1,...", "1,...,4", "1;2", "²", "1,2,..", "9" * 5000],
+)
+def test_parse_ks_refuses_other_texts(text: str) -> None:
+    with pytest.raises(InvalidAblation, match="--k is a list of sizes, such as 1,2,4,8") as error:
+        parse_ks(text, 20)
+    assert len(str(error.value)) < 300
+
+
+@pytest.mark.parametrize("text", ["2,2,...", "4,2,...", "1,4,2,..."])
+def test_parse_ks_refuses_to_go_on_without_growth(text: str) -> None:
+    with pytest.raises(InvalidAblation, match="does not grow"):
+        parse_ks(text, 20)
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("0", "none below 1"),
+        ("0,1,...", "none below 1"),
+        ("21", "no set of 21 heads: 20 heads are ranked"),
+        ("1,21", "no set of 21 heads: 20 heads are ranked"),
+        ("10,30,...", "no set of 30 heads: 20 heads are ranked"),
+    ],
+)
+def test_parse_ks_refuses_sizes_out_of_range(text: str, message: str) -> None:
+    with pytest.raises(InvalidAblation, match=message):
+        parse_ks(text, 20)
+
+
+def test_parse_ks_checks_the_text_before_the_model_is_known() -> None:
+    assert parse_ks("4,2,30", None) == [2, 4, 30] and parse_ks("1,2,3,...", None) == [1, 2, 3]
+    with pytest.raises(InvalidAblation, match="none below 1"):
+        parse_ks("0", None)
+
+
+@pytest.mark.parametrize("ks", [[1.5], ["1"], 3, None, [None], []])
+def test_check_ks_refuses_what_is_no_list_of_integers(ks: Any) -> None:
+    with pytest.raises(InvalidAblation, match="a list of integers|at least one size"):
+        check_ks(ks, 20)
+    assert check_ks(np.array([4, 2, 4]), 20) == [2, 4]
+
+
+@given(st.integers(1, 60), st.integers(1, 60), st.integers(1, 3000))
+def test_parse_ks_goes_on_to_all_heads(first: int, step: int, heads: int) -> None:
+    second = first + step
+    if second > heads:
+        return
+    arithmetic = parse_ks(f"{first},{second},{second + step},...", heads + step)
+    assert arithmetic == sorted({*range(first, heads + step, step), heads + step})
+    geometric = parse_ks(f"{first},{second},...", heads)
+    assert geometric[-1] == heads and geometric[:2] == [first, second][: len(geometric)]
+    for before, after in itertools.pairwise(geometric[1:-1]):
+        assert after == before * second // first, "rounded down"

@@ -13,6 +13,7 @@ import pytest
 
 from tests import golden as golden_module
 from tests.golden import Golden, agreement_arrays, differences, probability_change, robustness_arrays
+from tests.golden_sets import KS
 from tests.noise import FACTOR, as_toml
 from tests.test_claims import as_published, changed
 
@@ -178,6 +179,8 @@ def test_golden_folder_holds_only_what_is_tested() -> None:
         for end in (".npz", ".json")
     }
     expected |= {GOLDEN / "capitals" / f"other_imputations{end}" for end in (".npz", ".json")}
+    expected |= {GOLDEN / model / f"removal_curve{end}" for model in KS for end in (".npz", ".json")}
+    expected |= {GOLDEN / "capitals" / f"pairs{end}" for end in (".npz", ".json")}
     expected |= {GOLDEN / "tolerances.toml", GOLDEN / "gpt2" / "claims.toml"}
     assert {path for path in GOLDEN.rglob("*") if path.is_file()} == expected
 
