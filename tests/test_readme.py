@@ -100,7 +100,13 @@ def test_shown_check_is_what_is_printed(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize(
     ("page", "examples"),
-    [("README.md", 1), ("docs/python.md", 8), ("docs/imputations.md", 2), ("docs/generation.md", 1), ("docs/sets.md", 3)],
+    [
+        ("README.md", 1),
+        ("docs/python.md", 8),
+        ("docs/imputations.md", 2),
+        ("docs/generation.md", 1),
+        ("docs/sets.md", 3),
+    ],
 )
 def test_shown_python_prints_what_is_shown(page: str, examples: int) -> None:
     text = (ROOT / page).read_text(encoding="utf-8")
