@@ -40,6 +40,8 @@ from tests.kernels import batch_dependent_kernels  # noqa: E402
 
 pytest_plugins = ["pytester", "ablation.checks.plugin"]
 
+MOST_WORKERS = 4
+"""Each process takes about 1 GB of memory."""
 # One thread, unless the environment says otherwise: as fast on small models, and steady under load.
 torch.set_num_threads(int(os.environ.get("OMP_NUM_THREADS", "1")))
 
@@ -57,6 +59,13 @@ def pytest_addoption(parser: pytest.Parser) -> None:
         action="store_true",
         help="run all tests with linear layers whose last bits depend on the number of rows",
     )
+
+
+@pytest.hookimpl(optionalhook=True)
+def pytest_xdist_auto_num_workers(config: pytest.Config) -> int:
+    """Share the whole suite among processes, but run a selection in this one: each process imports torch again."""
+    is_selection = config.args_source is pytest.Config.ArgsSource.ARGS or bool(config.getoption("keyword"))
+    return 0 if is_selection or config.getoption("usepdb") else min(MOST_WORKERS, os.cpu_count() or 1)
 
 
 def pytest_configure(config: pytest.Config) -> None:

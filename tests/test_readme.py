@@ -56,42 +56,28 @@ def test_shown_sweep_is_what_is_printed(
 
 
 @pytest.mark.end_to_end
-def test_shown_studies_are_what_is_printed(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+@pytest.mark.parametrize(("page", "commands"), [("studies", 6), ("generation", 3), ("sets", 7)])
+def test_shown_commands_print_what_is_shown(
+    page: str, commands: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    """The commands of docs/studies.md, in one folder; a line of three dots stands for lines that are not shown."""
-    page = (ROOT / "docs" / "studies.md").read_text(encoding="utf-8")
-    blocks = "\n".join(re.findall(r"```console\n(.*?)```", page, re.DOTALL))
+    """The commands of a page, in one folder; a line of three dots stands for lines that are not shown."""
+    text = (ROOT / "docs" / f"{page}.md").read_text(encoding="utf-8")
+    blocks = "\n".join(re.findall(r"```console\n(.*?)```", text, re.DOTALL))
     shown = re.findall(r"^\$ (.+)\n((?:[^$\n].*\n|\n)*)", blocks, re.M)
-    assert len(shown) == 6
+    assert len(shown) == commands
+    try:
+        NAMED_MODELS["smollm2"].locate()
+    except ModelUnavailable as error:
+        if any("--model smollm2" in command for command, _ in shown):
+            pytest.skip(str(error))
     monkeypatch.chdir(tmp_path)
     (tmp_path / "berlin.txt").write_text(" ".join(f"{city} is the capital of {land}." for city, land in CAPITALS))
+    for file in re.findall(r"```\n(city readers: .*?)```", text, re.DOTALL):
+        (tmp_path / "circuits.txt").write_text(file)
     for command, output in shown:
         assert main(shlex.split(command)[1:]) == 0, command
         printed, _, _ = capsys.readouterr().out.partition("\nArrays, table")
         pattern = ".*".join(re.escape(part.strip()) for part in re.split(r"^\.\.\.$", output, flags=re.M))
-        assert re.fullmatch(pattern, printed.strip(), re.DOTALL), f"{command} prints\n{printed}"
-
-
-@pytest.mark.end_to_end
-def test_shown_generations_are_what_is_printed(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
-) -> None:
-    """The commands of docs/generation.md; a line of three dots stands for lines that are not shown."""
-    page = (ROOT / "docs" / "generation.md").read_text(encoding="utf-8")
-    shown = re.findall(
-        r"^\$ (.+)\n((?:[^$`\n].*\n|\n)*)", "\n".join(re.findall(r"```console\n(.*?)```", page, re.DOTALL)), re.M
-    )
-    assert len(shown) == 3
-    try:
-        NAMED_MODELS["smollm2"].locate()
-    except ModelUnavailable as error:
-        pytest.skip(str(error))
-    monkeypatch.chdir(tmp_path)
-    for command, output in shown:
-        assert main(shlex.split(command)[1:]) == 0, command
-        pattern = ".*".join(re.escape(part.strip()) for part in re.split(r"^\.\.\.$", output, flags=re.M))
-        printed = capsys.readouterr().out
         assert re.fullmatch(pattern, printed.strip(), re.DOTALL), f"{command} prints\n{printed}"
 
 
@@ -114,7 +100,13 @@ def test_shown_check_is_what_is_printed(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize(
     ("page", "examples"),
-    [("README.md", 1), ("docs/python.md", 8), ("docs/imputations.md", 2), ("docs/generation.md", 1)],
+    [
+        ("README.md", 1),
+        ("docs/python.md", 8),
+        ("docs/imputations.md", 2),
+        ("docs/generation.md", 1),
+        ("docs/sets.md", 3),
+    ],
 )
 def test_shown_python_prints_what_is_shown(page: str, examples: int) -> None:
     text = (ROOT / page).read_text(encoding="utf-8")
