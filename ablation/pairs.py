@@ -20,7 +20,6 @@ from ablation.choices import BY
 from ablation.curves import Heads, rank_heads
 from ablation.errors import InvalidAblation, InvalidResult
 from ablation.results import Result
-from ablation.statistics import Share
 from ablation.units import Pair, pair_label, pair_order
 
 Floats = NDArray[np.float64]
@@ -114,14 +113,6 @@ class Pairs:
     def restores(self) -> NDArray[np.bool_]:
         """[P, N] whether both heads together keep the prediction, which one of them alone changes."""
         return ~self.both_kept_alone & self.result.kept[:, self.together]
-
-    def share_that_compensates(self) -> Share | None:
-        """Return in how many runs, of those in which neither head alone changes the prediction, both together do.
-
-        None if there is no such run.
-        """
-        runs = self.compensates[self.both_kept_alone]
-        return statistics.share(runs) if runs.size else None
 
 
 def strongest_heads(result: Result, count: int, by: str = "target", imputation: str | None = None) -> Heads:

@@ -247,14 +247,14 @@ def findings_of_pairs(result: Result, decode: Decode, strongest: int = 10, by: s
         interaction, together = pairs.interaction(by), pairs.effect(by)
         ends = statistics.bootstrap_interval(interaction)
         mean = interaction.mean(axis=0)
-        compensating = pairs.share_that_compensates()
+        in_logits = pairs.interaction("logit_difference").mean(axis=0)
         order = np.argsort(-np.abs(mean), kind="stable")[:strongest]
         lower, upper = (of.mean(axis=0) for of in pairs.alone(by))
         flips = pairs.compensates.sum(axis=0)
         found["imputations"][imputation] = {
             "heads": len(pairs.heads),
             "pairs": len(pairs.pairs),
-            "compensating": None if compensating is None else share_of(compensating),
+            "compensating": {"count": int(pairs.compensates.sum()), "of": int(pairs.both_kept_alone.sum())},
             "compensating_pairs": int((flips > 0).sum()),
             "restoring": int(pairs.restores.sum()),
             "strongest": [
@@ -271,6 +271,7 @@ def findings_of_pairs(result: Result, decode: Decode, strongest: int = 10, by: s
                             for name, end in zip(("low", "high"), ends, strict=True)
                         },
                     },
+                    "interaction_in_logits": float(in_logits[n]),
                     "compensates": int(flips[n]),
                     "prediction": decode(int(result.ablated["argmax"][0, pairs.together[n]])),
                 }
@@ -285,30 +286,31 @@ def render_pairs(found: dict[str, Any]) -> str:
     single = found["prompts"] == 1
     lines = [clean_line(found["clean"]), *ablated_line(found)]
     for imputation, of in found["imputations"].items():
-        share = of["compensating"]
+        both = of["compensating"]
         runs = "pairs" if single else "runs of a pair on a prompt"
         lines += ["", f"{imputation:10} {of['pairs']} pairs of {of['heads']} heads"]
-        if share is not None:
+        if both["of"]:
             lines.append(
-                f"           {share['count']} of {share['of']} {runs} ({share['count'] / share['of']:.2%} "
-                f"[{share['low']:.2%}, {share['high']:.2%}])"
+                f"           {both['count']} of {both['of']} {runs} ({both['count'] / both['of']:.2%}) change a "
+                "prediction that neither head changes alone"
             )
-            lines.append("           change a prediction that neither head changes alone")
         lines.append(f"           {of['restoring']} {runs} keep a prediction that one of the heads changes alone")
         last = "prediction of both" if single else "changed by both only"
         lines.append(
-            f"  {'heads':15} {'alone, pp':>18}  {'both, pp':>9}  {'interaction, pp':>{16 if single else 26}}  {last}"
+            f"  {'heads':15} {'alone, pp':>18}  {'both, pp':>9}  {'interaction, pp':>{16 if single else 26}}  "
+            f"{'in logits':>9}  {last}"
         )
         for pair in of["strongest"]:
             alone = f"{100 * pair['effect_lower']:+.2f} {100 * pair['effect_upper']:+.2f}"
             beyond = points_of(pair["interaction"], 16 if single else 26)
             end = repr(pair["prediction"]) if single else f"{pair['compensates']} of {found['prompts']}"
             lines.append(
-                f"  {pair['lower'] + ' ' + pair['upper']:15} {alone:>18}  {100 * pair['effect']:+9.2f}  {beyond}  {end}"
+                f"  {pair['lower'] + ' ' + pair['upper']:15} {alone:>18}  {100 * pair['effect']:+9.2f}  {beyond}  "
+                f"{pair['interaction_in_logits']:+9.2f}  {end}"
             )
     lines += [
         "",
-        "interaction = effect of both - effect of one - effect of the other, of P(target). If all three effects are",
-        "negative and so is the interaction, each head stands in for the other: without both, more is lost.",
+        "interaction = effect of both - effect of one - effect of the other, on P(target); in logits: on the logit",
+        "difference. Effects on probabilities need not add up even for independent heads, so compare the two.",
     ]
     return "\n".join(lines + _about_intervals(found["prompts"]))

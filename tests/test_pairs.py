@@ -108,14 +108,13 @@ def test_pairs_compensate_and_restore_as_a_plain_loop_says() -> None:
             counts["restores"] += not (first and second) and both
             counts["alone"] += first and second
     assert min(counts.values()) > 0
-    share = pairs.share_that_compensates()
-    assert share is not None and (share.count, share.of) == (counts["compensates"], counts["alone"])
+    assert (pairs.compensates.sum(), pairs.both_kept_alone.sum()) == (counts["compensates"], counts["alone"])
 
 
-def test_share_is_none_if_every_head_changes_the_prediction() -> None:
+def test_no_pair_compensates_if_every_head_changes_the_prediction() -> None:
     result = pairs_result()
     other = replace(result, clean={**result.clean, "argmax": np.full(3, 2)})
-    assert Pairs.of(other).share_that_compensates() is None
+    assert not Pairs.of(other).both_kept_alone.any()
     assert not Pairs.of(other).compensates.any() and not Pairs.of(other).restores.any()
 
 
