@@ -163,6 +163,10 @@ def test_parse_ks_refuses_other_texts(text: str) -> None:
     assert len(str(error.value)) < 300
 
 
+def test_parse_ks_goes_on_without_rounding_of_the_factor() -> None:
+    assert parse_ks("3,26,...", 2000) == [3, 26, 225, 1950, 2000]  # 26 / 3 as a float gives 1949
+
+
 @pytest.mark.parametrize("text", ["2,2,...", "4,2,...", "1,4,2,..."])
 def test_parse_ks_refuses_to_go_on_without_growth(text: str) -> None:
     with pytest.raises(InvalidAblation, match="does not grow"):

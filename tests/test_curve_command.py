@@ -15,7 +15,7 @@ import numpy as np
 import pytest
 
 from ablation.curve_command import _take_over
-from ablation.curves import Curve, rank_heads
+from ablation.curves import Curve, random_orders, rank_heads
 from ablation.edits import Ablation
 from ablation.engine import run_sequential
 from ablation.models import LoadedModel
@@ -35,7 +35,11 @@ def test_curve_takes_the_order_of_a_result(run: Run, result: str, swept_cities: 
     assert (curve.ks, curve.imputations) == ((1, 2), ("zero",)) and curve.random["layers"]["kl"].shape == (1, 2, 2)
     assert [of.prompt for of in found.prompts] == [record["prompt"] for record in RECORDS]
     assert [of.target_text for of in found.prompts] == list(CITIES.values())
-    assert [key.heads for key in found.ablations if key.name.startswith("ordered")] == [ranked[:1], ranked[:2]]
+    sets = {key.name: key.heads for key in found.ablations}
+    assert (sets["ordered 1"], sets["ordered 2"]) == (ranked[:1], ranked[:2])
+    everyone = [key.heads[0] for key in swept_cities.ablations if key.imputation == "zero"]
+    for of in random_orders(ranked[:2], everyone, 2, seed=3):
+        assert sets[of.name(2)] == of.heads
     first = swept_cities.ablated["kl"][:, swept_cities.ablations.index(AblationKey(ranked[:1], "zero"))]
     assert curve.ordered["kl"][0, 0] == pytest.approx(first.mean(), abs=ATOL["float32"])
     assert "the KL divergence by zero imputation in swept, on 4 prompts" in out
@@ -87,14 +91,14 @@ def test_curve_without_texts_does_not_claim_other_prompts(run: Run, odd: Path) -
 
 @pytest.mark.parametrize("seed", ["0", "5"])
 def test_split_ranks_and_ablates_on_different_prompts(run: Run, result: str, swept_cities: Result, seed: str) -> None:
-    arguments = ["curve", result, "--split", "0.25", "--seed", seed, "--k", "1", "--random", "0", "--out", "out"]
+    arguments = ["curve", result, "--split", "0.25", "--seed", seed, "--k", "12", "--random", "0", "--out", "out"]
     assert run(*arguments)[0] == 0
     found = Result.load("out")
     evaluated = [of.prompt for of in found.prompts]
     texts = [record["prompt"] for record in RECORDS]
     ranked = [number for number, text in enumerate(texts) if text not in evaluated]
     assert len(ranked) == 1 and len(evaluated) == 3
-    assert found.ablations[0].heads == rank_heads(swept_cities, prompts=ranked)[:1]
+    assert found.ablations[0].heads == rank_heads(swept_cities, prompts=ranked)[:12] != rank_heads(swept_cities)[:12]
 
 
 def test_curve_takes_the_order_of_a_file(run: Run) -> None:

@@ -15,10 +15,11 @@ from tests.test_set_commands import Run, files, rows, run, swept_cities  # noqa:
 
 
 def test_pairs_of_the_strongest_heads(run: Run, swept_cities: Result) -> None:
-    arguments = ["pairs", "--prompts", "cities.jsonl", "--top", "3", "--by", "kl", "--pairs-of", "L5H5"]
+    arguments = ["pairs", "--prompts", "cities.jsonl", "--top", "3", "--by", "margin", "--pairs-of", "L5H5"]
     status, out, err = run(*arguments, "--out", "out")
     assert (status, err) == (0, "") and files("out") >= {"sweep.npz", "sweep.json", "pairs.csv", "figure.png"}
-    pairs, top = Pairs.of(Result.load("out")), strongest_heads(swept_cities, 3, "kl")
+    pairs, top = Pairs.of(Result.load("out")), strongest_heads(swept_cities, 3, "margin")
+    assert set(top) != set(strongest_heads(swept_cities, 3))
     assert set(pairs.heads) == {*top, (5, 5)} and all((5, 5) in pair for pair in pairs.pairs)
     assert out.startswith("capitals: 4 prompts\n") and "3 pairs of 4 heads" in out
     table = [row for row in rows("out/pairs.csv") if row["metric"] == "target_probability"]
