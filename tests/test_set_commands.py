@@ -338,7 +338,7 @@ def test_figure_that_cannot_be_drawn_leaves_the_result(run: Run, monkeypatch: py
     ("arguments", "figure"),
     [
         (["set", "L0", "L0H8 L0H9", "MLP3"], "sets.png"),
-        (["pairs", "--top", "4"], "pairs.png"),
+        (["pairs", "--top", "4"], "interactions.png"),
         (["curve", "--greedy", "--k", "1,2", "--random", "2"], "curve.png"),
     ],
 )
