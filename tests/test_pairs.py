@@ -111,7 +111,7 @@ def test_pairs_compensate_and_restore_as_a_plain_loop_says() -> None:
     assert (pairs.compensates.sum(), pairs.both_kept_alone.sum()) == (counts["compensates"], counts["alone"])
 
 
-def test_no_pair_compensates_if_every_head_changes_the_prediction() -> None:
+def test_no_pair_compensates_if_heads_alone_change_the_answer() -> None:
     result = pairs_result()
     other = replace(result, clean={**result.clean, "argmax": np.full(3, 2)})
     assert not Pairs.of(other).both_kept_alone.any()
