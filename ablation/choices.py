@@ -134,7 +134,7 @@ def parse_ks(text: str, heads: int | None) -> list[int]:
         if heads is not None:
             while (following := ks[-1] * last // before if geometric else ks[-1] + last - before) < heads:
                 ks.append(following)
-            ks.append(heads)
+            ks = [*(k for k in ks if k < heads), heads]
     return check_ks(ks, heads)
 
 

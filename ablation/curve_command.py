@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import dataclasses
+import re
 import warnings
 from collections.abc import Sequence
 from pathlib import Path
@@ -90,7 +91,7 @@ def add_command(commands: Any) -> None:
         help="rank heads on this share of the prompts, drawn with --seed, and ablate them on the others",
     )
     add_question_options(parser)
-    add_imputation_options(parser, ["zero"])
+    add_imputation_options(parser, ["zero"], "of the random orders, of --split, and of the draws of resample")
     add_output_options(parser)
     parser.set_defaults(
         run=_curve, text=None, stride=None, top=None, model=None, imputation=None, positions=None, dtype=None
@@ -170,6 +171,8 @@ def _read_order(arguments: argparse.Namespace) -> _Order:
     if arguments.greedy:
         return _Order()
     path = Path(arguments.order).expanduser()
+    if not path.exists():
+        raise InvalidResult(f"there is no {one_line(arguments.order)}: pass the folder of a sweep, or a file of heads")
     if not path.is_file():
         from ablation.results import ARRAYS, Result
 
@@ -183,7 +186,10 @@ def _read_order(arguments: argparse.Namespace) -> _Order:
     except (OSError, UnicodeDecodeError) as error:
         reason = getattr(error, "strerror", None) or error
         raise InvalidHead(f"cannot read heads from {one_line(path)}: {reason}") from None
-    heads = units.parse_set(text)
+    try:
+        heads = units.parse_set(re.sub("#.*", "", text))
+    except InvalidHead as error:
+        raise InvalidHead(f"{one_line(path.name)}: {error}") from None
     if any(unit.kind == "MLP" for unit in heads.units):
         raise InvalidHead(f"{one_line(path.name)}: an order names heads, and no MLPs")
     return _Order(heads=heads)
@@ -293,7 +299,7 @@ def _heads(
     heads, by = find_heads(loaded.model), choices.BY[arguments.by][2]
     if order.heads is not None:
         found = dict.fromkeys(pair for unit in order.heads.units for pair in unit.pairs(heads))
-        return tuple(found), f"{len(found)} heads of {Path(arguments.order).name}", 0.0
+        return tuple(found), f"{len(found)} head{'' if len(found) == 1 else 's'} of {Path(arguments.order).name}", 0.0
     if order.result is not None:
         imputation = _ranking_imputation(order.result, arguments)
         if provenance.weights_digest(loaded.model)["weights_sha256"] != order.result.provenance.get("weights_sha256"):

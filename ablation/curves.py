@@ -26,7 +26,7 @@ Heads = tuple[Pair, ...]
 Floats = NDArray[np.float64]
 
 RANDOM = ("uniform", "layers")
-"""The kinds of random orders."""
+"""The kinds of random orders; reports call them random heads, and random heads of the same layers."""
 ORDERED = "ordered"
 METRICS = ("correct", "target_probability", "logit_difference", "kl")
 """The metrics of a curve."""
@@ -200,8 +200,11 @@ class Curve:
         )
 
     def band(self, kind: str, metric: str) -> tuple[Floats, Floats, Floats]:
-        """Return the mean of the random orders of a kind, and the ends of their band, `BAND`, [I, K] each."""
-        values = self.random[kind][metric]
+        """Return the mean of the random orders of a kind, and the ends of their band, `BAND`, [I, K] each.
+
+        kind: of `RANDOM`. Raises InvalidResult for a kind or a metric that the curve does not have.
+        """
+        values = self._orders(kind, metric)
         low, high = np.percentile(values, BAND, axis=1)
         return values.mean(axis=1), low, high
 
@@ -210,12 +213,18 @@ class Curve:
 
         With D orders, it is (1 + their number) / (1 + D), so that it is never 0: a one-sided p value (Phipson and
         Smyth, 2010). Harm is a smaller value; for `kl`, a larger one. A random set of the same heads does the same
-        harm, whatever rounding says.
+        harm, whatever rounding says. Raises InvalidResult as `band` does.
         """
         sign = -1.0 if metric == "kl" else 1.0
-        values = sign * self.random[kind][metric]
+        values = sign * self._orders(kind, metric)
         worse = (values <= sign * self.ordered[metric][:, None]) | self.same[kind]
         return np.asarray((1 + worse.sum(axis=1)) / (1 + values.shape[1]))
+
+    def _orders(self, kind: str, metric: str) -> Floats:
+        if kind not in self.random or metric not in self.random[kind]:
+            has = f"{', '.join(self.random) or 'none'}; metrics: {', '.join(METRICS)}"
+            raise InvalidResult(f"the curve has no {metric!r} of random orders {kind!r}: its orders: {has}")
+        return self.random[kind][metric]
 
 
 def curve_rows(curve: Curve) -> Iterable[dict[str, Any]]:

@@ -134,7 +134,7 @@ def _unevenness(places: Floats) -> float:
 
 def _legend(curve: Curve, prompts: int) -> list[Line2D | Patch]:
     bars = f"; lines: 95% interval over {prompts} prompts" if prompts > 1 else ""
-    handles: list[Line2D | Patch] = [Line2D([], [], label=f"strongest heads first{bars}", **ORDERED)]
+    handles: list[Line2D | Patch] = [Line2D([], [], label=f"heads in their order{bars}", **ORDERED)]
     for kind, values in curve.random.items():
         look, orders = LOOKS[kind], values[METRICS[0]].shape[1]
         which = f"{look.noun}: {'one order' if orders == 1 else f'mean of {orders} orders'}"
@@ -168,11 +168,11 @@ def _halving(curve: Curve, metric: str, what: str, names: list[str]) -> str:
     if first is None:
         at = max(np.flatnonzero(ordered[0] == ordered[0].min()))
         left = f"{100 * ordered[0, at]:.0f}%" if metric == "correct" else rounded(float(ordered[0, at]))
-        words = f"{_strongest(most, 'do', 'does')} not halve {what}: {left} is left"
+        words = f"{_first_heads(most, 'do', 'does')} not halve {what}: {left} is left"
         if curve.ks[at] != most:
-            words += f", by {_strongest(curve.ks[at])}"
+            words += f", by {_first_heads(curve.ks[at])}"
     else:
-        words = f"{_strongest(first, 'halve', 'halves')} {what}"
+        words = f"{_first_heads(first, 'halve', 'halves')} {what}"
     if others:
         sizes = (f"{name}: {'no number' if k is None else k}" for name, k in zip(names[1:], others, strict=True))
         words += f" ({', '.join(sizes)})"
@@ -205,15 +205,15 @@ def _halved(values: Floats, clean: float, ks: tuple[int, ...]) -> int | None:
 def _change(curve: Curve, metric: str, what: str) -> str:
     """Return how much the largest sets change a metric that cannot be halved, in words."""
     k, clean = curve.ks[-1], curve.clean[metric]
-    words = f"{_strongest(k, 'change', 'changes')} {what} by {signed(float(curve.ordered[metric][0, -1]) - clean)}"
+    words = f"{_first_heads(k, 'change', 'changes')} {what} by {signed(float(curve.ordered[metric][0, -1]) - clean)}"
     for kind, of in curve.random.items():
         words += f"; {_random((kind, k))} by {signed(float(np.median(of[metric][0, :, -1])) - clean)}"
     return words
 
 
-def _strongest(k: int, plural: str = "", singular: str = "") -> str:
+def _first_heads(k: int, plural: str = "", singular: str = "") -> str:
     """Return the name of the first k heads, with a verb."""
-    return f"the strongest head {singular}".strip() if k == 1 else f"the {k} strongest heads {plural}".strip()
+    return f"the first head {singular}".strip() if k == 1 else f"the first {k} heads {plural}".strip()
 
 
 def _random(*sizes: tuple[str, int]) -> str:

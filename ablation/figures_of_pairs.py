@@ -36,6 +36,7 @@ from ablation.figure_texts import (
 from ablation.maps import ABSENT, RING, Panel, add_legend, heat_map, negative_legend
 from ablation.pairs import Pairs
 from ablation.results import Result
+from ablation.units import pair_label
 
 METRIC = "target_probability"
 MAP = 2.4, 4.0
@@ -66,7 +67,7 @@ class _Shown:
     @cached_property
     def labels(self) -> list[str]:
         """[H] the names of the heads."""
-        return [f"L{layer}H{head}" for layer, head in self.pairs.heads]
+        return list(map(pair_label, self.pairs.heads))
 
     def cell(self, row: int, column: int) -> str:
         """The name of the pair of a cell of the map."""
@@ -127,7 +128,7 @@ def draw_pairs(result: Result, folder: Path | str, title: str, decode: Callable[
         for (left, right), of in zip(panels, shown, strict=True):
             name_heads(left, of.upper, of.marked, of.cell)
             points = np.stack([of.alone.sum(axis=0), of.together], axis=1)[of.strongest]
-            name_points(right, points, ["+".join(f"L{y}H{x}" for y, x in of.pairs.pairs[n]) for n in of.strongest])
+            name_points(right, points, ["+".join(map(pair_label, of.pairs.pairs[n])) for n in of.strongest])
         figure.savefig(path, backend="agg")
     return path
 
@@ -221,7 +222,7 @@ def _finding(shown: list[_Shown], probability: str) -> str:
     if not of.strongest:
         return f"no two heads interact: all their effects on {probability} add up; {together}"
     number = of.strongest[0]
-    pair = " and ".join(f"L{layer}H{head}" for layer, head in of.pairs.pairs[number])
+    pair = " and ".join(map(pair_label, of.pairs.pairs[number]))
     value = float(of.interaction[number])
     amount = f"{signed(value)} pp"
     if prompts > 1:

@@ -169,7 +169,7 @@ class Generations:
         longest = getattr(self.loaded.model.config.get_text_config(), "max_position_embeddings", None)
         if longest is not None and read > longest:
             return of.row.problem(
-                f"it has {tokens} tokens, and the model takes at most {longest}, so it can generate at most "
+                f"the prompt has {tokens} tokens, and the model takes at most {longest}, so it can generate at most "
                 f"{longest - tokens + 1} new tokens, not {self.max_new_tokens}"
             )
         at_new_tokens = of.positions is None and not self.only_prompt

@@ -162,8 +162,8 @@ def _replaceable_files(
         )
     if manifest is not None and not overwrite and not is_same(manifest):
         raise InvalidOutput(
-            f"{out} holds the result of another question, model, imputation or dtype, or does not say of which: choose "
-            "another folder, or replace it with --overwrite (in Python, overwrite=True)"
+            f"{out} holds the result of another question, model, study, imputation or dtype, or does not say of which: "
+            "choose another folder, or replace it with --overwrite (in Python, overwrite=True)"
         )
     return own
 

@@ -118,10 +118,10 @@ class Pairs:
 def strongest_heads(result: Result, count: int, by: str = "target", imputation: str | None = None) -> Heads:
     """Return the heads of a sweep with the largest mean effect of either sign. by: see `ablation.choices.BY`.
 
-    Raises InvalidAblation unless `count` is at least 2, and the errors of `rank_heads`.
+    Raises InvalidAblation unless `count` is at least 1, and the errors of `rank_heads`.
     """
-    if count < 2:
-        raise InvalidAblation(f"{count} heads make no pair: take at least 2")
+    if count < 1:
+        raise InvalidAblation(f"{count} heads are none: take at least 1")
     order = rank_heads(result, by, imputation)
     name = result.imputations[0] if imputation is None else imputation
     change = np.abs(result.change(BY[by][0]).mean(axis=0))

@@ -58,7 +58,7 @@ def add_command(commands: Any) -> None:
     add(
         "--top",
         dest="strongest",
-        type=choices.whole_number(2),
+        type=choices.whole_number(1),
         metavar="N",
         help="only pairs of the N heads with the largest effect on their own, of either sign (and those of --pairs-of)",
     )

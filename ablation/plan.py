@@ -122,7 +122,7 @@ class Plan:
         for name, positions in longest.items():
             if len(token_ids) > positions:
                 raise InvalidPrompt(
-                    f"it has {len(token_ids)} tokens, and {name!r} has values for {positions} positions"
+                    f"the prompt has {len(token_ids)} tokens, and {name!r} has values for {positions} positions"
                 )
 
     def work_of_reference(self, loaded: LoadedModel, prompts: int) -> float:

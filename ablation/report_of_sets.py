@@ -104,12 +104,21 @@ def render_sets(found: dict[str, Any]) -> str:
                 lines.append(f"  {_cut(of['name'], width):{width}}  {len(of['heads']):5}  {row}  {last}{flip}")
     receipts = [of for of in found["sets"] if not of["changed"]]
     replaced = sum(of["replaced"] for of in found["sets"])
-    lines += ["", f"receipts   every projection was called once; {replaced} elements of z were replaced"]
+    lines += _receipts({"replaced": replaced})
     if receipts:
         lines.append(
             f"           {', '.join(_cut(of['name'], width) for of in receipts)}: no element of z changed its value"
         )
     return "\n".join(lines + _about_intervals(found["prompts"]))
+
+
+def counted(number: int, noun: str) -> str:
+    """Return a number of things, in the singular or the plural."""
+    return f"{number} {noun}" if number == 1 else f"{number} {noun}s"
+
+
+def _receipts(found: dict[str, Any]) -> list[str]:
+    return ["", f"receipts   every projection was called once; {found['replaced']} elements of z were replaced"]
 
 
 def _cut(text: str, width: int) -> str:
@@ -138,6 +147,7 @@ def findings_of_curve(result: Result, decode: Decode) -> dict[str, Any]:
         "prompts": len(result.prompts),
         "clean": clean_findings(result, decode),
         "ablated": where(result),
+        "replaced": int(result.replaced.sum()),
         "ks": list(curve.ks),
         "study": result.provenance.get("study", {}),
         "imputations": {},
@@ -181,23 +191,22 @@ def render_curve(found: dict[str, Any]) -> str:
         for metric, name, form in shown:
             kinds = of["metrics"][metric]
             lines += ["", f"{imputation}, {name}"]
-            lines.append("  " + "  ".join(["   k", *(f"{KIND_NAMES[kind]:>24}" for kind in kinds)]))
+            wide = {kind: 31 if metric == "kl" and kind != ORDERED else 24 for kind in kinds}
+            lines.append("  " + "  ".join(["   k", *(f"{KIND_NAMES[kind]:>{wide[kind]}}" for kind in kinds)]))
             for j in _shown(found["ks"]):
-                cells = [f"{_cell(values, j, form):>24}" for values in kinds.values()]
+                shows_p = metric == "kl"
+                cells = [f"{_cell(of_kind, j, form, shows_p=shows_p):>{wide[kind]}}" for kind, of_kind in kinds.items()]
                 lines.append("  " + "  ".join([f"{found['ks'][j]:4}", *cells]))
-        for kind, values in of["metrics"]["kl"].items():
-            if kind != ORDERED:
-                least = min(values["as_harmful"])
-                lines.append(
-                    f"  {KIND_NAMES[kind]}: at best, {least:.2f} of the orders reach the KL of the ordered heads (of "
-                    f"{values['orders']} orders, at least {1 / (1 + values['orders']):.2f})"
-                )
     if len(_shown(found["ks"])) < len(found["ks"]):
         lines += ["", f"{len(found['ks'])} sizes were run; curve.csv has all of them."]
     if any(set(of["metrics"]["kl"]) - {ORDERED} for of in found["imputations"].values()):
         low, high = (f"{end:.0f}" for end in BAND)
-        lines += ["", f"Brackets after random heads hold the {low}th and {high}th percentile of the orders."]
-    return "\n".join(lines + _about_intervals(found["prompts"]))
+        lines += [
+            "",
+            f"Brackets after random heads hold the {low}th and {high}th percentile of the orders. p is their share,",
+            "counting one more, with a KL of at least that of the ordered heads; it is not corrected for many sizes.",
+        ]
+    return "\n".join([*lines, *_receipts(found), *_about_intervals(found["prompts"])])
 
 
 def _shown(ks: list[int]) -> list[int]:
@@ -208,11 +217,11 @@ def _shown(ks: list[int]) -> list[int]:
     return sorted({round(number) - 1 for number in wanted})
 
 
-def _cell(values: dict[str, Any], index: int, form: Callable[[float], str]) -> str:
-    mean = form(values["mean"][index])
-    if values["low"] is None:
-        return mean
-    return f"{mean} [{form(values['low'][index])}, {form(values['high'][index])}]"
+def _cell(values: dict[str, Any], index: int, form: Callable[[float], str], *, shows_p: bool) -> str:
+    text = form(values["mean"][index])
+    if values["low"] is not None:
+        text += f" [{form(values['low'][index])}, {form(values['high'][index])}]"
+    return f"{text} p={values['as_harmful'][index]:.2f}" if shows_p and "as_harmful" in values else text
 
 
 def _about_order(study: dict[str, Any]) -> list[str]:
@@ -240,6 +249,7 @@ def findings_of_pairs(result: Result, decode: Decode, strongest: int = 10, by: s
         "clean": clean_findings(result, decode),
         "ablated": where(result),
         "by": by,
+        "replaced": int(result.replaced.sum()),
         "imputations": {},
     }
     for imputation in result.imputations:
@@ -287,14 +297,18 @@ def render_pairs(found: dict[str, Any]) -> str:
     lines = [clean_line(found["clean"]), *ablated_line(found)]
     for imputation, of in found["imputations"].items():
         both = of["compensating"]
-        runs = "pairs" if single else "runs of a pair on a prompt"
-        lines += ["", f"{imputation:10} {of['pairs']} pairs of {of['heads']} heads"]
+        runs = "pairs" if single else "runs"
+        lines += ["", f"{imputation:10} {counted(of['pairs'], 'pair')} of {of['heads']} heads"]
         if both["of"]:
             lines.append(
-                f"           {both['count']} of {both['of']} {runs} ({both['count'] / both['of']:.2%}) change a "
-                "prediction that neither head changes alone"
+                f"           of {both['of']} {runs} in which neither head alone changes the prediction, "
+                f"{both['count']} ({both['count'] / both['of']:.2%}) change it with both"
             )
-        lines.append(f"           {of['restoring']} {runs} keep a prediction that one of the heads changes alone")
+        others = of["pairs"] * found["prompts"] - both["of"]
+        if others:
+            lines.append(
+                f"           of {others} {runs} in which a head alone changes it, {of['restoring']} keep it with both"
+            )
         last = "prediction of both" if single else "changed by both only"
         lines.append(
             f"  {'heads':15} {'alone, pp':>18}  {'both, pp':>9}  {'interaction, pp':>{16 if single else 26}}  "
@@ -312,5 +326,6 @@ def render_pairs(found: dict[str, Any]) -> str:
         "",
         "interaction = effect of both - effect of one - effect of the other, on P(target); in logits: on the logit",
         "difference. Effects on probabilities need not add up even for independent heads, so compare the two.",
+        *_receipts(found),
     ]
     return "\n".join(lines + _about_intervals(found["prompts"]))

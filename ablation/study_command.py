@@ -52,7 +52,9 @@ def add_question_options(parser: argparse.ArgumentParser) -> None:
     add("--chat", action="store_true", help="a prompt is a user's message, rendered by the model's chat template")
 
 
-def add_imputation_options(parser: argparse.ArgumentParser, default: Sequence[str]) -> None:
+def add_imputation_options(
+    parser: argparse.ArgumentParser, default: Sequence[str], seed_of: str = "of the draws of resample"
+) -> None:
     """Add the options that say what replaces z, and where. default: the imputations without --imputation."""
     add = parser.add_argument
     add(
@@ -85,7 +87,7 @@ def add_imputation_options(parser: argparse.ArgumentParser, default: Sequence[st
         metavar="N",
         help="prompts that resample draws for each prompt; metrics are averaged over them (default: 1)",
     )
-    add("--seed", type=choices.whole_number(0), metavar="N", help="of the draws of resample (default: 0)")
+    add("--seed", type=choices.whole_number(0), metavar="N", help=f"{seed_of} (default: 0)")
     parser._negative_number_matcher = NEGATIVE  # otherwise, argparse takes -2,-1 for an option
 
 

@@ -56,6 +56,11 @@ def asking(
     positions = choices.parse_positions(arguments.positions)
     column = positions if isinstance(positions, str) and positions not in ("all", "last") else None
     if column is not None and arguments.prompts is None:
+        if rows:
+            raise InvalidPrompt(
+                f"the result is of the column {one_line(column)!r} of its prompts: pass their file with --prompts, or "
+                "other --positions"
+            )
         raise InvalidPrompt(
             f"--positions is all, last, integers such as 0,3,-1, or a column of a file that --prompts names, not "
             f"{one_line(column)!r}"

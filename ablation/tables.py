@@ -22,15 +22,16 @@ COLUMNS = (
     *("imputation", "positions", "layer", "head", "heads"),
     *("metric", "clean", "ablated", "change"),
 )
-"""positions: the tokens at which z was replaced. heads: the name of the set of heads, or all its heads, such as
-L0H8+L0H9; layer and head are empty unless it is one. change: ablated - clean; empty for token ids."""
+"""positions: the tokens at which z was replaced. heads: all heads of the ablation, such as L0H8+L0H9; layer and head
+are empty unless it is one. change: ablated - clean; empty for token ids. If sets of heads have names, a column `set`
+holds them."""
 
 
 def write_csv(result: Result, path: Path) -> None:
     """Write the table as a CSV file, in UTF-8. Numbers are written without loss. Raises OSError."""
     with path.open("w", encoding="utf-8", errors="backslashreplace", newline="") as file:
         writer = csv.writer(file)
-        writer.writerow(COLUMNS)
+        writer.writerow(_columns(result))
         for rows in _blocks(result):
             writer.writerows(rows)
 
@@ -89,14 +90,19 @@ def to_frame(result: Result) -> pandas.DataFrame:
             "positions": texts([key.positions for key in result.ablations], 2),
             "layer": integers([layer for layer, _ in places]),
             "head": integers([head for _, head in places]),
-            "heads": texts([key.title for key in result.ablations], 2),
+            "heads": texts([key.label for key in result.ablations], 2),
             "metric": texts(metrics, 1),
             "clean": np.broadcast_to(clean, shape).ravel(),
             "ablated": ablated.ravel(),
             "change": change.ravel(),
+            "set": texts([key.name or None for key in result.ablations], 2),
         },
-        columns=list(COLUMNS),
+        columns=_columns(result),
     )
+
+
+def _columns(result: Result) -> list[str]:
+    return [*COLUMNS, "set"] if any(key.name for key in result.ablations) else list(COLUMNS)
 
 
 def _place(key: AblationKey) -> tuple[int | None, int | None]:
@@ -114,15 +120,16 @@ def _texts(prompt: Any) -> tuple[str | None, ...]:
 def _blocks(result: Result) -> Iterator[Iterator[tuple[Any, ...]]]:
     """Yield the rows of the table, one block for each prompt and metric."""
     keys = [
-        (key.imputation, key.positions, *("" if index is None else index for index in _place(key)), key.title)
+        (key.imputation, key.positions, *("" if index is None else index for index in _place(key)), key.label)
         for key in result.ablations
     ]
+    names = [[key.name] if "set" in _columns(result) else [] for key in result.ablations]
     for index, prompt in enumerate(result.prompts):
         texts = (index, *("" if text is None else text for text in _texts(prompt)))
         for metric in result.clean:
             clean, ablated = result.clean[metric][index].item(), result.ablated[metric][index].tolist()
             has_change = metric != "argmax"
             yield (
-                (*texts, *key, metric, clean, value, (value - clean if has_change else ""))
-                for key, value in zip(keys, ablated, strict=True)
+                (*texts, *key, metric, clean, value, (value - clean if has_change else ""), *name)
+                for key, value, name in zip(keys, ablated, names, strict=True)
             )

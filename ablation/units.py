@@ -201,6 +201,14 @@ def each(text: str, head_map: HeadMap) -> list[Units]:
     return [Units((unit,)) for unit in dict.fromkeys(units)]
 
 
+def _is_other_set(name: str, units: Units) -> bool:
+    """Whether a name reads as a set of its own, and not as these units."""
+    try:
+        return set(parse_set(name).units) != set(units.units)
+    except InvalidHead:
+        return False
+
+
 def read_sets(path: Path | str) -> list[tuple[str, Units]]:
     """Read a file of sets: (name, set) for each line, `NAME: UNITS` or `UNITS`, whose name is its normal form.
 
@@ -226,6 +234,8 @@ def read_sets(path: Path | str) -> list[tuple[str, Units]]:
             name = name if colon else units.text
             if not name:
                 raise InvalidHead("the name before the colon is empty")
+            if _is_other_set(name, units):
+                raise InvalidHead(f"the name {shortened(name, 80)!r} is that of other heads: take another name")
             if name in found:
                 raise InvalidHead(f"line {lines[name]} has the name {shortened(name, 80)!r} already: rename one")
         except InvalidHead as error:

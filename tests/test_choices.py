@@ -180,12 +180,15 @@ def test_parse_ks_refuses_to_go_on_without_growth(text: str) -> None:
         ("0,1,...", "none below 1"),
         ("21", "no set of 21 heads: 20 heads are ranked"),
         ("1,21", "no set of 21 heads: 20 heads are ranked"),
-        ("10,30,...", "no set of 30 heads: 20 heads are ranked"),
     ],
 )
 def test_parse_ks_refuses_sizes_out_of_range(text: str, message: str) -> None:
     with pytest.raises(InvalidAblation, match=message):
         parse_ks(text, 20)
+
+
+def test_sizes_that_go_on_end_with_all_heads() -> None:
+    assert parse_ks("1,2,4,...", 3) == [1, 2, 3] and parse_ks("10,30,...", 20) == [10, 20]
 
 
 def test_parse_ks_checks_the_text_before_the_model_is_known() -> None:

@@ -80,7 +80,7 @@ def test_curve_shows_the_values_of_the_result(tmp_path: Path, drawn: list[Figure
         assert np.allclose(ends, [factor * curve.low[metric][0], factor * curve.high[metric][0]])
         assert axes.get_xscale() == "log" and axes.get_xticks().tolist() == [1, 2, 4, 8]
     assert legend_of(figure) == [
-        "strongest heads first; lines: 95% interval over 3 prompts",
+        "heads in their order; lines: 95% interval over 3 prompts",
         "random heads: mean of 5 orders",
         "their 5th to 95th percentile",
         "random heads of the same layers: mean of 5 orders",
@@ -95,23 +95,22 @@ def test_curve_shows_the_values_of_the_result(tmp_path: Path, drawn: list[Figure
     [
         (
             {"ordered": 2},
-            "The 2 strongest heads halve the accuracy of 100%; 8 random heads and 8 random heads of the same layers do "
+            "The first 2 heads halve the accuracy of 100%; 8 random heads and 8 random heads of the same layers do "
             "not (median of 2 orders)",
         ),
         (
             {"ordered": 1, "uniform": 4},
-            "The strongest head halves the accuracy of 100%, as do 4 random heads; 8 random heads of the same layers "
+            "The first head halves the accuracy of 100%, as do 4 random heads; 8 random heads of the same layers "
             "do not (median of 2 orders)",
         ),
         (
             {"ordered": 2, "uniform": 1, "layers": 2},
-            "The 2 strongest heads halve the accuracy of 100%, as do 1 random head and 2 random heads of the same "
+            "The first 2 heads halve the accuracy of 100%, as do 1 random head and 2 random heads of the same "
             "layers (median of 2 orders)",
         ),
         (
             {"uniform": 8},
-            "The 8 strongest heads do not halve the accuracy of 100%: 100% is left; "
-            "8 random heads do (median of 2 orders)",
+            "The first 8 heads do not halve the accuracy of 100%: 100% is left; 8 random heads do (median of 2 orders)",
         ),
     ],
 )
@@ -131,21 +130,21 @@ def test_title_counts_half_and_takes_the_median_order(tmp_path: Path, drawn: lis
     values |= {f"uniform {k} #{draw}": 0.25 for k, draw in ((2, 0), (4, 0), (4, 1), (8, 1), (8, 2))}
     result.ablated["correct"][:] = [values.get(key.name, 0.75) for key in result.ablations]
     assert title(result, tmp_path, drawn) == (
-        "The 2 strongest heads halve the accuracy of 100%, as do 4 random heads (median of 3 orders)"
+        "The first 2 heads halve the accuracy of 100%, as do 4 random heads (median of 3 orders)"
     )
 
 
 @pytest.mark.end_to_end
 def test_title_without_accuracy_is_of_logit_difference(tmp_path: Path, drawn: list[Figure]) -> None:  # noqa: F811
     one = curve_result(prompts=1, kinds=(), target_probability=0.1, control_probability=0.1)
-    assert title(one, tmp_path, drawn).startswith("The strongest head halves the logit difference of 3.4")
+    assert title(one, tmp_path, drawn).startswith("The first head halves the logit difference of 3.4")
     never = curve_result(prompts=3)
     never.clean["correct"][:] = 0
     assert title(never, tmp_path, drawn).startswith("The model answers no prompt correctly; the ")
     never.clean["logit_difference"][:] = -1
     never.ablated["logit_difference"][:] = -1.5
     assert title(never, tmp_path, drawn) == (
-        f"The model answers no prompt correctly; the 8 strongest heads change the logit difference of {MINUS}1 by "
+        f"The model answers no prompt correctly; the first 8 heads change the logit difference of {MINUS}1 by "
         f"{MINUS}0.5; 8 random heads by {MINUS}0.5; 8 random heads of the same layers by {MINUS}0.5"
     )
 
@@ -157,7 +156,7 @@ def test_title_names_sizes_of_other_imputations(tmp_path: Path, drawn: list[Figu
     result.ablated["correct"][:, mean] = 1
     result.ablated["correct"][:, noise] = 0
     assert title(result, tmp_path, drawn) == (
-        "Under zero, the 4 strongest heads halve the accuracy of 100% (mean: no number, noise: 1)"
+        "Under zero, the first 4 heads halve the accuracy of 100% (mean: no number, noise: 1)"
     )
 
 

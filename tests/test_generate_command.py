@@ -231,7 +231,7 @@ def test_bad_arguments_are_reported_before_loading(
         (["--positions", "9"], "the prompt has 5 tokens, so it has no position 9"),
         (
             ["--imputation", "reference-mean-by-position", "--reference", "capitals"],
-            "with its new tokens, it has 10 tokens, and 'reference-mean-by-position' has values for 5 positions",
+            "with its new tokens, the prompt has 10 tokens, and 'reference-mean-by-position' has values for 5 position",
         ),
     ],
 )

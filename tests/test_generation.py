@@ -239,16 +239,20 @@ def test_values_have_to_reach_the_new_tokens() -> None:
     options: dict[str, Any] = dict(imputation="reference-mean-by-position", reference=reference(LLAMA))
     generate(loaded, prompt, HEADS, max_new_tokens=4, **options)
     with pytest.raises(
-        InvalidPrompt, match=r"prompt 1: with its new tokens, it has 9 tokens, and .* values for 8 positions: pass"
+        InvalidPrompt,
+        match=r"prompt 1: with its new tokens, the prompt has 9 tokens, and .* values for 8 positions: pass",
     ):
         generate(loaded, prompt, HEADS, max_new_tokens=5, **options)
     generate(loaded, prompt, HEADS, max_new_tokens=50, positions="prompt", **options)
     values = kind("values-by-position", LLAMA).imputation  # of nine positions
     with pytest.raises(
-        InvalidPrompt, match="with its new tokens, it has 10 tokens, and 'values' has values for 9 positions: pass"
+        InvalidPrompt,
+        match="with its new tokens, the prompt has 10 tokens, and 'values' has values for 9 positions: pass",
     ):
         generate(loaded, prompt, HEADS, values, max_new_tokens=6)
-    with pytest.raises(InvalidPrompt, match="^prompt 1: it has 10 tokens, and 'values' has values for 9 positions$"):
+    with pytest.raises(
+        InvalidPrompt, match="^prompt 1: the prompt has 10 tokens, and 'values' has values for 9 positions$"
+    ):
         generate(loaded, [" ".join(["t1"] * 10)], HEADS, values, positions="prompt")
 
 
@@ -266,7 +270,11 @@ def test_values_have_to_reach_the_new_tokens() -> None:
         ({"prompts": [3]}, InvalidPrompt, "prompt 1: a record has columns, unlike 3"),
         ({"max_new_tokens": 0}, InvalidAblation, "max_new_tokens is 0: it is a number of tokens, at least 1"),
         ({"max_new_tokens": True}, InvalidAblation, "max_new_tokens is True"),
-        ({"max_new_tokens": 128}, InvalidPrompt, "it has 2 tokens, .* at most 128, so it can generate at most 127 new"),
+        (
+            {"max_new_tokens": 128},
+            InvalidPrompt,
+            "the prompt has 2 tokens, .* at most 128, so it can generate at most 127 new",
+        ),
         ({"seed": -1}, InvalidAblation, "the seed is -1"),
         ({"positions": "lst"}, InvalidPrompt, "column lst: it is missing"),
         ({"positions": [2]}, InvalidPrompt, "the prompt has 2 tokens, so it has no position 2"),
@@ -309,7 +317,7 @@ def test_bad_prompts_are_left_out_on_demand() -> None:
         {"promt": "t3"},
         {"prompt": " ".join(["t1"] * 20)},
     ]
-    with pytest.warns(UserWarning, match="2 prompts are left out: prompt 2, .*; prompt 3: it has 20 tokens"):
+    with pytest.warns(UserWarning, match="2 prompts are left out: prompt 2, .*; prompt 3: the prompt has 20 tokens"):
         (found,) = generate(loaded, prompts, HEADS, skip_bad=True, max_new_tokens=120)
     assert (found.target, found.group) == (" any text", "a")
     (asked,) = generate(loaded, [Question("t3 t1", "t5")], HEADS, max_new_tokens=1)

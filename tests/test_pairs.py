@@ -189,9 +189,10 @@ def test_strongest_heads_are_of_either_sign() -> None:
     assert strongest_heads(result, 9) == ((0, 1), (0, 2), (0, 3), (0, 0))
 
 
-def test_strongest_heads_refuses_what_makes_no_pair() -> None:
-    with pytest.raises(InvalidAblation, match="1 heads make no pair: take at least 2"):
-        strongest_heads(synthetic(2, 2), 1)
+def test_strongest_heads_refuses_what_is_no_ranking() -> None:
+    assert len(strongest_heads(synthetic(2, 2), 1)) == 1
+    with pytest.raises(InvalidAblation, match="0 heads are none: take at least 1"):
+        strongest_heads(synthetic(2, 2), 0)
     with pytest.raises(InvalidAblation, match="unknown ranking"):
         strongest_heads(synthetic(2, 2), 2, "size")
     with pytest.raises(InvalidResult, match="a sweep of single heads"):

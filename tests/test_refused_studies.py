@@ -151,7 +151,7 @@ def test_slow_tokenizer_has_no_spans(capitals: LoadedModel, monkeypatch: pytest.
         (
             {"reference": [{"prompt": "Rome is"}]},
             InvalidPrompt,
-            "it has 5 tokens, and 'reference-mean-by-position' has",
+            "the prompt has 5 tokens, and 'reference-mean-by-position' has",
         ),
         ({"records": RECORDS[:1]}, InvalidPrompt, "'reference-mean-by-position' takes z from other prompts, and"),
         ({"records": RECORDS[:1], "imputations": ["resample"]}, InvalidPrompt, "'resample' takes z from other prompts"),
@@ -194,7 +194,9 @@ def test_values_of_a_file_are_those_of_its_arrays(capitals: LoadedModel, tmp_pat
     other = sweep_prompts(capitals, RECORDS[:1], [Values(z, "values:paris.npz")])
     assert_results_equal(one, other, 0)
     assert one.provenance["values_sha256"] == other.provenance["values_sha256"]
-    with pytest.raises(InvalidPrompt, match="it has 6 tokens, and 'values:paris.npz' has values for 5 positions"):
+    with pytest.raises(
+        InvalidPrompt, match="the prompt has 6 tokens, and 'values:paris.npz' has values for 5 positions"
+    ):
         Study(capitals, [RECORDS[0] | {"prompt": "Berlin is the capital of the"}], [found], positions=[0])
 
 

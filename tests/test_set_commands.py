@@ -121,7 +121,7 @@ def rows(path: str) -> list[dict[str, str]]:
         (["pairs", "--seed", "1"], "--seed is for the imputation resample"),
         (["curve"], "pass the folder of a sweep, a file of heads, or --greedy, and only one of them"),
         (["curve", "swept", "--greedy"], "pass the folder of a sweep, a file of heads, or --greedy, and only one"),
-        (["curve", "nowhere"], "no result can be read from nowhere"),
+        (["curve", "nowhere"], "there is no nowhere: pass the folder of a sweep, or a file of heads"),
         (["curve", "swept", "--k", "0"], "none below 1"),
         (["curve", "swept", "--k", "1,2,x"], "--k is a list of sizes, such as 1,2,4,8 or 1,2,4,..., not '1,2,x'"),
         (["curve", "swept", "--k", "1,145"], "there is no set of 145 heads: 144 heads are ranked"),
@@ -133,7 +133,7 @@ def rows(path: str) -> list[dict[str, str]]:
         (["curve", "swept", "--chat"], "--chat is not for the prompts of RESULT"),
         (["curve", "swept", "--skip-bad"], "--skip-bad leaves out prompts of a file"),
         (["curve", "swept", "--draws", "2"], "--draws is for the imputation resample"),
-        (["curve", "swept", "--positions", "subject"], "a column of a file that --prompts names, not 'subject'"),
+        (["curve", "swept", "--positions", "subject"], "of the column 'subject' of its prompts: pass their file"),
         (["curve", "--greedy", "--k", "0"], "none below 1"),
         (["curve", "--greedy", "--split", "0.5"], "a split of 0.5 leaves 0 of 1 prompts for the ranking"),
         (["curve", "order.txt", "--by", "kl"], "--by is for a ranking: order.txt has an order already"),
@@ -176,7 +176,7 @@ def test_wrong_arguments_are_refused_before_a_model_is_loaded(
         (["curve", "x", "--split", "1"], "argument --split: it is a share between 0 and 1, such as 0.5, not '1'"),
         (["curve", "x", "--split", "nan"], "argument --split: it is a share between 0 and 1"),
         (["curve", "x", "--split", "half"], "argument --split: it is a share between 0 and 1"),
-        (["pairs", "--top", "1"], "argument --top: it is a whole number, at least 2, not '1'"),
+        (["pairs", "--top", "0"], "argument --top: it is a whole number, at least 1, not '0'"),
         (["pairs", "L0H8"], "unrecognized arguments: L0H8"),
         (["set", "L0", "--imputation", "median"], "argument --imputation: invalid choice: 'median'"),
         (["set", "L0", "--heads-file"], "argument --heads-file: expected one argument"),
@@ -228,8 +228,8 @@ def test_set_measures_named_sets(run: Run, capitals: LoadedModel) -> None:
     assert out.startswith("capitals: 'Berlin is the capital of'\n") and "Arrays, table" in out
     for title in titles:
         assert re.search(rf"^  {re.escape(title)} ", out, re.MULTILINE), title
-    table = [row["heads"] for row in rows("out/results.csv") if row["metric"] == "kl"]
-    assert table == titles
+    table = [(row["set"] or row["heads"], row["heads"]) for row in rows("out/results.csv") if row["metric"] == "kl"]
+    assert table == [(key.title, key.label) for key in found.ablations]
 
 
 def test_set_prints_the_findings_as_json(run: Run) -> None:

@@ -233,3 +233,12 @@ def test_missing_file_is_refused(tmp_path: Path) -> None:
 def test_notation_needs_no_torch() -> None:
     code = "import sys, ablation.units; sys.exit('torch' in sys.modules)"
     assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0
+
+
+def test_name_of_a_set_is_not_that_of_other_heads(tmp_path: Path) -> None:
+    path = tmp_path / "sets.txt"
+    path.write_text("l0h5: L0H5\nearly: L0H9\n")
+    assert [name for name, _ in read_sets(path)] == ["l0h5", "early"]
+    path.write_text("L0H5: L0H9\n")
+    with pytest.raises(InvalidHead, match="line 1: the name 'L0H5' is that of other heads: take another name"):
+        read_sets(path)
