@@ -122,7 +122,7 @@ def _curve(arguments: argparse.Namespace) -> int:
     _set_defaults(arguments)
     source = sources.resolve(arguments.model)
     of = asking(arguments, source, rows=rows)
-    ranking, of = _split(arguments, of)
+    ranking, of = _split(arguments, of, order.result)
     ranked = () if order.result is None else _ranked(order.result, ranking, arguments)
     study: dict[str, Any] = {
         "kind": "curve",
@@ -215,8 +215,6 @@ def _take_over(arguments: argparse.Namespace, result: Result) -> Sequence[Row]:
             raise InvalidResult(f"the result is of the imputation {name!r}: name one with --imputation")
         arguments.imputation = [name]
     if arguments.prompts is not None or arguments.prompt is not None:
-        if arguments.split is not None:
-            raise InvalidPrompt("--split divides the prompts of RESULT: leave out --prompts and --prompt, or --split")
         return ()
     own = {name: getattr(arguments, name) for name in ("target", "control", "chat")}
     if given := [name for name, value in own.items() if value not in (None, False)]:
@@ -250,10 +248,16 @@ class _Parts(NamedTuple):
     rows: Sequence[Row]
 
 
-def _split(arguments: argparse.Namespace, of: Asking) -> tuple[_Parts, Asking]:
-    """Return the prompts of the ranking, and what is asked with those of the evaluation. Raises InvalidAblation."""
+def _split(arguments: argparse.Namespace, of: Asking, result: Result | None) -> tuple[_Parts, Asking]:
+    """Return the prompts of the ranking, and what is asked with those of the evaluation.
+
+    result: ranks the heads. Raises InvalidAblation, and InvalidPrompt if its prompts are not those that are asked.
+    """
     if arguments.split is None:
         return _Parts(None, of.rows), of
+    asked = [row.question.prompt for row in of.rows]
+    if result is not None and [prompt.prompt for prompt in result.prompts] != asked:
+        raise InvalidPrompt("--split divides the prompts of RESULT, and --prompts or --prompt name others")
     from ablation import curves
 
     ranked, evaluated = curves.split(len(of.rows), arguments.split, arguments.seed or 0)

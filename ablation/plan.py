@@ -28,10 +28,10 @@ from ablation.replacements import Replacements, TokenIds, needs_reference
 from ablation.results import Result
 from ablation.rows import as_positions
 from ablation.sweeps import HeadSet, ablations_of_sets, listed, one_head_ablations, verify_names
-from ablation.units import Pair
+from ablation.units import Pair, parse_set
 
-Sets = Mapping[str, Iterable[Pair]] | Iterable[HeadSet | Iterable[Pair]]
-"""Sets of heads, with names or without."""
+Sets = Mapping[str, str | Iterable[Pair]] | Iterable[HeadSet | str | Iterable[Pair]]
+"""Sets of heads, with names or without; see `as_sets`."""
 PASSES_OF_ABLATION = 0.5
 """The work of an ablation in a growing batch, in forward passes: on average, half of the layers."""
 
@@ -200,11 +200,16 @@ class PreparedPlan:
 def as_sets(sets: Sets, heads: HeadMap) -> list[HeadSet]:
     """Return sets of heads, validated. sets: {name: heads}, or a list of heads of unnamed sets, or `HeadSet` objects.
 
+    Heads are (layer, head) pairs, or a text such as "L9H6 L9H9"; see `ablation.units.parse_set`.
+
     Raises InvalidHead if the model lacks a head, and InvalidAblation if there are no sets, or if two are the same or
     have one name.
     """
+    if isinstance(sets, str):
+        raise InvalidAblation(f"`sets` is a list of sets, or a mapping of names to sets: pass [{sets!r}]")
     named = sets.items() if isinstance(sets, Mapping) else [of if isinstance(of, HeadSet) else ("", of) for of in sets]
-    found = [HeadSet(str(name), Ablation(members).validated(heads).heads) for name, members in named]
+    pairs = [(name, parse_set(of).heads(heads) if isinstance(of, str) else of) for name, of in named]
+    found = [HeadSet(str(name), Ablation(members).validated(heads).heads) for name, members in pairs]
     if not found or len({(of.name, frozenset(of.heads)) for of in found}) < len(found):
         raise InvalidAblation("name at least one set of heads, and each only once")
     counts = Counter(of.name for of in found if of.name)

@@ -102,13 +102,10 @@ def render_sets(found: dict[str, Any]) -> str:
                 last = repr(of["prediction"]) if single else f"{kept['count']} of {kept['of']}"
                 flip = "" if not single or kept["count"] else "  (changed)"
                 lines.append(f"  {_cut(of['name'], width):{width}}  {len(of['heads']):5}  {row}  {last}{flip}")
-    receipts = [of for of in found["sets"] if not of["changed"]]
-    replaced = sum(of["replaced"] for of in found["sets"])
-    lines += _receipts({"replaced": replaced})
-    if receipts:
-        lines.append(
-            f"           {', '.join(_cut(of['name'], width) for of in receipts)}: no element of z changed its value"
-        )
+    unchanged = [_cut(of["name"], width) for of in found["sets"] if not of["changed"]]
+    lines += _receipts({name: sum(of[name] for of in found["sets"]) for name in ("replaced", "changed")})
+    if 0 < len(unchanged) < len(found["sets"]):
+        lines.append(f"           {', '.join(unchanged)}: no element of z changed its value")
     return "\n".join(lines + _about_intervals(found["prompts"]))
 
 
@@ -118,7 +115,10 @@ def counted(number: int, noun: str) -> str:
 
 
 def _receipts(found: dict[str, Any]) -> list[str]:
-    return ["", f"receipts   every projection was called once; {found['replaced']} elements of z were replaced"]
+    """Return lines on what the hooks did."""
+    nothing = [] if found["changed"] else ["           no element of z changed its value"]
+    line = f"receipts   every projection was called once; {found['replaced']} elements of z were replaced"
+    return ["", line, *nothing]
 
 
 def _cut(text: str, width: int) -> str:
@@ -148,6 +148,7 @@ def findings_of_curve(result: Result, decode: Decode) -> dict[str, Any]:
         "clean": clean_findings(result, decode),
         "ablated": where(result),
         "replaced": int(result.replaced.sum()),
+        "changed": int(result.changed.sum()),
         "ks": list(curve.ks),
         "study": result.provenance.get("study", {}),
         "imputations": {},
@@ -250,6 +251,7 @@ def findings_of_pairs(result: Result, decode: Decode, strongest: int = 10, by: s
         "ablated": where(result),
         "by": by,
         "replaced": int(result.replaced.sum()),
+        "changed": int(result.changed.sum()),
         "imputations": {},
     }
     for imputation in result.imputations:

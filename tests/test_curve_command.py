@@ -76,6 +76,7 @@ def test_curve_takes_over_how_the_result_was_made(run: Run, capitals: LoadedMode
         (["--prompt", "Rome is the capital of", "--target", "Italy"], "ablated on the same prompt, which flatters"),
         ([], "ablated on the same 4 prompts, which flatters"),
         (["--split", "0.5"], "ablated on 2 other prompts"),
+        (["--split", "0.5", "--prompts", "cities.jsonl"], "ablated on 2 other prompts"),
     ],
 )
 def test_curve_says_on_which_prompts_heads_were_ranked(run: Run, result: str, prompts: list[str], message: str) -> None:

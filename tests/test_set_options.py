@@ -112,6 +112,16 @@ def test_equal_or_no_sets_are_refused(tiny: LoadedModel, sets: Any) -> None:
         sweep_prompts(tiny, RECORDS[:1], ["zero"], sets=sets)
 
 
+def test_sets_may_be_texts(tiny: LoadedModel) -> None:
+    texts = sweep_prompts(tiny, RECORDS[:1], ["zero"], sets={"layer": "L1", "two": "L0H0 L1H1"})
+    pairs = sweep_prompts(
+        tiny, RECORDS[:1], ["zero"], sets={"layer": [h for h in HEADS if h[0] == 1], "two": [(0, 0), (1, 1)]}
+    )
+    assert texts.ablations == pairs.ablations
+    with pytest.raises(InvalidAblation, match=r"`sets` is a list of sets, .*: pass \['L1'\]"):
+        sweep_prompts(tiny, RECORDS[:1], ["zero"], sets="L1")
+
+
 def test_two_sets_of_one_name_are_refused(tiny: LoadedModel) -> None:
     sets = [HeadSet("", ((1, 1),)), HeadSet("", ((0, 1),)), HeadSet("one", ((0, 0),)), HeadSet("one", ((1, 0),))]
     with pytest.raises(InvalidAblation, match="two sets of heads have the name 'one': rename one"):
