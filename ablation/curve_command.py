@@ -137,12 +137,8 @@ def _curve(arguments: argparse.Namespace) -> int:
         with progress_bar(arguments, this) as progress:
             heads, said, start = _heads(loaded, order, ranked, ranking, this, progress, arguments)
             sets = _sets(loaded, heads, arguments)
-            from ablation.study import subrange
-
             running = study_of(loaded, this.of, arguments, sets)
-            rest = subrange(progress, start, 1.0)
-            assert rest is not None
-            result = run_study(running, this, rest, arguments)
+            result = run_study(running, this, progress, arguments, start)
     if not Processes.current().is_first:
         return 0
     told = {"order": said, "evaluated_on": _evaluated_on(order, ranking, this)}

@@ -20,10 +20,10 @@ from ablation import statistics
 from ablation.choices import BY
 from ablation.errors import InvalidAblation, InvalidResult
 from ablation.results import Result
+from ablation.statistics import Floats
 from ablation.units import MLP, Pair, pair_order
 
 Heads = tuple[Pair, ...]
-Floats = NDArray[np.float64]
 
 RANDOM = ("uniform", "layers")
 """The kinds of random orders; reports call them random heads, and random heads of the same layers."""
@@ -225,6 +225,11 @@ class Curve:
             has = f"{', '.join(self.random) or 'none'}; metrics: {', '.join(METRICS)}"
             raise InvalidResult(f"the curve has no {metric!r} of random orders {kind!r}: its orders: {has}")
         return self.random[kind][metric]
+
+
+def first_halving(values: Iterable[float], clean: float, ks: Iterable[int]) -> int | None:
+    """Return the first size at which a metric is at most half of its clean value; None if there is none."""
+    return next((k for k, value in zip(ks, values, strict=True) if value <= clean / 2), None)
 
 
 def curve_rows(curve: Curve) -> Iterable[dict[str, Any]]:

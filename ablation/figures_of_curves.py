@@ -13,7 +13,7 @@ from matplotlib.lines import Line2D
 from matplotlib.patches import Patch
 from matplotlib.ticker import FixedLocator, FuncFormatter, MaxNLocator, NullLocator
 
-from ablation.curves import BAND, METRICS, Curve
+from ablation.curves import BAND, METRICS, Curve, first_halving
 from ablation.drawn import heading, names_of_imputations
 from ablation.figure_texts import MINUS, NO_BREAK, STYLE, Floats, add_title, rounded, signed, width, wrapped
 from ablation.maps import ACCENT, add_legend
@@ -164,7 +164,7 @@ def _finding(curve: Curve, names: list[str], prompts: int) -> str:
 def _halving(curve: Curve, metric: str, what: str, names: list[str]) -> str:
     """Return which numbers of heads halve a metric that is positive in the clean run. what: the metric in words."""
     clean, ordered, most = curve.clean[metric], curve.ordered[metric], curve.ks[-1]
-    first, *others = (_halved(values, clean, curve.ks) for values in ordered)
+    first, *others = (first_halving(values, clean, curve.ks) for values in ordered)
     if first is None:
         at = max(np.flatnonzero(ordered[0] == ordered[0].min()))
         left = f"{100 * ordered[0, at]:.0f}%" if metric == "correct" else rounded(float(ordered[0, at]))
@@ -186,7 +186,7 @@ def _random_halving(curve: Curve, metric: str, first: int | None) -> str:
     orders = 0
     for kind, of in curve.random.items():
         orders = of[metric].shape[1]
-        k = _halved(np.median(of[metric][0], axis=0), curve.clean[metric], curve.ks)
+        k = first_halving(np.median(of[metric][0], axis=0), curve.clean[metric], curve.ks)
         (do_not if k is None else do).append((kind, curve.ks[-1] if k is None else k))
     words = ""
     if do:
@@ -195,11 +195,6 @@ def _random_halving(curve: Curve, metric: str, first: int | None) -> str:
     if do_not and first is not None:
         words += f"; {_random(*do_not)} {'do' if curve.ks[-1] > 1 or do_not[1:] else 'does'} not"
     return f"{words} (median of {orders} orders)" if words and orders > 1 else words
-
-
-def _halved(values: Floats, clean: float, ks: tuple[int, ...]) -> int | None:
-    """Return the first size at which a metric is at most half of its clean value; None if there is none."""
-    return next((k for k, value in zip(ks, values, strict=True) if value <= clean / 2), None)
 
 
 def _change(curve: Curve, metric: str, what: str) -> str:

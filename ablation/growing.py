@@ -98,7 +98,9 @@ class RowLayout:
         """{layer: edits of its heads, (layer, "mlp"): edits of its MLP}, without those of the row that a row copies."""
         own = self.ablations
         if self.joins:
-            own = tuple(_without_steps(of, join.shared) for of, join in zip(own, self.joins, strict=True))
+            own = tuple(
+                _without_steps(of, join.shared) if join.shared else of for of, join in zip(own, self.joins, strict=True)
+            )
         return edits_by_layer(zip(own, itertools.count(self.first_row), strict=False))
 
     def rows_in_layer(self, layer: int) -> int:

@@ -20,9 +20,9 @@ from ablation.choices import BY
 from ablation.curves import Heads, rank_heads
 from ablation.errors import InvalidAblation, InvalidResult
 from ablation.results import Result
+from ablation.statistics import Floats
 from ablation.units import Pair, pair_label, pair_order
 
-Floats = NDArray[np.float64]
 METRICS = ("target_probability", "target_log_probability", "logit_difference", "kl", "margin")
 """The metrics whose interactions are in the table."""
 

@@ -87,12 +87,8 @@ def _pairs(arguments: argparse.Namespace) -> int:
         loaded = load_model(arguments)
         with progress_bar(arguments, this) as progress:
             sets, start = _sets(loaded, this, needed, progress, arguments)
-            from ablation.study import subrange
-
             running = study_of(loaded, this.of, arguments, sets)
-            rest = subrange(progress, start, 1.0)
-            assert rest is not None
-            result = run_study(running, this, rest, arguments)
+            result = run_study(running, this, progress, arguments, start)
     if not Processes.current().is_first:
         return 0
     result = dataclasses.replace(result, provenance={**result.provenance, "asked": this.of.asked})

@@ -8,7 +8,7 @@ from typing import Any
 import numpy as np
 
 from ablation import statistics
-from ablation.curves import BAND, ORDERED, Curve
+from ablation.curves import BAND, ORDERED, Curve, first_halving
 from ablation.pairs import Pairs
 from ablation.report import Decode, ablated_line, where
 from ablation.results import Result
@@ -86,18 +86,17 @@ def render_sets(found: dict[str, Any]) -> str:
     single = found["prompts"] == 1
     width = min(40, max(len(of["name"]) for of in found["sets"]))
     lines = [clean_line(found["clean"]), *ablated_line(found)]
-    wide = (12, 12, 10) if single else (26, 24, 22)
+    wide = (13, 14, 10) if single else (26, 24, 22)
     for imputation in dict.fromkeys(of["imputation"] for of in found["sets"]):
         heading = ("P(target), pp", "P(control), pp", "KL, nats")
-        columns = "  ".join(f"{text:>{max(size, len(text))}}" for text, size in zip(heading, wide, strict=True))
+        columns = "  ".join(f"{text:>{size}}" for text, size in zip(heading, wide, strict=True))
         answer = "prediction" if single else "prediction kept"
         lines += ["", imputation, f"  {'set':{width}}  heads  {columns}  {answer}"]
         for of in found["sets"]:
             if of["imputation"] == imputation:
                 target, control = (points_of(of[f"{name}_probability"]) for name in ("target", "control"))
                 cells = (target, control, numbers(of["kl"], ".3f"))
-                sized = [max(size, len(text)) for text, size in zip(heading, wide, strict=True)]
-                row = "  ".join(f"{text:>{size}}" for text, size in zip(cells, sized, strict=True))
+                row = "  ".join(f"{text:>{size}}" for text, size in zip(cells, wide, strict=True))
                 kept = of["kept"]
                 last = repr(of["prediction"]) if single else f"{kept['count']} of {kept['of']}"
                 flip = "" if not single or kept["count"] else "  (changed)"
@@ -167,17 +166,13 @@ def findings_of_curve(result: Result, decode: Decode) -> dict[str, Any]:
                 }
             if metric == "correct":
                 means = {kind: values["mean"] for kind, values in of["metrics"][metric].items()}
-                of["half"] = {kind: _first_at_most(mean, curve.ks, clean / 2) for kind, mean in means.items()}
+                of["half"] = {kind: first_halving(mean, clean, curve.ks) for kind, mean in means.items()}
         found["imputations"][imputation] = of
     return found
 
 
 def _listed(values: Any) -> list[float] | None:
     return None if np.isnan(values).any() else values.tolist()
-
-
-def _first_at_most(values: list[float], ks: tuple[int, ...], limit: float) -> int | None:
-    return next((k for k, value in zip(ks, values, strict=True) if value <= limit), None)
 
 
 def render_curve(found: dict[str, Any]) -> str:
@@ -195,8 +190,10 @@ def render_curve(found: dict[str, Any]) -> str:
             wide = {kind: 31 if metric == "kl" and kind != ORDERED else 24 for kind in kinds}
             lines.append("  " + "  ".join(["   k", *(f"{KIND_NAMES[kind]:>{wide[kind]}}" for kind in kinds)]))
             for j in _shown(found["ks"]):
-                shows_p = metric == "kl"
-                cells = [f"{_cell(of_kind, j, form, shows_p=shows_p):>{wide[kind]}}" for kind, of_kind in kinds.items()]
+                cells = [
+                    f"{_cell(of_kind, j, form, shows_p=metric == 'kl'):>{wide[kind]}}"
+                    for kind, of_kind in kinds.items()
+                ]
                 lines.append("  " + "  ".join([f"{found['ks'][j]:4}", *cells]))
     if len(_shown(found["ks"])) < len(found["ks"]):
         lines += ["", f"{len(found['ks'])} sizes were run; curve.csv has all of them."]

@@ -139,15 +139,19 @@ def load_model(arguments: argparse.Namespace) -> LoadedModel:
     return models.load(arguments.model, device=arguments.device, dtype=getattr(torch, arguments.dtype))
 
 
-def study_options(of: Asking, arguments: argparse.Namespace) -> dict[str, Any]:
-    """Return the options of a study that say what replaces z, and where."""
+def reference_of(of: Asking) -> Any:
+    """Return the reference of the arguments: prompts, a `Reference` that is read from its file, or None."""
     from ablation.reference import Reference
 
-    reference: Any = None if of.reference is None else [*of.reference, *of.bad_reference]
     if of.reference_file is not None:
-        reference = Reference.load(of.reference_file)
+        return Reference.load(of.reference_file)
+    return None if of.reference is None else [*of.reference, *of.bad_reference]
+
+
+def study_options(of: Asking, arguments: argparse.Namespace) -> dict[str, Any]:
+    """Return the options of a study that say what replaces z, and where."""
     return {
-        "reference": reference,
+        "reference": reference_of(of),
         "positions": of.positions,
         "seed": arguments.seed or 0,
         "draws": arguments.draws or 1,
@@ -194,11 +198,20 @@ def progress_bar(arguments: argparse.Namespace, opened: Opened) -> Iterator[Prog
         yield progress
 
 
-def run_study(study: Study | TextStudy, opened: Opened, progress: Progress, arguments: argparse.Namespace) -> Result:
-    """Run a study, with a checkpoint in the folder of the result if there are several prompts."""
-    checkpoint = None if opened.of.is_single else opened.out
+def run_study(
+    study: Study | TextStudy, opened: Opened, progress: Progress, arguments: argparse.Namespace, start: float = 0.0
+) -> Result:
+    """Run a study, with a checkpoint in the folder of the result if there are several prompts.
+
+    start: the share of the work that is done already.
+    """
+    from ablation.study import subrange
+
     return study.run(
-        max_rows=arguments.max_rows, progress=progress, checkpoint=checkpoint, overwrite=arguments.overwrite
+        max_rows=arguments.max_rows,
+        progress=subrange(progress, start, 1.0),
+        checkpoint=None if opened.of.is_single else opened.out,
+        overwrite=arguments.overwrite,
     )
 
 
