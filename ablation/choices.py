@@ -48,7 +48,7 @@ Positions = str | tuple[int, ...]
 
 
 def meaning(name: str) -> str | None:
-    """Return the meaning of an imputation by its name in a result, or None for an imputation of the user's own."""
+    """Return the meaning of an imputation by its name in a result, or None for a user's own imputation."""
     kind, colon, _ = name.partition(":")
     patterns = {pattern.partition(":")[0]: pattern for pattern in IMPUTATIONS}
     pattern = patterns.get(kind)

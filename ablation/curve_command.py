@@ -20,11 +20,10 @@ from ablation.study_command import (
     add_imputation_options,
     add_output_options,
     add_question_options,
-    draw_title,
+    figure_title,
     finish,
     load_model,
     opened,
-    print_findings,
     progress_bar,
     run_study,
     study_of,
@@ -142,17 +141,17 @@ def _curve(arguments: argparse.Namespace) -> int:
     if not Processes.current().is_first:
         return 0
     told = {"order": said, "evaluated_on": _evaluated_on(order, ranking, this)}
-    result = dataclasses.replace(result, provenance={**result.provenance, "asked": this.of.asked, "study": told})
+    result = dataclasses.replace(result, provenance={**result.provenance, "study": told})
     from ablation import report_of_sets
 
-    found = report_of_sets.findings_of_curve(result, loaded.decode)
-    title = draw_title(loaded, result)
+    title = figure_title(loaded, result)
     return finish(
         result,
         running,
-        this.out,
+        this,
         arguments,
-        report=lambda: print_findings(found, report_of_sets.render_curve, result, loaded.name, this.of, arguments),
+        found=report_of_sets.findings_of_curve(result, loaded.decode),
+        render=report_of_sets.render_curve,
         write=lambda folder: _write_table(result, folder),
         draw=lambda folder: _draw(result, folder, title),
     )

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import argparse
-import dataclasses
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -15,11 +14,10 @@ from ablation.study_command import (
     add_imputation_options,
     add_output_options,
     add_question_options,
-    draw_title,
+    figure_title,
     finish,
     load_model,
     opened,
-    print_findings,
     progress_bar,
     run_study,
     study_of,
@@ -91,17 +89,16 @@ def _pairs(arguments: argparse.Namespace) -> int:
             result = run_study(running, this, progress, arguments, start)
     if not Processes.current().is_first:
         return 0
-    result = dataclasses.replace(result, provenance={**result.provenance, "asked": this.of.asked})
     from ablation import report_of_sets
 
-    found = report_of_sets.findings_of_pairs(result, loaded.decode)
-    title = draw_title(loaded, result)
+    title = figure_title(loaded, result)
     return finish(
         result,
         running,
-        this.out,
+        this,
         arguments,
-        report=lambda: print_findings(found, report_of_sets.render_pairs, result, loaded.name, this.of, arguments),
+        found=report_of_sets.findings_of_pairs(result, loaded.decode),
+        render=report_of_sets.render_pairs,
         write=lambda folder: _write_table(result, folder),
         draw=lambda folder: _draw(result, folder, title, loaded.decode),
     )

@@ -20,7 +20,7 @@ T = TypeVar("T")
 COLUMNS = ("prompt", "target", "control", "group", "resample")
 REQUIRED = COLUMNS[:2]
 SIMILARITY = dict.fromkeys(COLUMNS, 0.8) | {"resample": 0.9}
-"""A column with a name at least as similar is taken for a misspelt one; `sample` and `example` are other columns."""
+"""A column whose name is at least this similar counts as misspelt; `sample` and `example` are other columns."""
 NAMED = 5
 """So many rows that are left out are named."""
 SHIPPED = Path(__file__).parent / "data"

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import dataclasses
 import re
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
@@ -215,21 +216,6 @@ def run_study(
     )
 
 
-def print_findings(
-    found: dict[str, Any],
-    render: Callable[[dict[str, Any]], str],
-    result: Result,
-    model: str,
-    of: Asking,
-    arguments: argparse.Namespace,
-) -> None:
-    """Print findings as text, below the model and the question, or as JSON with the provenance. Raises OSError."""
-    if arguments.json:
-        print_json(found | {"provenance": result.provenance})
-    else:
-        print(f"{model}: {_question_line(of, result)}\n\n{render(found)}", flush=True)
-
-
 def _question_line(of: Asking, result: Result) -> str:
     """Return what was asked as text for a line: a text, a prompt or a number of prompts."""
     if of.text is not None:
@@ -239,7 +225,7 @@ def _question_line(of: Asking, result: Result) -> str:
     return repr(shortened(result.prompts[0].prompt or "", LONGEST_PROMPT))
 
 
-def draw_title(loaded: LoadedModel, result: Result) -> str:
+def figure_title(loaded: LoadedModel, result: Result) -> str:
     """Return the title of figures: the model, and the prompt if there is one."""
     (prompt, *others) = result.prompts
     return loaded.name if others else f"{loaded.name}: {prompt.prompt}"
@@ -248,24 +234,31 @@ def draw_title(loaded: LoadedModel, result: Result) -> str:
 def finish(
     result: Result,
     study: Study | TextStudy,
-    out: Path,
+    opened: Opened,
     arguments: argparse.Namespace,
     *,
-    report: Callable[[], None],
+    found: dict[str, Any],
+    render: Callable[[dict[str, Any]], str],
     write: Callable[[Path], None],
     draw: Callable[[Path], None],
 ) -> int:
-    """Print the report of a result, save it, and say where it is. Returns the exit status.
+    """Print the findings of a result, save it, and say where it is. Returns the exit status.
 
-    report: prints it; if the output is closed, as by `| head`, the result is saved even so. write, draw: write tables,
-    and draw figures, into a folder. Raises InvalidOutput if something could not be printed, written or drawn.
+    found, render: the findings, and what makes a text of them. They are printed as text, below the model and the
+    question, or as JSON, with the provenance; if the output is closed, as by `| head`, the result is saved even so.
+    write, draw: write tables, and draw figures, into a folder. Raises InvalidOutput if something could not be printed,
+    written or drawn.
     """
+    result = dataclasses.replace(result, provenance={**result.provenance, "asked": opened.of.asked})
     unprinted = None
     try:
-        report()
+        if arguments.json:
+            print_json(found | {"provenance": result.provenance})
+        else:
+            print(f"{study.loaded.name}: {_question_line(opened.of, result)}\n\n{render(found)}", flush=True)
     except OSError as error:
         unprinted = error
-    out = _save(result, study, out, arguments, write, draw)
+    out = _save(result, study, opened.out, arguments, write, draw)
     if isinstance(unprinted, BrokenPipeError):
         raise unprinted
     if unprinted is not None:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import argparse
-import dataclasses
+from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -13,16 +13,15 @@ from ablation.study_command import (
     add_imputation_options,
     add_output_options,
     add_question_options,
-    draw_title,
+    figure_title,
     finish,
     load_model,
     opened,
-    print_findings,
     progress_bar,
     run_study,
     study_of,
 )
-from ablation.sweep_arguments import DEFAULT_IMPUTATIONS, Asking, asking
+from ablation.sweep_arguments import DEFAULT_IMPUTATIONS, asking
 from ablation.terminal import warnings_as_notes
 
 if TYPE_CHECKING:
@@ -88,13 +87,14 @@ def _sweep(arguments: argparse.Namespace) -> int:
     if not Processes.current().is_first:
         return 0
     moved = None if arguments.top is None else _moved(study, result, arguments)
-    result = dataclasses.replace(result, provenance={**result.provenance, "asked": this.of.asked})
+    found, render = _findings(result, loaded, moved if this.of.is_single else None)
     return finish(
         result,
         study,
-        this.out,
+        this,
         arguments,
-        report=lambda: _print_report(result, loaded, this.of, moved, arguments),
+        found=found,
+        render=render,
         write=lambda folder: _write_tables(result, loaded, moved, folder),
         draw=lambda folder: _draw(result, loaded, folder),
     )
@@ -110,27 +110,19 @@ def _moved(study: Study | TextStudy, result: Result, arguments: argparse.Namespa
     )
 
 
-def _print_report(
-    result: Result,
-    loaded: LoadedModel,
-    of: Asking,
-    moved: list[Moved] | None,
-    arguments: argparse.Namespace,
-) -> None:
-    """Print the findings. Raises OSError."""
-    from ablation import report, summary
+def _findings(
+    result: Result, loaded: LoadedModel, moved: list[Moved] | None
+) -> tuple[dict[str, Any], Callable[[dict[str, Any]], str]]:
+    """Return the findings, and what makes a text of them. moved: tokens that are listed in the text."""
+    from ablation import report, results, summary
+    from ablation.moved import render as render_moved
 
-    if of.text is not None:
-        found, render = summary.findings_of_text(result), summary.render_text
-    elif len(result.prompts) == 1:
-        found, render = report.findings(result, loaded.decode), report.render
-    else:
-        found, render = summary.findings(result), summary.render
-    print_findings(found, render, result, loaded.name, of, arguments)
-    if moved is not None and of.is_single and not arguments.json:
-        from ablation.moved import render as render_moved
-
-        print("\n" + "\n".join(render_moved(loaded, moved)), flush=True)
+    if results.LOSS in result.clean:
+        return summary.findings_of_text(result), summary.render_text
+    if len(result.prompts) > 1:
+        return summary.findings(result), summary.render
+    tokens = [] if moved is None else ["", *render_moved(loaded, moved)]
+    return report.findings(result, loaded.decode), lambda found: "\n".join([report.render(found), *tokens])
 
 
 def _write_tables(result: Result, loaded: LoadedModel, moved: list[Moved] | None, folder: Path) -> None:
@@ -153,4 +145,4 @@ def _draw(result: Result, loaded: LoadedModel, folder: Path) -> None:
     if results.LOSS in result.clean:
         figures_of_text.draw(result, folder, title=loaded.name)
         return
-    figures.draw(result, folder, title=draw_title(loaded, result), decode=loaded.decode)
+    figures.draw(result, folder, title=figure_title(loaded, result), decode=loaded.decode)

@@ -15,7 +15,7 @@ from typing import Any
 import numpy as np
 import pytest
 
-from ablation import curve_command, experiment, pairs_command, set_command
+from ablation import curve_command, experiment, pairs_command, set_command, study_command
 from ablation.cli import main
 from ablation.experiment import sweep_prompts
 from ablation.models import LoadedModel
@@ -314,8 +314,7 @@ def test_closed_pipe_leaves_a_whole_result(run: Run, monkeypatch: pytest.MonkeyP
     def closed(*_: Any) -> None:
         raise BrokenPipeError
 
-    for command in (set_command, pairs_command, curve_command):
-        monkeypatch.setattr(command, "print_findings", closed)
+    monkeypatch.setattr(study_command, "_question_line", closed)  # as the findings are printed
     for arguments in (["set", "L0"], ["pairs", "--top", "2"], ["curve", "--greedy", "--k", "1", "--random", "0"]):
         assert run(*arguments, "--out", arguments[0])[0] == 141
         assert "figure.png" in files(arguments[0]) and Result.load(arguments[0]).prompts
@@ -342,7 +341,7 @@ def test_figure_that_cannot_be_drawn_leaves_the_result(run: Run, monkeypatch: py
     ],
 )
 def test_commands_draw_in_a_new_process(tmp_path: Path, arguments: list[str], figure: str) -> None:
-    """Into a pipe that nobody reads to its end."""
+    """Print into a pipe whose reader stops early."""
     command = f"{sys.executable} -m ablation {' '.join(map(repr, arguments))} --out out | head -1"
     done = subprocess.run(["bash", "-c", command], cwd=tmp_path, capture_output=True, text=True)  # noqa: S607
     assert done.stdout == "capitals: 'Berlin is the capital of'\n" and "Traceback" not in done.stderr
