@@ -2,6 +2,10 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
+from contextvars import ContextVar
+
 import torch
 from torch import Tensor
 
@@ -45,7 +49,8 @@ def assert_close(got: Tensor, want: Tensor, what: str) -> None:
     """Assert that two tensors are equal up to rounding, within TOLERANCE_EPS. what: the subject of the message."""
     __tracebackhide__ = True
     _assert_same_shape(got, want, what)
-    atol = tolerance(want, want.dtype)
+    measured = _MEASURED.get()
+    atol = tolerance(want, want.dtype) if measured is None else measured
     wrong = ~((got - want).abs() <= atol) & different(got, want)
     if wrong.any():
         raise AssertionError(f"{what}: {_describe_difference(got, want, wrong)} (tolerance {atol:.1e})")
@@ -77,6 +82,19 @@ def _assert_rounded(got: Tensor, want: Tensor, what: str) -> None:
     __tracebackhide__ = True
     assert got.dtype == want.dtype, f"{what}: {got.dtype}, should be {want.dtype}"
     assert_close(got, want, what)
+
+
+_MEASURED: ContextVar[float | None] = ContextVar("measured tolerance", default=None)
+
+
+@contextmanager
+def measured_tolerance(value: float) -> Iterator[None]:
+    """Context manager: compare logits within a tolerance that was measured on the model, in logits."""
+    token = _MEASURED.set(value)
+    try:
+        yield
+    finally:
+        _MEASURED.reset(token)
 
 
 def tolerance(want: Tensor, dtype: torch.dtype) -> float:

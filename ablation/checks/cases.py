@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Container, Iterator
+from collections.abc import Container, Iterator, Sequence
 from dataclasses import dataclass, replace
 from functools import lru_cache
 from typing import Any
@@ -14,7 +14,7 @@ from hypothesis.strategies import SearchStrategy
 from torch import Tensor
 from transformers import PreTrainedModel
 
-from ablation.checks.decoders import FAMILIES, POSITIONS, VOCABULARY, Decoder, decoders
+from ablation.checks.decoders import FAMILIES, POSITIONS, VOCABULARY, Decoder, Subject, decoders
 from ablation.checks.protocol import KEYWORDS, READ_ROW
 
 MAX_TOKENS = 8  # more than the six of the prompt that hooks are often written for
@@ -32,7 +32,7 @@ class Case:
     lifecycle check, method names of `LifecycleMachine`, each with its arguments.
     """
 
-    decoder: Decoder
+    decoder: Subject
     rows: tuple[tuple[int, ...], ...]
     heads: tuple[tuple[int, int], ...]
     imputation: str = "zero"
@@ -86,6 +86,10 @@ class Case:
         """Whether rows differ in length."""
         return len(set(map(len, self.rows))) > 1
 
+    def tensor(self, *rows: Sequence[int]) -> Tensor:
+        """Return rows of integers, all of one length, on the device of the model, [rows, tokens]."""
+        return torch.tensor(rows, device=self.decoder.device)
+
     def keywords(self) -> dict[str, Any]:
         """Return the keyword arguments that `ablate` needs for this case."""
         of_imputation = {"values": self.values, "reference": self.reference}
@@ -97,7 +101,9 @@ class Case:
         pairs, dtype = self.decoder.heads(), getattr(torch, self.decoder.dtype)
         drawn = _drawn_values(len(pairs), self.decoder.head_dim)
         values = torch.from_numpy(drawn[:, : max(map(len, self.rows))] if self.by_position else drawn[:, 0])
-        return {pair: value.to(dtype, copy=True) for pair, value in zip(pairs, values, strict=True)}
+        return {
+            pair: value.to(self.decoder.device, dtype, copy=True) for pair, value in zip(pairs, values, strict=True)
+        }
 
     def reference(self) -> list[dict[str, Tensor]]:
         """Return the batches of the reference: input_ids and attention_mask, each [rows, tokens].
@@ -107,10 +113,10 @@ class Case:
         """
         if self.kind == "resample":
             inputs = self.inputs()
-            return [{**_batch(inputs), "input_ids": (inputs["input_ids"] + 11) % VOCABULARY}]
+            return [{**_batch(inputs), "input_ids": (inputs["input_ids"] + 11) % self.decoder.vocabulary}]
         longest = max(MAX_TOKENS + 2, *map(len, self.rows))
         prompts = [
-            tuple((7 * at * at + 3 * at + 5 * start) % VOCABULARY for at in range(length))
+            tuple((7 * at * at + 3 * at + 5 * start) % self.decoder.vocabulary for at in range(length))
             for start, length in enumerate((3, longest, 6))
         ]
         prompts[0] = (prompts[0][0], self.pad or 0, prompts[0][2])
@@ -149,10 +155,10 @@ class Case:
             pad = self.pad or 0
             ids.append([*[pad] * left, *row, *[pad] * (pads - left)])
             mask.append([*[0] * left, *[1] * len(row), *[0] * (pads - left)])
-        attention_mask = torch.tensor(mask)
+        attention_mask = self.tensor(*mask)
         positions = (attention_mask.cumsum(dim=1) - 1).clamp(min=0)
         return {
-            "input_ids": torch.tensor(ids),
+            "input_ids": self.tensor(*ids),
             "attention_mask": attention_mask,
             "position_ids": positions,
             "use_cache": False,

@@ -8,7 +8,7 @@ from __future__ import annotations
 import copy
 import zlib
 from functools import cache
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, Protocol
 
 import numpy as np
 import torch
@@ -34,6 +34,51 @@ POSITIONS = 128
 ROTARY: Any = {"rope_type": "default", "rope_theta": 10000.0, "partial_rotary_factor": 1.0}
 
 
+class Subject(Protocol):
+    """The model of a case: a random decoder (`Decoder`), or a model of the user's (`own_model.OwnModel`)."""
+
+    @property
+    def family(self) -> str:
+        """Its name in messages, and a name that `unsupported` may hold."""
+
+    @property
+    def num_layers(self) -> int:
+        """The number of decoder layers."""
+
+    @property
+    def num_heads(self) -> int:
+        """The number of query heads of a layer."""
+
+    @property
+    def head_dim(self) -> int:
+        """Channels of the z of one head."""
+
+    @property
+    def num_key_value_groups(self) -> int:
+        """How many query heads share one key/value head."""
+
+    @property
+    def dtype(self) -> str:
+        """The name of a torch dtype."""
+
+    @property
+    def vocabulary(self) -> int:
+        """Every token id is smaller."""
+
+    @property
+    def device(self) -> torch.device:
+        """The device of the inputs."""
+
+    def heads(self) -> list[tuple[int, int]]:
+        """Return all (layer, head) pairs."""
+
+    def shared(self) -> PreTrainedModel:
+        """Return the model, which the caller must leave or restore unchanged."""
+
+    def fresh(self) -> PreTrainedModel:
+        """Return the model as it was found. Of a model of the user's, there is one copy: it is restored here."""
+
+
 class Decoder(NamedTuple):
     """A random decoder, described by its shape.
 
@@ -47,6 +92,16 @@ class Decoder(NamedTuple):
     num_key_value_groups: int = 1
     attention: str = "sdpa"
     dtype: str = "float32"
+
+    @property
+    def vocabulary(self) -> int:
+        """The number of tokens."""
+        return VOCABULARY
+
+    @property
+    def device(self) -> torch.device:
+        """The device of the model."""
+        return torch.device("cpu")
 
     def heads(self) -> list[tuple[int, int]]:
         """Return all (layer, head) pairs. In a hybrid, only every second layer has attention heads."""

@@ -12,7 +12,7 @@ from torch import Tensor
 from transformers import DynamicCache, PreTrainedModel
 
 from ablation.checks.cases import Case
-from ablation.checks.decoders import VOCABULARY, Decoder
+from ablation.checks.decoders import Decoder
 from ablation.checks.protocol import CACHE, Factory, Implementation
 from ablation.errors import AblationNotApplied
 
@@ -71,7 +71,7 @@ def returns_gradients(factory: Factory, family: str) -> bool:
 
 def other_ids(case: Case) -> Tensor:
     """Return token ids that all differ from those of the case, [rows, tokens]."""
-    ids: Tensor = (case.inputs()["input_ids"] + 7) % VOCABULARY
+    ids: Tensor = (case.inputs()["input_ids"] + 7) % case.decoder.vocabulary
     return ids
 
 
@@ -81,7 +81,7 @@ def other_keywords(case: Case) -> dict[str, Any]:
     if "values" in keywords:
         return {"values": {pair: -value for pair, value in keywords["values"].items()}}
     batches = keywords.get("reference", [])
-    others = [{**batch, "input_ids": (batch["input_ids"] + 7) % VOCABULARY} for batch in batches]
+    others = [{**batch, "input_ids": (batch["input_ids"] + 7) % case.decoder.vocabulary} for batch in batches]
     return {"reference": others} if others else {}
 
 

@@ -15,7 +15,6 @@ from transformers import DynamicCache
 from ablation.checks.assertions import assert_close, assert_identical
 from ablation.checks.cases import Case, CaseSpec
 from ablation.checks.check import check, offered_imputations
-from ablation.checks.decoders import VOCABULARY
 from ablation.checks.driving import (
     ablate,
     ablated_logits,
@@ -187,7 +186,7 @@ def _assert_rows_stand_alone(factory: Factory, case: Case) -> None:
         ablate(implementation, case)
         together = {name: implementation.run(**batch).clone() for name, batch in batches.items()}
         for index, row in enumerate(case.rows):
-            alone = implementation.run(torch.tensor([row]))
+            alone = implementation.run(case.tensor(row))
             real = inputs["attention_mask"][index].bool()
             for name, logits in together.items():
                 what = f"row {index} of {len(case.rows)}{name}, against the same row alone"
@@ -201,12 +200,13 @@ def _assert_rows_stand_alone(factory: Factory, case: Case) -> None:
     needs=("batch",),
 )
 def many_rows(factory: Factory, case: Case) -> None:
-    rows = tuple(tuple((token + number) % VOCABULARY for token in case.rows[0]) for number in range(19))
+    size = case.decoder.vocabulary
+    rows = tuple(tuple((token + number) % size for token in case.rows[0]) for number in range(19))
     with made(factory, case.model()) as implementation:
         ablate(implementation, case)
         together = implementation.run(**replace(case, rows=rows).inputs()).clone()
         for index in (0, 15, 16, 18):
-            alone = implementation.run(torch.tensor([rows[index]]))
+            alone = implementation.run(case.tensor(rows[index]))
             assert_close(together[index], alone[0], f"row {index} of {len(rows)}, against the same row alone")
 
 
@@ -284,11 +284,11 @@ def head_order(factory: Factory, case: Case) -> None:
 )
 def later_tokens(factory: Factory, case: Case) -> None:
     row = case.rows[0]
-    changed = (*row[:-1], (row[-1] + 1) % VOCABULARY)
+    changed = (*row[:-1], (row[-1] + 1) % case.decoder.vocabulary)
     with made(factory, case.model()) as implementation:
         ablate(implementation, case)
-        mask = torch.ones(1, len(row), dtype=torch.long)
-        one, two = (implementation.run(torch.tensor([ids]), attention_mask=mask).clone() for ids in (row, changed))
+        mask = case.inputs()["attention_mask"]
+        one, two = (implementation.run(case.tensor(ids), attention_mask=mask).clone() for ids in (row, changed))
     # Up to rounding: in a mixture of experts, another last token changes how many tokens an expert multiplies at once.
     assert_close(one[:, :-1], two[:, :-1], "the logits before the last token, against those with another last token")
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping, Sequence
 
 import torch
 from torch import Tensor
@@ -15,7 +15,7 @@ from ablation.checks.driving import ablate, made, other_ids, run
 from ablation.checks.imputed import frozen_values
 from ablation.checks.observe import WITH_VALUE_PROJECTION, recorded_inputs, spoil_values
 from ablation.checks.protocol import IMPUTATIONS, Factory
-from ablation.heads import find_heads
+from ablation.heads import AttentionLayer, find_heads
 
 ALL_DTYPES = ("float32", "float64", "bfloat16")
 
@@ -104,7 +104,7 @@ def assert_local(factory: Factory, case: Case, model: PreTrainedModel) -> None:
     """
     inputs = case.inputs()
     layers = find_heads(model).layers
-    real, at = inputs["attention_mask"].bool(), case.replaced()
+    real = inputs["attention_mask"].bool()
     frozen = frozen_values(case, model)
     with recorded_inputs(model) as calls:  # entered first: the implementation may wrap or replace the projections
         bare = run(model, inputs)
@@ -114,8 +114,28 @@ def assert_local(factory: Factory, case: Case, model: PreTrainedModel) -> None:
             for now in calls.values():
                 now.clear()  # of a reference
             logits = implementation.run(**inputs)
+    moved = bool(different(logits[real], bare[real]).any())
+    assert_replaced(case, layers, clean, list(calls.values()), frozen, logits_moved=moved)
+
+
+def assert_replaced(
+    case: Case,
+    layers: Sequence[AttentionLayer],
+    clean: Sequence[Tensor],
+    calls: Sequence[Sequence[Tensor]],
+    frozen: Mapping[tuple[int, int], Tensor],
+    *,
+    logits_moved: bool,
+) -> None:
+    """Assert that the projections received the z of an ablated run.
+
+    clean: the input of the projection of each layer in the clean run, [rows, tokens, num_heads * head_dim]. calls: the
+    inputs of all its calls in the ablated run. frozen: as `frozen_values` returns it. logits_moved: whether the ablated
+    run gave other logits.
+    """
+    real, at = case.inputs()["attention_mask"].bool(), case.replaced()
     first = min(layer for layer, _ in case.heads)
-    for layer, was, now in zip(layers, clean, calls.values(), strict=True):
+    for layer, was, now in zip(layers, clean, calls, strict=True):
         assert len(now) == 1, f"the projection of layer {layer.index} was called {len(now)} times, not once"
         assert now[0].dtype == was.dtype, f"the projection of layer {layer.index} got {now[0].dtype}, not {was.dtype}"
         old, new = (z.unflatten(-1, (layer.num_heads, layer.head_dim)) for z in (was, now[0]))
@@ -134,7 +154,7 @@ def assert_local(factory: Factory, case: Case, model: PreTrainedModel) -> None:
                 values = frozen[layer.index, head][row, here] if frozen else None
                 read = own[real[row]] if case.reads_row else own[here]
                 problem = _imputation_problem(case, held, read if layer.index == first else None, values)
-                if problem and unchanged and different(logits[real], bare[real]).any():
+                if problem and unchanged and logits_moved:
                     problem = "is unchanged at the projection, though the logits changed: the edit is downstream of it"
                 if layer.index == first and different(new[row, kept, head], own[kept]).any():
                     problem = (

@@ -12,7 +12,6 @@ from torch import Tensor
 from ablation.checks.assertions import assert_close
 from ablation.checks.cases import Case, CaseSpec
 from ablation.checks.check import check
-from ablation.checks.decoders import VOCABULARY
 from ablation.checks.driving import ablate, made, run
 from ablation.checks.observe import WITH_VALUE_PROJECTION
 from ablation.checks.protocol import FROM_REFERENCE, Factory
@@ -50,7 +49,7 @@ def dtype(factory: Factory, case: Case) -> None:
 def single_row(factory: Factory, case: Case) -> None:
     with made(factory, case.model()) as implementation:
         ablate(implementation, case)
-        alone = implementation.run(torch.tensor(case.rows)).clone()
+        alone = implementation.run(case.tensor(*case.rows)).clone()
         for what, inputs in _forms(case):
             real = inputs["attention_mask"].bool()
             got = implementation.run(**inputs)
@@ -62,13 +61,13 @@ def _forms(case: Case) -> Iterator[tuple[str, dict[str, Any]]]:
     (row,) = case.rows
     yield "with a mask of ones", case.inputs()
     for name, (before, between, after) in PLACES.items():
-        hidden = [(token + 5) % VOCABULARY for token in row]
+        hidden = [(token + 5) % case.decoder.vocabulary for token in row]
         ids = [*hidden[:before], row[0], *hidden[:between], *row[1:], *hidden[:after]]
-        mask = torch.tensor([[*[0] * before, 1, *[0] * between, *[1] * (len(row) - 1), *[0] * after]])
+        mask = case.tensor([*[0] * before, 1, *[0] * between, *[1] * (len(row) - 1), *[0] * after])
         yield (
             f"with hidden tokens {name}",
             {
-                "input_ids": torch.tensor([ids]),
+                "input_ids": case.tensor(ids),
                 "attention_mask": mask,
                 "position_ids": (mask.cumsum(dim=1) - 1).clamp(min=0),
                 "use_cache": False,

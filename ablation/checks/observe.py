@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import hashlib
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
@@ -100,11 +102,17 @@ def state(model: nn.Module) -> dict[str, Any]:
         found[f"{name or 'the model'}: the module itself"] = (id(module), type(module))
     tensors = dict((*model.named_parameters(), *model.named_buffers()))
     for name, tensor in tensors.items():
-        values = [None if t is None else t.detach().cpu().double().numpy().tobytes() for t in (tensor, tensor.grad)]
+        values = [None if t is None else digest(t) for t in (tensor, tensor.grad)]
         storage = (id(tensor), tensor.data_ptr(), tensor.dtype, tensor.device)
         found[name] = (storage, tensor.requires_grad, values)
     found["the order of modules and weights"] = ([name for name, _ in model.named_modules()], list(tensors))
     return found
+
+
+def digest(tensor: Tensor) -> str:
+    """Return a digest of the bytes of a tensor."""
+    on_cpu = tensor.detach().cpu().contiguous().flatten().view(torch.uint8)
+    return hashlib.blake2b(memoryview(on_cpu.numpy()), digest_size=16).hexdigest()
 
 
 def changes(model: nn.Module, before: dict[str, Any], look: Callable[[nn.Module], dict[str, Any]] = state) -> list[str]:

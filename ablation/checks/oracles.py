@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from contextlib import ExitStack, contextmanager
 from dataclasses import replace
 from functools import lru_cache
 from itertools import groupby
@@ -17,7 +18,6 @@ from transformers.pytorch_utils import Conv1D
 from ablation.checks.assertions import assert_close, assert_equals_bare
 from ablation.checks.cases import Case, CaseSpec
 from ablation.checks.check import check, unsupported_features
-from ablation.checks.decoders import VOCABULARY
 from ablation.checks.driving import ablate, ablated_logits, made, run
 from ablation.checks.imputed import Pair, frozen_values, recorded_z
 from ablation.checks.observe import WITH_VALUE_PROJECTION, spoil_values
@@ -186,7 +186,8 @@ def resample(factory: Factory, case: Case) -> None:
     cases=CaseSpec(imputations=tuple(IMPUTATIONS), dtypes=("float32",)),
 )
 def long_prompt(factory: Factory, case: Case) -> None:
-    row = tuple((token + number) % VOCABULARY for number in range(70) for token in case.rows[0])[:70]
+    size = case.decoder.vocabulary
+    row = tuple((token + number) % size for number in range(70) for token in case.rows[0])[:70]
     _assert_equals_surgery(factory, replace(case, rows=(row,)))
 
 
@@ -208,43 +209,77 @@ def _assert_identity(factory: Factory, case: Case, when: str, **changes: Any) ->
 
 @lru_cache(maxsize=256)
 def expected_logits(case: Case) -> Tensor:
-    """Return the logits that an ablation should give, computed by surgery on the weights of a new model.
+    """Return the logits that an ablation should give, as `surgery_logits` does. Logits of equal cases are kept."""
+    return surgery_logits(case)
 
-    Imputations that read the row: for a case of one row only. Means are measured layer by layer, since the z of a head
-    depends on the heads that are ablated in lower layers. Values that differ between tokens do not go into the weights:
-    a hook adds what W_O makes of them.
+
+def surgery_logits(case: Case, values: Mapping[Pair, Tensor] | None = None) -> Tensor:
+    """Return the logits that an ablation should give, computed by surgery on the weights of a model, which is undone.
+
+    Means of the row are measured layer by layer, since the z of a head depends on the heads that are ablated in lower
+    layers. Values that differ between rows or tokens do not go into the weights: a hook adds what W_O makes of them.
+
+    values: what replaces the z of each head, float64 [rows, tokens, head_dim], if that is known.
     """
     model, inputs = case.model(), case.inputs()
-    found, frozen = find_heads(model), frozen_values(case, model)
-    for index, group in groupby(sorted(case.heads), key=itemgetter(0)):
-        heads = [head for _, head in group]
-        if case.kind == "scale":
-            with torch.no_grad():
-                for head in heads:
-                    w_o_block(found.layer(index), head).mul_(float(case.factor))
-        elif case.kind == "zero":
-            apply_surgery(model, [(index, head) for head in heads])
-        elif case.reads_row:
-            z = recorded_z(model, inputs)[index][0].double()  # [tokens, num_heads, head_dim]
-            means = {(index, head): z[:, head].mean(dim=0) for head in heads}
-            if case.kind == "mean":
-                means = {pair: mean.mean().expand_as(mean) for pair, mean in means.items()}
-            apply_surgery(model, means, means)
-        elif case.kind == "reference-mean" or (case.kind == "values" and not case.by_position):
-            constants = {(index, head): frozen[index, head][0, 0] for head in heads}
-            apply_surgery(model, constants, constants)
-        else:
-            for head in heads:
-                _add_to_output(found.layer(index), head, frozen[index, head])
-            apply_surgery(model, [(index, head) for head in heads])
-    return run(model, inputs)
+    found = find_heads(model)
+    replacing = dict(frozen_values(case, model) if values is None else values)
+    with ExitStack() as undo:
+        for index, group in groupby(sorted(case.heads), key=itemgetter(0)):
+            heads, layer = [head for _, head in group], found.layer(index)
+            undo.enter_context(_restored(layer.projection))
+            if case.kind == "scale":
+                with torch.no_grad():
+                    for head in heads:
+                        w_o_block(layer, head).mul_(float(case.factor))
+                continue
+            if case.reads_row and values is None:
+                z = recorded_z(model, inputs)[index]
+                replacing |= {(index, head): row_means(case, z[:, :, head]) for head in heads}
+            pairs = [(index, head) for head in heads]
+            here = {} if case.kind == "zero" else {pair: replacing[pair] for pair in pairs}
+            if all((each == each[:1, :1]).all() for each in here.values()):
+                apply_surgery(model, pairs, {pair: each[0, 0] for pair, each in here.items()} or None)
+                continue
+            for pair, each in here.items():
+                undo.callback(_add_to_output(layer, pair[1], each))
+            apply_surgery(model, pairs)
+        return run(model, inputs)
 
 
-def _add_to_output(layer: AttentionLayer, head: int, values: Tensor) -> None:
-    """Let the projection add what W_O makes of values of one head, [rows, tokens, head_dim]."""
+@contextmanager
+def _restored(projection: Any) -> Iterator[None]:
+    """Context manager: restore the weight and the bias of a projection, of which a real model has one copy."""
+    weight, bias = projection.weight.detach().clone(), projection.bias
+    try:
+        yield
+    finally:
+        with torch.no_grad():
+            projection.weight.copy_(weight)
+        projection.bias = bias
+
+
+def row_means(case: Case, z: Tensor) -> Tensor:
+    """Return what replaces the z of a head under an imputation that reads the row, float64 of the shape of z.
+
+    z: [rows, tokens, head_dim]. The mean is over the real tokens of each row, and with `mean` over the channels, too.
+    """
+    means = torch.stack(
+        [
+            of_row[real].double().mean(dim=0)
+            for of_row, real in zip(z, case.inputs()["attention_mask"].bool(), strict=True)
+        ]
+    )  # [rows, head_dim]
+    if case.kind == "mean":
+        means = means.mean(dim=-1, keepdim=True)
+    return means[:, None].expand(z.shape)
+
+
+def _add_to_output(layer: AttentionLayer, head: int, values: Tensor) -> Callable[[], None]:
+    """Let the projection add what W_O makes of values of one head, [rows, tokens, head_dim]. Returns how to undo it."""
     block = w_o_block(layer, head).detach()
     added = values.to(block.dtype) @ block  # before the surgery
-    layer.projection.register_forward_hook(lambda module, args, output: output + added)
+    return layer.projection.register_forward_hook(lambda module, args, output: output + added).remove
 
 
 def apply_surgery(

@@ -1,0 +1,213 @@
+"""A model of the user's, in the place of a random decoder: real weights, of which there is one copy in memory."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from dataclasses import replace
+from functools import cached_property
+from typing import Any
+
+import torch
+from torch import nn
+from transformers import PreTrainedModel
+from transformers.pytorch_utils import Conv1D
+
+from ablation.checks.cases import Case, CaseSpec, with_factor
+from ablation.checks.driving import run
+from ablation.errors import UnsupportedModel
+from ablation.forward import embedding_weight
+from ablation.heads import find_heads
+
+NOISE_FACTOR = 4.0
+"""Logits are equal up to rounding if they differ by at most this many times the noise of the model."""
+PADDING_FACTOR = 64.0
+"""A model is sensitive to padding if padding changes its logits by more than this many times its noise."""
+
+
+class OwnModel:
+    """One model. Each case restores it to the state in which it was found: modules, hooks, flags and configuration.
+
+    Its weights are not copied: whoever changes them restores them. family: its name. rows: the token ids of its
+    prompts, at least two tokens each. Raises UnsupportedModel if its projections cannot be edited, or if its heads
+    differ in size.
+    """
+
+    def __init__(self, model: PreTrainedModel, family: str, rows: Sequence[Sequence[int]]) -> None:
+        self._model, self.family = model, family
+        self.rows = tuple(map(tuple, rows))
+        self._heads = find_heads(model)
+        for layer in self._heads.layers:
+            _verify_editable(layer.projection_name, layer.projection)
+        if len({layer.head_dim for layer in self._heads.layers}) > 1:
+            raise UnsupportedModel(f"the layers of {family} have heads of different sizes")
+        self._found = [_AsFound(owner) for owner in _owners(model)]
+        self.clean = run(self.fresh(), self.case(self.rows[:1]).inputs())  # [1, tokens, vocabulary]
+
+    def __repr__(self) -> str:
+        return self.family
+
+    @property
+    def num_layers(self) -> int:
+        """The number of decoder layers."""
+        return self._heads.num_layers
+
+    @property
+    def num_heads(self) -> int:
+        """The number of query heads of the layer that has most."""
+        return self._heads.shape[1]
+
+    @property
+    def head_dim(self) -> int:
+        """Channels of the z of one head."""
+        return self._heads.layers[0].head_dim
+
+    @property
+    def num_key_value_groups(self) -> int:
+        """How many query heads share one key/value head in the first layer."""
+        return self._heads.layers[0].num_heads // self._heads.layers[0].key_value_heads
+
+    @property
+    def dtype(self) -> str:
+        """The name of the dtype of the first projection."""
+        weight: Any = self._heads.layers[0].projection.weight
+        return str(weight.dtype).removeprefix("torch.")
+
+    @property
+    def vocabulary(self) -> int:
+        """The number of tokens."""
+        return len(embedding_weight(self._model))
+
+    @property
+    def device(self) -> torch.device:
+        """The device of the inputs."""
+        return self._model.device
+
+    def heads(self) -> list[tuple[int, int]]:
+        """Return all (layer, head) pairs."""
+        return list(self._heads)
+
+    def shared(self) -> PreTrainedModel:
+        """Return the model."""
+        return self.fresh()
+
+    def fresh(self) -> PreTrainedModel:
+        """Return the model as it was found, without what an implementation has left on it."""
+        for each in self._found:
+            each.restore()
+        return self._model
+
+    @property
+    def is_intact(self) -> bool:
+        """Whether the model, once restored, gives the logits that it gave when it was found."""
+        return torch.equal(run(self.fresh(), self.case(self.rows[:1]).inputs()), self.clean)
+
+    def case(self, rows: Sequence[Sequence[int]], **changes: Any) -> Case:
+        """Return a case on this model, padded as its configuration says."""
+        pad = getattr(self._model.config, "pad_token_id", None)
+        return replace(Case(self, tuple(map(tuple, rows)), heads=(), pad=pad), **changes)
+
+    def cases(self, spec: CaseSpec) -> Iterator[Case]:
+        """Yield the cases of a check: each imputation on some heads of different layers, padded on either side."""
+        (first, *others), layers = self.rows, self._heads.layers
+        rows = [first]
+        if spec.ragged:
+            rows.append(next((row for row in others if len(row) != len(first)), shorter(first)))
+        elif spec.max_rows > 1:
+            rows.append(first[::-1])
+        middle = layers[len(layers) // 2]
+        heads = [
+            (middle.index, middle.num_heads - 1),
+            (layers[0].index, 0),
+            (layers[-1].index, layers[-1].num_heads // 2),
+            (middle.index, 0),
+        ]
+        for name in spec.imputations or ():
+            for side in ("left", "right") if spec.ragged else ("right",):
+                yield self.case(
+                    rows,
+                    heads=tuple(dict.fromkeys(heads))[: spec.max_heads],
+                    imputation=with_factor(name),
+                    side=side,
+                    positions=(1, -1) if spec.positions else None,
+                )
+
+    @cached_property
+    def noise(self) -> float:
+        """The largest difference of a logit of the bare model between a prompt alone and as a row of a batch.
+
+        The batch holds other tokens of the same length, so no row is padded. It is at least eps at the size of the
+        logits.
+        """
+        eps = torch.finfo(self.clean.dtype).eps * self.clean.abs().max().item()
+        batch = self.case([self.rows[0], self.rows[0][::-1], self.rows[0]])
+        together = run(self.fresh(), batch.inputs())
+        return max(eps, *((together[row] - self.clean[0]).abs().max().item() for row in (0, 2)))
+
+    @cached_property
+    def padding_noise(self) -> float:
+        """The same difference in batches that are padded on the left, and on the right."""
+        batches = [
+            self.case([self.rows[0], (*self.rows[0], *self.rows[0][:2])], side=side) for side in ("left", "right")
+        ]
+        found = [run(self.fresh(), batch.inputs())[0, batch.replaced()[0]] for batch in batches]
+        return max((logits - self.clean[0]).abs().max().item() for logits in found)
+
+    @property
+    def can_be_padded(self) -> bool:
+        """Whether padding changes the logits of the bare model by little more than its noise."""
+        return self.padding_noise <= PADDING_FACTOR * self.noise
+
+    @property
+    def tolerance(self) -> float:
+        """How far logits may differ that should be equal up to rounding, in logits."""
+        return NOISE_FACTOR * max(self.noise, self.padding_noise if self.can_be_padded else 0.0)
+
+
+def shorter(row: Sequence[int]) -> tuple[int, ...]:
+    """Return other tokens, two fewer than a row has, but at least one."""
+    return tuple(row[::-1][: max(1, len(row) - 2)])
+
+
+def _verify_editable(name: str, projection: Any) -> None:
+    """Raise UnsupportedModel unless the weight of a projection can be edited."""
+    if not isinstance(projection, nn.Linear | Conv1D):
+        raise UnsupportedModel(
+            f"{name} is a {type(projection).__name__}, whose weight cannot be edited: merge adapters into the weights"
+        )
+    if not projection.weight.is_floating_point():
+        raise UnsupportedModel(
+            f"the weight of {name} is quantised ({projection.weight.dtype}) and cannot be edited: load the model in a "
+            "floating-point dtype"
+        )
+
+
+def _owners(model: nn.Module) -> Iterator[Any]:
+    """Yield each module of a model and each configuration."""
+    seen: set[int] = set()
+    waiting: list[Any] = [*model.modules(), getattr(model, "generation_config", None)]
+    for owner in waiting:
+        if owner is not None and id(owner) not in seen:
+            seen.add(id(owner))
+            yield owner
+            if not isinstance(owner, nn.Module) or "config" in vars(owner):
+                waiting += [
+                    value
+                    for name, value in vars(owner).items()
+                    if name.endswith("config") and hasattr(value, "__dict__")
+                ]
+
+
+class _AsFound:
+    """The attributes of an object, and the entries of its tables, such as those of hooks."""
+
+    def __init__(self, owner: Any) -> None:
+        self.owner, self.attributes = owner, dict(vars(owner))
+        self.tables = [(table, dict(table)) for table in vars(owner).values() if isinstance(table, dict)]
+
+    def restore(self) -> None:
+        vars(self.owner).clear()
+        vars(self.owner).update(self.attributes)
+        for table, entries in self.tables:  # the same objects as before, since handles of hooks refer to them
+            if list(table.items()) != list(entries.items()):
+                table.clear()
+                table.update(entries)
