@@ -157,7 +157,7 @@ def _load(source: Source, *, local_files_only: bool, device: str, dtype: torch.d
             use_safetensors=True,
             output_loading_info=True,
             ignore_mismatched_sizes=True,  # refused below, with the name of the weight
-            adapter_kwargs={"local_files_only": local_files_only},  # with peft, it asks the hub for an adapter
+            **_adapter_lookup(local_files_only),
             **spread,
             **where,
             **(_dequantisation(source.gguf) if source.gguf else {}),
@@ -191,6 +191,17 @@ def _load(source: Source, *, local_files_only: bool, device: str, dtype: torch.d
         source=source.full,
         ignored_weights=tuple(sorted(info["unexpected_keys"])),
     )
+
+
+def _adapter_lookup(local_files_only: bool) -> dict[str, Any]:
+    """Return the arguments of from_pretrained that keep its search for an adapter, with peft installed, off the hub.
+
+    transformers 4 refuses them, and may ask the hub once for an adapter of a model in the hub's cache.
+    """
+    from transformers.integrations import peft
+
+    known = hasattr(peft, "maybe_load_adapters")  # transformers 5
+    return {"adapter_kwargs": {"local_files_only": local_files_only}} if known else {}
 
 
 def _with_adapter(model: PreTrainedModel, folder: str) -> Any:
