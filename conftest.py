@@ -11,12 +11,18 @@ from typing import Any
 
 import pytest
 import torch
-from hypothesis import Phase, settings
+from hypothesis import HealthCheck, Phase, settings
 from hypothesis.database import DirectoryBasedExampleDatabase
 
 # Before any test module is imported, since settings are fixed when a test is decorated. The parent is named because
 # hypothesis chooses its default profile by the environment.
-_CI = settings.get_profile("ci")  # derandomised, no deadline, no database
+_CI = settings(
+    derandomize=True,
+    deadline=None,
+    database=None,
+    print_blob=True,
+    suppress_health_check=[HealthCheck.too_slow],
+)
 settings.register_profile("ci", _CI, max_examples=20, report_multiple_bugs=False)
 settings.register_profile(
     "quick",

@@ -18,6 +18,7 @@ from ablation.forward import token_batch
 from ablation.heads import find_heads
 from ablation.hook import HeadAblation
 from ablation.imputation import Imputation
+from ablation.memory import accelerator, num_accelerators
 from ablation.models import LoadedModel
 from ablation.passes import Progress
 from ablation.plan import Plan
@@ -353,9 +354,8 @@ def _without_own_settings(model: PreTrainedModel) -> Iterator[None]:
 @contextmanager
 def _random_numbers(seed: int) -> Iterator[None]:
     """While entered, torch's random numbers follow from the seed; then they go on as before, on every device."""
-    accelerator = torch.accelerator.current_accelerator(check_available=True)
-    kind = {} if accelerator is None else {"device_type": accelerator.type}
-    devices = range(0 if accelerator is None else torch.accelerator.device_count())
-    with torch.random.fork_rng(devices, **kind):
+    found = accelerator()
+    kind = {} if found is None else {"device_type": found.type}
+    with torch.random.fork_rng(range(num_accelerators()), **kind):
         torch.manual_seed(seed)
         yield

@@ -1,4 +1,4 @@
-"""How much a device can hold: the only place that distinguishes devices."""
+"""Accelerators, and how much a device can hold: the only place that distinguishes devices."""
 
 from __future__ import annotations
 
@@ -18,6 +18,19 @@ MEASURING_SHARE = 0.02
 """Of the free memory of an accelerator, what the measuring of logits may use at once."""
 
 
+def accelerator() -> torch.device | None:
+    """Return the kind of accelerator that is available here, without an index, or None."""
+    if not hasattr(torch, "accelerator"):  # torch 2.5
+        return torch.device("cuda") if torch.cuda.is_available() else None
+    return torch.accelerator.current_accelerator() if torch.accelerator.is_available() else None
+
+
+def num_accelerators() -> int:
+    """Return the number of accelerators that are available here."""
+    kind = accelerator()
+    return 0 if kind is None else int(torch.get_device_module(kind).device_count())
+
+
 def pass_bytes(devices: Iterable[torch.device]) -> int:
     """Return how many bytes the activations of a pass may take, where a model lies on these devices."""
     return min(int(FREE_SHARE * free) if (free := free_bytes(device)) else CPU_PASS_BYTES for device in devices)
@@ -31,7 +44,7 @@ def measuring_bytes(device: torch.device) -> int:
 
 def free_bytes(device: torch.device) -> int:
     """Return how many bytes of an accelerator are free, or cached by torch; 0 for a CPU, or if nothing tells."""
-    if device.type == "cpu" or not hasattr(torch.accelerator, "get_memory_info"):
+    if device.type == "cpu" or not hasattr(getattr(torch, "accelerator", None), "get_memory_info"):  # an older torch
         return 0
     try:
         free, _ = torch.accelerator.get_memory_info(device)
@@ -50,5 +63,5 @@ def is_out_of_memory(error: BaseException) -> bool:
 
 def release() -> None:
     """Give memory that torch has cached back to the accelerator, if there is one."""
-    if torch.accelerator.is_available():
-        torch.accelerator.empty_cache()
+    if (kind := accelerator()) is not None:
+        torch.get_device_module(kind).empty_cache()

@@ -35,6 +35,7 @@ from transformers import (
 from ablation.edits import Receipt, verify_called_once, verify_shape
 from ablation.errors import ModelUnavailable, one_line
 from ablation.heads import AttentionLayer, HeadMap
+from ablation.memory import accelerator, num_accelerators
 from ablation.output import sha256
 from ablation.processes import Processes
 from ablation.sources import NAMED_MODELS, Source, resolve
@@ -133,10 +134,10 @@ def _device(name: str | None) -> str:
     Raises ModelUnavailable.
     """
     if name is None:
-        gpu, processes = torch.accelerator.current_accelerator(check_available=True), Processes.current()
+        gpu, processes = accelerator(), Processes.current()
         if gpu is None or processes.total == 1:
             return gpu.type if gpu else "cpu"
-        return f"{gpu.type}:{processes.local_rank % torch.accelerator.device_count()}"  # each process takes its own
+        return f"{gpu.type}:{processes.local_rank % num_accelerators()}"  # each process takes its own
     if name != "auto":
         try:
             torch.empty(0, device=name).cpu()  # from the meta device nothing can be copied
@@ -157,7 +158,7 @@ def _load(source: Source, *, local_files_only: bool, device: str, dtype: torch.d
             use_safetensors=True,
             output_loading_info=True,
             ignore_mismatched_sizes=True,  # refused below, with the name of the weight
-            adapter_kwargs={"local_files_only": local_files_only},  # with peft, it asks the hub for an adapter
+            **_adapter_lookup(local_files_only),
             **spread,
             **where,
             **(_dequantisation(source.gguf) if source.gguf else {}),
@@ -165,6 +166,8 @@ def _load(source: Source, *, local_files_only: bool, device: str, dtype: torch.d
         model, info = loaded
         has_tokenizer = source.adapter is not None and Path(source.adapter, "tokenizer_config.json").is_file()
         tokenizer = AutoTokenizer.from_pretrained(source.adapter if has_tokenizer else source.place, **where)
+        if source.gguf:
+            _set_bos(tokenizer, Path(source.place, source.gguf))
         if source.adapter is not None:
             model = _with_adapter(model, source.adapter)
     except ModelUnavailable:
@@ -191,6 +194,17 @@ def _load(source: Source, *, local_files_only: bool, device: str, dtype: torch.d
         source=source.full,
         ignored_weights=tuple(sorted(info["unexpected_keys"])),
     )
+
+
+def _adapter_lookup(local_files_only: bool) -> dict[str, Any]:
+    """Return the arguments of from_pretrained that keep its search for an adapter, with peft installed, off the hub.
+
+    transformers 4 refuses them, and may ask the hub once for an adapter of a model in the hub's cache.
+    """
+    from transformers.integrations import peft
+
+    known = hasattr(peft, "maybe_load_adapters")  # transformers 5
+    return {"adapter_kwargs": {"local_files_only": local_files_only}} if known else {}
 
 
 def _with_adapter(model: PreTrainedModel, folder: str) -> Any:
@@ -300,6 +314,15 @@ def _dequantisation(gguf: str) -> dict[str, Any]:
     except ImportError:  # an older transformers, which always dequantises
         return {}
     return {"quantization_config": GgufConfig(gguf_file=gguf, dequantize=True)}
+
+
+def _set_bos(tokenizer: PreTrainedTokenizerBase, gguf: Path) -> None:
+    """Let a tokenizer begin texts with its BOS token, or not, as the .gguf file says; transformers 4 ignores that."""
+    from gguf import GGUFReader
+
+    setting = GGUFReader(gguf).get_field("tokenizer.ggml.add_bos_token")
+    if setting is not None and getattr(tokenizer, "add_bos_token", None) is (not setting.contents()):
+        tokenizer.add_bos_token = setting.contents()
 
 
 CHECKSUMS = "sha256.json"

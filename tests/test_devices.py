@@ -9,7 +9,7 @@ import pytest
 import torch
 from accelerate import dispatch_model
 
-from ablation import models
+from ablation import memory, models
 from ablation.checks.decoders import Decoder
 from ablation.errors import ModelUnavailable
 from ablation.hook import HeadAblation
@@ -74,9 +74,9 @@ def test_model_loads_with_the_requested_device_and_dtype(device: str, dtype: tor
 
 
 def test_default_device_is_an_available_gpu(monkeypatch: pytest.MonkeyPatch) -> None:
-    available = torch.accelerator.current_accelerator(check_available=True)
+    available = memory.accelerator()
     assert models._device(None) == ("cpu" if available is None else available.type)
-    monkeypatch.setattr(torch.accelerator, "current_accelerator", lambda check_available: torch.device("cuda"))
+    monkeypatch.setattr(models, "accelerator", lambda: torch.device("cuda"))
     assert models._device(None) == "cuda"
 
 

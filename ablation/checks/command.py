@@ -43,7 +43,7 @@ def _check(arguments: argparse.Namespace) -> int:
 
         print(requirements_table(), end="")
         return 0
-    settings.register_profile("ablation-check", settings.get_profile("ci"))
+    settings.register_profile("ablation-check", derandomize=True, deadline=None, database=None)
     options = ["-p", "ablation.checks.plugin", "--implementation", arguments.implementation]
     options += ["--hypothesis-profile", "ablation-check"]
     # The run ignores the configuration and the conftest.py of the current folder.

@@ -81,15 +81,21 @@ def user_hooks(factory: Factory, case: Case) -> None:
                 implementation.clear()
             fired.clear()
             implementation.run(**inputs)
-            missing = [place for place in expected if place not in fired]
+            found, due = (fired, expected) if step == "cleared" else (_without_experts(fired), _without_experts(expected))
+            missing = [place for place in due if place not in found]
             assert not missing, f"with heads {step}, the user's hook {missing[0]} did not fire"
-            assert fired == expected, f"with heads {step}, the user's hooks fired as {fired}, not as {expected}"
+            assert found == due, f"with heads {step}, the user's hooks fired as {found}, not as {due}"
     assert_unchanged(changes(model, before, hooks))
     for handle in handles:
         handle.remove()
     fired.clear()
     run(model, inputs)
     assert not fired, f"the user's hook {fired[0]} still fires after its handle removed it"
+
+
+def _without_experts(places: list[str]) -> list[str]:
+    """Leave out single experts: transformers 4 runs those that tokens choose, and an ablation may change the choice."""
+    return [place for place in places if ".experts." not in place]
 
 
 @check(
