@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from ablation.checks.imputed import Pair
-from ablation.checks.simulation import Mistake, Places, Setting, Site, right_value
+from ablation.checks.simulation import Mistake, Places, Setting, Site
 from ablation.heads import AttentionLayer
 
 Renamed = Callable[[int, int, Setting], list[Pair]]
@@ -162,6 +162,11 @@ def _sliced(width: Callable[[Site], int]) -> Callable[[Site, int], Any]:
     return lambda site, head: slice(head * width(site), (head + 1) * width(site))
 
 
+def _share(site: Site) -> int:
+    """Return the channels of a head if the edited tensor consisted of heads."""
+    return site.x.shape[-1] // site.layer.num_heads
+
+
 def _config(site: Site) -> Any:
     return site.setting.model.config.get_text_config()
 
@@ -188,7 +193,8 @@ CHANNELS: tuple[tuple[str, Callable[[Site, int], Any]], ...] = (
         _sliced(lambda site: _config(site).hidden_size // site.layer.num_heads),
     ),
     (
-        "head_dim is computed from the number of key/value heads; z holds the query heads",
+        "the number of the head is taken as that of a key/value head, so all query heads that share one are ablated: "
+        "head_dim is computed from num_key_value_heads, or the values are edited",
         _sliced(lambda site: site.x.shape[-1] // site.layer.key_value_heads),
     ),
     *(
@@ -216,7 +222,7 @@ def _of_rows(site: Site, chosen: Callable[[Tensor], Tensor]) -> Tensor:
 def _by_columns(site: Site, number: int) -> Tensor:
     at = torch.zeros_like(site.setting.real)
     at[:, list(site.setting.case.positions or ())] = True
-    return at if site.setting.case.positions is not None else site.setting.real
+    return at
 
 
 def _moved_from_end(site: Site, number: int) -> Tensor:
@@ -267,6 +273,9 @@ TOKENS: tuple[tuple[str, Tokens], ...] = (
         "the first head of a layer is ablated in all rows, the others in the first row only",
         lambda site, number: _of_rows(site, lambda at: (at == 0) | (number == 0)),
     ),
+)
+
+POSITIONS: tuple[tuple[str, Tokens], ...] = (
     (
         "the axes of tokens and rows are swapped in the mask of positions",
         lambda site, _: site.setting.at.T.reshape(site.setting.at.shape),
@@ -282,9 +291,9 @@ TOKENS: tuple[tuple[str, Tokens], ...] = (
     ),
     (
         "the columns of the positions in the first row are used for all rows",
-        lambda site, _: site.setting.real & site.setting.at[:1],
+        lambda site, _: site.setting.at[:1].expand_as(site.setting.at),
     ),
-    ("the positions are ignored: z is replaced at all tokens", lambda site, _: site.setting.real),
+    ("the positions are ignored: z is replaced at all tokens", lambda site, _: torch.ones_like(site.setting.real)),
 )
 
 
@@ -297,6 +306,8 @@ def _at(names: tuple[str, ...], is_output: bool, *, also_right: bool = False) ->
     def places(setting: Setting) -> list[tuple[AttentionLayer, nn.Module, bool]]:
         found = [(layer, _submodule(layer, *names), is_output) for layer in setting.found.layers]
         right = [(layer, layer.projection, False) for layer in setting.found.layers] if also_right else []
+        if all(module is None for _, module, _ in found):
+            raise LookupError(f"this model has no module {' or '.join(names)}")
         return right + [(layer, module, is_output) for layer, module, _ in found if module is not None]
 
     return places
@@ -322,8 +333,6 @@ PLACES: tuple[tuple[str, Places], ...] = (
         "the queries of the head are replaced, not its z: attention is then uniform, not off",
         _at(("self_attn.q_proj",), True),
     ),
-    ("the keys of the head are replaced, not its z", _at(("self_attn.k_proj",), True)),
-    ("the values of the head are replaced, not its z", _at(("self_attn.v_proj",), True)),
     ("the input of the MLP is edited, not z", _at(MLPS, False)),
     ("the input of the MLP is edited as well as z", _at(MLPS, False, also_right=True)),
     (
@@ -358,18 +367,24 @@ def _others_zero(site: Site, edited: Tensor) -> Tensor:
 
 
 def _value_bias(site: Site, own: Tensor, pair: Pair) -> Any:
-    if site.setting.case.kind != "zero" or (c_attn := _submodule(site.layer, "attn.c_attn")) is None:
-        return right_value(site, own, pair)
+    c_attn = _submodule(site.layer, "attn.c_attn")
+    if c_attn is None:
+        raise LookupError("no module for keys and values")
     bias: Any = c_attn.bias
     return bias.chunk(3)[2][site.layer.channels(pair[1])].expand_as(own)
 
 
 WRONG_PLACES = (
     *(Mistake(cause, pairs=_pairs(renamed)) for cause, renamed in OTHER_HEADS),
-    *(Mistake(cause, pairs=partial(_only, kept=kept)) for cause, kept in SETS),
+    *(Mistake(cause, pairs=partial(_only, kept=kept), needs=lambda case: len(case.heads) > 1) for cause, kept in SETS),
     *(Mistake(cause, channels=channels) for cause, channels in CHANNELS),
-    *(Mistake(cause, tokens=tokens) for cause, tokens in TOKENS),
-    *(Mistake(cause, places=places) for cause, places in PLACES),
+    *(Mistake(cause, tokens=tokens, needs=lambda case: case.positions is None) for cause, tokens in TOKENS),
+    *(Mistake(cause, tokens=tokens, needs=lambda case: case.positions is not None) for cause, tokens in POSITIONS),
+    *(
+        Mistake(cause, places=places, channels=channels)
+        for cause, places in PLACES
+        for channels in (_sliced(lambda site: site.layer.head_dim), _sliced(_share))
+    ),
     Mistake(
         "the bias of the projection is lost: it is removed together with the head, but belongs to no head",
         output=partial(_minus_bias, shared=False),
@@ -382,9 +397,9 @@ WRONG_PLACES = (
         "the output of the whole attention is removed, not only that of the head",
         output=lambda site, out: torch.zeros_like(out),
     ),
-    Mistake("the bias of the values is kept in z, which should be 0", value=_value_bias),
+    Mistake("the bias of the values is kept in z, which should be 0", value=_value_bias, needs=lambda case: case.kind == "zero"),
     Mistake("the other heads of the layer are scaled up to compensate for the ablated ones", rest=_others_rescaled),
-    Mistake("z is set to 0 at the tokens that are not named", rest=_others_zero),
+    Mistake("z is set to 0 at the tokens that are not named", rest=_others_zero, needs=lambda case: case.positions is not None and case.kind != "zero"),
     *(
         Mistake(
             f"the whole layer is rounded to {name}, with the heads that are not ablated",

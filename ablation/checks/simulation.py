@@ -21,7 +21,7 @@ from ablation.checks.check import unsupported_features
 from ablation.checks.driving import ablate, made, run
 from ablation.checks.imputed import Pair, frozen_values
 from ablation.checks.observe import recorded_inputs
-from ablation.checks.protocol import Factory
+from ablation.checks.protocol import FROM_REFERENCE, KEYWORDS, Factory
 from ablation.heads import AttentionLayer, HeadMap, find_heads
 
 
@@ -37,16 +37,20 @@ class Outcome:
     calls: dict[int, int]
 
     def fits(self, other: Outcome) -> bool:
-        """Return whether two outcomes are equal up to rounding, as far as both know them."""
-        return _close(self.logits, other.logits) and all(
-            _close(z, other.z[layer], 16) for layer, z in self.z.items() if layer in other.z
+        """Return whether this outcome is the other one up to rounding, as far as both are known."""
+        return _close(self.logits, other.logits, tolerance(other.logits, self.logits.dtype)) and all(
+            same_z(z, other.z[layer]) for layer, z in self.z.items() if layer in other.z
         )
 
 
-def _close(got: Tensor, want: Tensor, stricter: int = 1) -> bool:
+def same_z(got: Tensor, want: Tensor) -> bool:
+    """Return whether inputs of a projection are equal up to the rounding of a mean; 0 has to be 0."""
+    return _close(got, want, tolerance(want, got.dtype) / 32) and not (got != 0)[want == 0].any()
+
+
+def _close(got: Tensor, want: Tensor, allowed: float) -> bool:
     if got.shape != want.shape:
         return False
-    allowed = tolerance(want, got.dtype) / stricter
     same = (got == want) | (got.isnan() & want.isnan())
     return bool((same | ((got.double() - want.double()).abs() <= allowed)).all())
 
@@ -101,15 +105,22 @@ class Setting:
         position: Tensor = (self.real.cumsum(dim=1) - 1).clamp(min=0)
         return position
 
+    def __post_init__(self) -> None:
+        # Before any simulation, since they record runs of the model, too.
+        if self.case.kind in KEYWORDS:
+            _ = self.frozen
+        if self.case.kind in FROM_REFERENCE:
+            _ = self.reference
+
     @cached_property
     def at(self) -> Tensor:
-        """Which tokens the ablation replaces, [rows, tokens]."""
+        """Which tokens the ablation replaces, [rows, tokens]: at no positions in particular, also padding."""
         return self.at_positions(self.case.positions)
 
     def at_positions(self, positions: tuple[int, ...] | None) -> Tensor:
-        """Return which real tokens are at some positions, [rows, tokens]."""
+        """Return which tokens are at some positions, [rows, tokens]."""
         if positions is None:
-            return self.real
+            return torch.ones_like(self.real)
         length = self.real.sum(dim=1, keepdim=True)
         wanted = [self.position == (at if at >= 0 else length + at) for at in positions]
         return self.real & torch.stack([*wanted, torch.zeros_like(self.real)]).any(dim=0)
@@ -193,7 +204,7 @@ class Mistake:
     channels: (site, head) -> the channels of a head. tokens: (site, number of the head in the layer) -> which tokens
     are replaced. value: (site, z, pair) -> what replaces z. rest: (site, edited) -> the tensor after all edits. output:
     (site, output of the projection) -> its output in layers with an ablated head. places: which modules are edited.
-    inputs: the inputs that the model receives.
+    needs: whether the mistake matters in a case.
     """
 
     cause: str
@@ -204,15 +215,22 @@ class Mistake:
     rest: Callable[[Site, Tensor], Tensor] = lambda site, edited: edited
     output: Callable[[Site, Tensor], Tensor] | None = None
     places: Places = right_places
-    inputs: Callable[[dict[str, Any]], dict[str, Any]] = lambda inputs: inputs
+    needs: Callable[[Case], bool] = lambda case: True
 
 
 RIGHT = Mistake("")
 NOTHING = Mistake("", pairs=lambda setting: [])
 
 
-def simulated(setting: Setting, mistake: Mistake) -> Outcome:
-    """Return the outcome of a run with a mistake, or of the right ablation (RIGHT) or of none (NOTHING)."""
+class Differs(Exception):
+    """A simulation is over, since it does not give what was observed."""
+
+
+def simulated(setting: Setting, mistake: Mistake, got: Outcome | None = None) -> Outcome:
+    """Return the outcome of a run with a mistake, or of the right ablation (RIGHT) or of none (NOTHING).
+
+    got: an outcome that this one should fit; Differs is raised at the first projection whose input does not.
+    """
     pairs = mistake.pairs(setting)
     with ExitStack() as undo:
         for layer, module, is_output in mistake.places(setting):
@@ -224,9 +242,19 @@ def simulated(setting: Setting, mistake: Mistake) -> Outcome:
             if mistake.output is not None:
                 site = Site(setting, layer, torch.empty(0), [head for _, (_, head) in here])
                 undo.enter_context(_hooked(layer.projection, partial(mistake.output, site), is_output=True))
+        for layer in setting.found.layers:
+            if got is not None and layer.index in got.z:
+                compare = partial(_compared, got.z[layer.index], setting.real)
+                undo.enter_context(_hooked(layer.projection, compare, is_output=False))
         calls = undo.enter_context(recorded_inputs(setting.model))
-        logits = run(setting.model, mistake.inputs(setting.inputs))
+        logits = run(setting.model, setting.inputs)
     return _outcome(logits, calls, setting.real)
+
+
+def _compared(got: Tensor, real: Tensor, z: Tensor) -> Tensor:
+    if z.shape[:2] == real.shape and not same_z(got, z[real]):
+        raise Differs
+    return z
 
 
 def _edited(setting: Setting, mistake: Mistake, layer: AttentionLayer, here: list[Any], x: Tensor) -> Tensor:

@@ -8,16 +8,16 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from ablation.checks.cases import Case
 from ablation.checks.imputed import Pair
-from ablation.checks.simulation import Mistake, Site, channel_means, right_value, row_means
+from ablation.checks.simulation import Mistake, Site, channel_means, row_means
 
 Value = Callable[[Site, Tensor, Pair], Any]
 
 
-def _for(kinds: str, value: Value) -> Value:
-    """Return a value that is wrong for some imputations, and the right one for others."""
+def _for(kinds: str) -> Callable[[Case], bool]:
     names = kinds.split()
-    return lambda site, own, pair: (value if site.setting.case.kind in names else right_value)(site, own, pair)
+    return lambda case: case.kind in names
 
 
 def _over(mask: Callable[[Site], Tensor]) -> Value:
@@ -28,7 +28,7 @@ def _over(mask: Callable[[Site], Tensor]) -> Value:
         chosen = chosen.where(chosen.any(dim=-1, keepdim=True), site.setting.real)
         return (row_means if site.setting.case.kind == "mean" else channel_means)(own, chosen)
 
-    return _for("mean channel-mean", value)
+    return value
 
 
 def _one_sided(site: Site) -> Tensor:
@@ -131,6 +131,19 @@ MEANS: tuple[tuple[str, Value], ...] = (
         "z is moved only half of the way to the mean: it should be replaced",
         lambda site, own, pair: (own + _mean(site, own)) / 2,
     ),
+    (
+        "the means of the rows that have tokens are written to the first rows of the batch",
+        lambda site, own, pair: torch.cat(
+            [_mean(site, own)[site.setting.real.any(dim=1)], _mean(site, own)[~site.setting.real.any(dim=1)]]
+        ),
+    ),
+    *(
+        (
+            f"the mean is rounded to {name}",
+            lambda site, own, pair, dtype=dtype: _mean(site, own).to(dtype),  # type: ignore[misc]
+        )
+        for name, dtype in (("float16", torch.float16), ("bfloat16", torch.bfloat16), ("float32", torch.float32))
+    ),
     ("only the first layer with an ablated head has the mask: the mean of later layers includes padding", _unmasked_below_first),
     ("only the first head of a layer has the mask: the mean of the other heads includes padding", _unmasked_after_first),
     (
@@ -149,6 +162,7 @@ ZEROS: tuple[tuple[str, Value], ...] = (
 
 OVER: tuple[tuple[str, Callable[[Site], Tensor]], ...] = (
     ("the mean includes the padding", lambda site: torch.ones_like(site.setting.real)),
+    ("the mean is taken over the padding, not over the real tokens", lambda site: ~site.setting.real),
     (
         "the mean is that of the last real token alone",
         lambda site: site.setting.position.eq(site.setting.real.sum(dim=-1, keepdim=True) - 1) & site.setting.real,
@@ -163,7 +177,7 @@ OVER: tuple[tuple[str, Callable[[Site], Tensor]], ...] = (
 
 
 def _scaled(factor: Callable[[float], float]) -> Value:
-    return _for("scale", lambda site, own, pair: own * factor(float(site.setting.case.factor)))
+    return lambda site, own, pair: own * factor(float(site.setting.case.factor))
 
 
 def _given(site: Site, pair: Pair) -> Tensor:
@@ -259,33 +273,36 @@ REFERENCE_MEANS: tuple[tuple[str, Value], ...] = (
 )
 
 WRONG_VALUES = (
-    *(Mistake(cause, value=_for("mean", value)) for cause, value in MEANS),
-    *(Mistake(cause, value=_for("zero", value)) for cause, value in ZEROS),
-    *(Mistake(cause, value=_over(mask)) for cause, mask in OVER),
-    Mistake("the factor is applied twice", value=_scaled(lambda factor: factor**2)),
-    Mistake("the factor is read as the share that is removed, not as the share that is kept", value=_scaled(lambda f: 1 - f)),
+    *(Mistake(cause, value=value, needs=_for("mean")) for cause, value in MEANS),
+    *(Mistake(cause, value=value, needs=_for("zero")) for cause, value in ZEROS),
+    *(Mistake(cause, value=_over(mask), needs=_for("mean channel-mean")) for cause, mask in OVER),
+    Mistake("the factor is applied twice", value=_scaled(lambda factor: factor**2), needs=_for("scale")),
+    Mistake("the factor is read as the share that is removed, not as the share that is kept", value=_scaled(lambda f: 1 - f), needs=_for("scale")),
     Mistake(
         "the mean is taken over channels, not over tokens",
-        value=_for("channel-mean", lambda site, own, pair: own.mean(dim=-1, keepdim=True)),
+        value=lambda site, own, pair: own.mean(dim=-1, keepdim=True),
+        needs=_for("channel-mean"),
     ),
-    Mistake("the given values of the next layer are used", value=_for("values", _of_next_layer)),
-    Mistake("the given values of the first position are used at all tokens", value=_for("values", _first_position)),
-    Mistake("padding is counted in the position at which the given values are read", value=_for("values", _at_columns)),
-    *(Mistake(cause, value=_for("reference-mean", value)) for cause, value in REFERENCE_MEANS),
+    Mistake("the given values of the next layer are used", value=_of_next_layer, needs=_for("values")),
+    Mistake("the given values of the first position are used at all tokens", value=_first_position, needs=_for("values")),
+    Mistake("padding is counted in the position at which the given values are read", value=_at_columns, needs=_for("values")),
+    *(Mistake(cause, value=value, needs=_for("reference-mean")) for cause, value in REFERENCE_MEANS),
     Mistake(
         "the column in a padded reference is taken for the position",
-        value=_for("reference-mean-by-position", _from_reference(_by_column)),
+        value=_from_reference(_by_column), needs=_for("reference-mean-by-position"),
     ),
     Mistake(
         "prompts of the reference that are too short for a position count as 0 there",
-        value=_for("reference-mean-by-position", _from_reference(_short_as_zero)),
+        value=_from_reference(_short_as_zero), needs=_for("reference-mean-by-position"),
     ),
     Mistake(
         "each row is resampled from the row below it in the reference",
-        value=_for("resample", lambda site, own, pair: site.setting.frozen[pair].roll(-1, dims=0)),
+        value=lambda site, own, pair: site.setting.frozen[pair].roll(-1, dims=0),
+        needs=_for("resample"),
     ),
     Mistake(
         "all rows are resampled from the first row of the reference",
-        value=_for("resample", lambda site, own, pair: site.setting.frozen[pair][:1]),
+        value=lambda site, own, pair: site.setting.frozen[pair][:1],
+        needs=_for("resample"),
     ),
 )

@@ -1,0 +1,140 @@
+"""The likely cause of a failure: one sentence that names the mistake, found by experiments on the failing case.
+
+No experiment finds a cause for certain, so nothing is said unless exactly one known mistake explains what is observed.
+"""
+
+from __future__ import annotations
+
+import os
+import warnings
+from collections.abc import Iterator
+from contextlib import suppress
+from dataclasses import replace
+from typing import TYPE_CHECKING, Any
+
+import torch
+
+from ablation.checks.cases import Case
+from ablation.checks.check import unsupported_features
+from ablation.checks.decoders import GROUPED, VOCABULARY, Decoder
+from ablation.checks.mistakes import WRONG_PLACES
+from ablation.checks.protocol import IMPUTATIONS, Factory
+from ablation.checks.simulation import NOTHING, RIGHT, Mistake, Setting, observed, simulated
+from ablation.checks.wrong_values import WRONG_VALUES
+
+if TYPE_CHECKING:
+    from ablation.checks.check import Check
+
+MISTAKES = (*WRONG_PLACES, *WRONG_VALUES)
+
+
+def diagnosis(factory: Factory, check: Check, case: Case, error: BaseException | None = None) -> str | None:
+    """Return a sentence that names the mistake of an implementation that fails a check in a case, or None.
+
+    error: what the check raised. An experiment that fails is no diagnosis; a KeyboardInterrupt propagates.
+    """
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        for experiment in (_wrong_ablation,):
+            with suppress(Exception):
+                if cause := experiment(factory, check, case):
+                    return cause
+    return None
+
+
+def _wrong_ablation(factory: Factory, check: Check, case: Case) -> str | None:
+    """Return the one known mistake that gives what the implementation gives, in the case and in similar ones."""
+    if not case.heads or case.steps or case.kind not in IMPUTATIONS:
+        return None
+    for failing in _failing_cases(check, case):
+        found = _explanations(factory, failing, MISTAKES)
+        for other in _similar(factory, failing):
+            if len({mistake.cause for mistake in found}) < 1:
+                break
+            with suppress(Exception):
+                found = _explanations(factory, other, found, also_right=True)
+        causes = {mistake.cause for mistake in found}
+        if os.environ.get("DEBUG"): print("      causes", causes)
+        if len(causes) == 1:
+            return causes.pop()
+    return None
+
+
+def _explanations(
+    factory: Factory, case: Case, mistakes: tuple[Mistake, ...], *, also_right: bool = False
+) -> tuple[Mistake, ...]:
+    """Return the mistakes that explain what an implementation gives; none if it is right, unless `also_right`."""
+    got, setting = observed(factory, case), Setting(case, case.model(), case.inputs())
+    if not also_right and got.fits(simulated(setting, RIGHT)):
+        return ()
+    found = []
+    for mistake in mistakes:
+        if not also_right and not mistake.needs(case):
+            continue
+        with suppress(Exception):  # of a mistake that this model or case does not allow
+            if got.fits(simulated(setting, mistake, got)):
+                found.append(mistake)
+    return tuple(found)
+
+
+def _failing_cases(check: Check, case: Case) -> Iterator[Case]:
+    """Yield the case as the check itself changes it, if it does."""
+    match check.id:
+        case "oracle.zero_deep":
+            yield case
+            yield replace(case, heads=((case.decoder.num_layers - 1, case.decoder.num_heads - 1),))
+        case "oracle.scale":
+            yield case
+            yield replace(case, imputation="scale:0")
+        case "oracle.long_prompt":
+            yield replace(case, rows=(_row(case.rows[0], 70),))
+        case "independence.many_rows":
+            yield replace(case, rows=_rows(case.rows, 19))
+        case _:
+            yield case
+
+
+def _row(row: tuple[int, ...], length: int) -> tuple[int, ...]:
+    """Return a longer prompt, which begins as the given one."""
+    return tuple((row[at % len(row)] + at // len(row) * (3 * at + 1)) % VOCABULARY for at in range(length))
+
+
+def _rows(rows: tuple[tuple[int, ...], ...], count: int) -> tuple[tuple[int, ...], ...]:
+    return tuple(
+        tuple((token + at // len(rows)) % VOCABULARY for token in rows[at % len(rows)]) for at in range(count)
+    )
+
+
+def _similar(factory: Factory, case: Case) -> Iterator[Case]:
+    """Yield cases in which mistakes differ that give the same in one case: other heads, more heads, rows and tokens."""
+    unsupported = unsupported_features(factory)
+    yield replace(case, heads=_moved(case, case.decoder))
+    decoder = case.decoder
+    group = 2 if decoder.family in GROUPED else 1
+    heads = group * (5 if decoder.num_heads == 3 * group else 3)
+    if case.kind == "scale":
+        yield replace(case, imputation="scale:0.25")
+    larger = decoder if decoder.num_layers > 8 else decoder._replace(num_layers=max(4, decoder.num_layers), num_heads=heads, num_key_value_groups=group)
+    longer = tuple(_row(row, len(row) + 4) for row in case.rows)
+    if "multiple_heads" not in unsupported:
+        yield replace(case, decoder=larger, rows=longer, heads=_several(larger))
+    else:
+        yield replace(case, decoder=larger, rows=longer, heads=_moved(case, larger))
+    if "batch" not in unsupported and len(case.rows) < 3:
+        yield replace(case, rows=_rows(case.rows, 3))
+    if case.is_padded:
+        yield replace(case, side="both" if case.side != "both" else "left")
+
+
+def _several(decoder: Decoder) -> tuple[tuple[int, int], ...]:
+    """Return several heads of an inner layer, neither in order nor neighbours, and one of another layer."""
+    layers = sorted(dict(decoder.heads()))
+    return (layers[-1], 0), (layers[-2], decoder.num_heads - 1), (layers[-2], 0)
+
+
+def _moved(case: Case, decoder: Decoder) -> tuple[tuple[int, int], ...]:
+    """Return other heads than those of a case, as many, each in the layer after its own."""
+    every, layers = decoder.heads(), sorted(dict(decoder.heads()))
+    after = dict(zip(layers, [*layers[1:], layers[0]], strict=True))
+    moved = [(after.get(layer, layers[-1]), (head + 1) % decoder.num_heads) for layer, head in case.heads]
+    return tuple(pair if pair in every else every[-1] for pair in moved)
