@@ -16,10 +16,11 @@ import torch
 
 from ablation.checks.cases import Case
 from ablation.checks.check import unsupported_features
+from ablation.checks.conditions import no_effect
 from ablation.checks.decoders import GROUPED, VOCABULARY, Decoder
 from ablation.checks.mistakes import WRONG_PLACES
 from ablation.checks.protocol import IMPUTATIONS, Factory
-from ablation.checks.simulation import NOTHING, RIGHT, Mistake, Setting, observed, simulated
+from ablation.checks.simulation import NOTHING, RIGHT, Mistake, Outcome, Setting, observed, simulated
 from ablation.checks.wrong_values import WRONG_VALUES
 
 if TYPE_CHECKING:
@@ -35,7 +36,7 @@ def diagnosis(factory: Factory, check: Check, case: Case, error: BaseException |
     """
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
-        for experiment in (_wrong_ablation,):
+        for experiment in (_wrong_ablation, _no_effect):
             with suppress(Exception):
                 if cause := experiment(factory, check, case):
                     return cause
@@ -47,31 +48,39 @@ def _wrong_ablation(factory: Factory, check: Check, case: Case) -> str | None:
     if not case.heads or case.steps or case.kind not in IMPUTATIONS:
         return None
     for failing in _failing_cases(check, case):
-        found = _explanations(factory, failing, MISTAKES)
+        setting = Setting(failing, failing.model(), failing.inputs())
+        got = observed(factory, failing)
+        if got.fits(simulated(setting, RIGHT)):
+            continue
+        needed = tuple(mistake for mistake in MISTAKES if mistake.needs(failing))
+        found = _explanations(got, setting, needed)
+        # If nothing at all is ablated, a mistake has to be seen in a case in which it ablates something.
+        confirmed = set(found) if not got.fits(simulated(setting, NOTHING)) else set()
         for other in _similar(factory, failing):
-            if len({mistake.cause for mistake in found}) < 1:
+            if not found:
                 break
             with suppress(Exception):
-                found = _explanations(factory, other, found, also_right=True)
-        causes = {mistake.cause for mistake in found}
-        if os.environ.get("DEBUG"): print("      causes", causes)
-        if len(causes) == 1:
+                got, setting = observed(factory, other), Setting(other, other.model(), other.inputs())
+                found = _explanations(got, setting, found)
+                if not got.fits(simulated(setting, NOTHING)):
+                    confirmed |= set(found)
+        causes = {mistake.cause for mistake in found if mistake in confirmed}
+        if len(causes) == len({mistake.cause for mistake in found}) == 1:
             return causes.pop()
     return None
 
 
-def _explanations(
-    factory: Factory, case: Case, mistakes: tuple[Mistake, ...], *, also_right: bool = False
-) -> tuple[Mistake, ...]:
-    """Return the mistakes that explain what an implementation gives; none if it is right, unless `also_right`."""
-    got, setting = observed(factory, case), Setting(case, case.model(), case.inputs())
-    if not also_right and got.fits(simulated(setting, RIGHT)):
-        return ()
+def _no_effect(factory: Factory, check: Check, case: Case) -> str | None:
+    if not case.heads or case.steps:
+        return None
+    return no_effect(factory, case)
+
+
+def _explanations(got: Outcome, setting: Setting, mistakes: tuple[Mistake, ...]) -> tuple[Mistake, ...]:
+    """Return the mistakes that give an outcome."""
     found = []
     for mistake in mistakes:
-        if not also_right and not mistake.needs(case):
-            continue
-        with suppress(Exception):  # of a mistake that this model or case does not allow
+        with suppress(Exception):  # of a simulation that differs, or of a mistake that this model does not allow
             if got.fits(simulated(setting, mistake, got)):
                 found.append(mistake)
     return tuple(found)
@@ -114,12 +123,13 @@ def _similar(factory: Factory, case: Case) -> Iterator[Case]:
     heads = group * (5 if decoder.num_heads == 3 * group else 3)
     if case.kind == "scale":
         yield replace(case, imputation="scale:0.25")
-    larger = decoder if decoder.num_layers > 8 else decoder._replace(num_layers=max(4, decoder.num_layers), num_heads=heads, num_key_value_groups=group)
-    longer = tuple(_row(row, len(row) + 4) for row in case.rows)
-    if "multiple_heads" not in unsupported:
-        yield replace(case, decoder=larger, rows=longer, heads=_several(larger))
-    else:
-        yield replace(case, decoder=larger, rows=longer, heads=_moved(case, larger))
+    larger = decoder._replace(num_layers=max(4, decoder.num_layers), num_heads=heads, num_key_value_groups=group)
+    if decoder.num_layers <= 8:
+        several = "multiple_heads" not in unsupported
+        yield replace(case, decoder=larger, heads=_several(larger) if several else _moved(case, larger))
+    yield replace(case, rows=tuple(_row(row, len(row) + 4) for row in case.rows))
+    if len(case.rows) > 1:
+        yield replace(case, rows=case.rows[:1])
     if "batch" not in unsupported and len(case.rows) < 3:
         yield replace(case, rows=_rows(case.rows, 3))
     if case.is_padded:

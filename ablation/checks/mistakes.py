@@ -116,6 +116,17 @@ OTHER_HEADS: tuple[tuple[str, Renamed], ...] = (
         "layer 0 is not ablated: the code tests `if layer`, and 0 is false",
         lambda layer, head, setting: [(layer, head)][:layer],
     ),
+    *(
+        (
+            f"only the first {count} layers are ablated",
+            lambda layer, head, setting, count=count: [(layer, head)] * (layer < count),  # type: ignore[misc]
+        )
+        for count in (1, 2, 3, 4, 6, 8, 10, 12)
+    ),
+    (
+        "the last layer is not ablated: the loop over the layers ends one too early",
+        lambda layer, head, setting: [(layer, head)] * (layer < _last(setting)),
+    ),
     (
         "layers are sorted by their names, so layer 10 comes before layer 2",
         _sorted_by_name,
@@ -240,6 +251,11 @@ TOKENS: tuple[tuple[str, Tokens], ...] = (
     ("the first token is not ablated", lambda site, _: _of_columns(site, lambda at: at > 0)),
     ("the last token is not ablated", lambda site, _: _of_columns(site, lambda at: at < len(at) - 1)),
     ("only the first token is ablated", lambda site, _: _of_columns(site, lambda at: at == 0)),
+    (
+        "nothing is ablated in a prompt of one token",
+        lambda site, _: site.setting.at & (site.setting.at.shape[1] > 1),
+    ),
+    ("nothing is ablated in a batch of several rows", lambda site, _: site.setting.at & (len(site.setting.at) == 1)),
     *(
         (
             f"only the first {count} tokens are ablated, however long the prompt is",
@@ -374,6 +390,14 @@ def _value_bias(site: Site, own: Tensor, pair: Pair) -> Any:
     return bias.chunk(3)[2][site.layer.channels(pair[1])].expand_as(own)
 
 
+def _output_channels(site: Site, out: Tensor) -> Tensor:
+    out, bias = out.clone(), site.layer.projection.bias
+    for head in site.named:
+        channels = site.layer.channels(head)
+        out[..., channels] = 0.0 if bias is None else bias[channels].to(out.dtype)  # type: ignore[index]
+    return out
+
+
 WRONG_PLACES = (
     *(Mistake(cause, pairs=_pairs(renamed)) for cause, renamed in OTHER_HEADS),
     *(Mistake(cause, pairs=partial(_only, kept=kept), needs=lambda case: len(case.heads) > 1) for cause, kept in SETS),
@@ -392,6 +416,12 @@ WRONG_PLACES = (
     Mistake(
         "a share of the projection's bias is removed together with the head, but the bias belongs to no head",
         output=partial(_minus_bias, shared=True),
+    ),
+    Mistake(
+        "the axes of W_O are swapped, so output channels are removed: transformers' Conv1D keeps [in, out], nn.Linear "
+        "[out, in]",
+        value=lambda site, own, pair: own,
+        output=_output_channels,
     ),
     Mistake(
         "the output of the whole attention is removed, not only that of the head",

@@ -146,10 +146,6 @@ MEANS: tuple[tuple[str, Value], ...] = (
     ),
     ("only the first layer with an ablated head has the mask: the mean of later layers includes padding", _unmasked_below_first),
     ("only the first head of a layer has the mask: the mean of the other heads includes padding", _unmasked_after_first),
-    (
-        "the mean is taken over the ablated tokens; it should be that of the whole row",
-        lambda site, own, pair: row_means(own, site.setting.at),
-    ),
 )
 
 ZEROS: tuple[tuple[str, Value], ...] = (
@@ -274,6 +270,11 @@ REFERENCE_MEANS: tuple[tuple[str, Value], ...] = (
 
 WRONG_VALUES = (
     *(Mistake(cause, value=value, needs=_for("mean")) for cause, value in MEANS),
+    Mistake(
+        "the mean is taken over the ablated tokens; it should be that of the whole row",
+        value=lambda site, own, pair: row_means(own, site.setting.at),
+        needs=lambda case: case.kind == "mean" and case.positions is not None,
+    ),
     *(Mistake(cause, value=value, needs=_for("zero")) for cause, value in ZEROS),
     *(Mistake(cause, value=_over(mask), needs=_for("mean channel-mean")) for cause, mask in OVER),
     Mistake("the factor is applied twice", value=_scaled(lambda factor: factor**2), needs=_for("scale")),
