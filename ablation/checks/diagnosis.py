@@ -18,6 +18,7 @@ from ablation.checks.cases import Case
 from ablation.checks.check import unsupported_features
 from ablation.checks.conditions import no_effect
 from ablation.checks.decoders import GROUPED, VOCABULARY, Decoder
+from ablation.checks.histories import EXPERIMENTS, History
 from ablation.checks.mistakes import WRONG_PLACES
 from ablation.checks.protocol import IMPUTATIONS, Factory
 from ablation.checks.simulation import NOTHING, RIGHT, Mistake, Outcome, Setting, observed, simulated
@@ -36,7 +37,7 @@ def diagnosis(factory: Factory, check: Check, case: Case, error: BaseException |
     """
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
-        for experiment in (_wrong_ablation, _no_effect):
+        for experiment in (_wrong_ablation, _no_effect, _history):
             with suppress(Exception):
                 if cause := experiment(factory, check, case):
                     return cause
@@ -67,6 +68,14 @@ def _wrong_ablation(factory: Factory, check: Check, case: Case) -> str | None:
         causes = {mistake.cause for mistake in found if mistake in confirmed}
         if len(causes) == len({mistake.cause for mistake in found}) == 1:
             return causes.pop()
+    return None
+
+
+def _history(factory: Factory, check: Check, case: Case) -> str | None:
+    for experiment in EXPERIMENTS.get(check.id, ()):
+        with suppress(Exception):
+            if cause := experiment(History(factory, case)):
+                return cause
     return None
 
 

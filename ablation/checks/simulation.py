@@ -43,6 +43,11 @@ class Outcome:
         )
 
 
+def same_logits(got: Tensor, want: Tensor) -> bool:
+    """Return whether logits are equal up to rounding."""
+    return _close(got.detach(), want.detach(), tolerance(want, got.dtype))
+
+
 def same_z(got: Tensor, want: Tensor) -> bool:
     """Return whether inputs of a projection are equal up to the rounding of a mean; 0 has to be 0."""
     return _close(got, want, tolerance(want, got.dtype) / 32) and not (got != 0)[want == 0].any()
