@@ -103,6 +103,8 @@ class Check:
                 failure = first_error(error)
                 if not isinstance(failure, CheckFailure):
                     raise
+                if quick:
+                    raise failure from failure.__cause__
                 raise self.explained(factory, failure, is_flaky=failure is not error) from failure.__cause__
 
     def run_case(self, factory: Factory, case: Case) -> None:
@@ -128,11 +130,17 @@ class Check:
             return False
         return True
 
-    def failure(self, factory: Factory, case: Case, error: BaseException, notes: Iterable[str] = ()) -> CheckFailure:
-        """Return a CheckFailure that says what is wrong and in which case, and how to reproduce the failure."""
+    def failure(
+        self, factory: Factory, case: Case, error: BaseException, notes: Iterable[str] = (), cause: str | None = None
+    ) -> CheckFailure:
+        """Return a CheckFailure that says what is wrong and in which case, and how to reproduce the failure.
+
+        cause: the diagnosis, if there is one.
+        """
         name = adapter_name(factory)
         return CheckFailure(
             f"{name} breaks {self.id} ({self.level}): {self.requirement}\n"
+            f"{f'  likely cause: {cause}{chr(10)}' if cause else ''}"
             f"  found: {_finding(error)}\n"
             f"  in: {case}\n"
             f"{''.join(f'  note: {note}{chr(10)}' for note in notes)}"
@@ -143,9 +151,14 @@ class Check:
         )
 
     def explained(self, factory: Factory, failure: CheckFailure, *, is_flaky: bool = False) -> CheckFailure:
-        """Return a failure with remarks, for which the check runs on similar cases."""
-        notes = [NOT_DETERMINISTIC] if is_flaky else remarks(partial(self.passes, factory), failure.case)
-        return self.failure(factory, failure.case, failure.error, notes)
+        """Return a failure with its diagnosis and with remarks, for which the check runs on similar cases."""
+        from ablation.checks.diagnosis import diagnosis  # here, since its experiments use what needs checks
+
+        if is_flaky:
+            return self.failure(factory, failure.case, failure.error, [NOT_DETERMINISTIC])
+        cause = diagnosis(factory, self, failure.case, failure.error)
+        notes = remarks(partial(self.passes, factory), failure.case)
+        return self.failure(factory, failure.case, failure.error, notes, cause)
 
 
 def check(

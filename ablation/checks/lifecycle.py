@@ -350,7 +350,8 @@ class LifecycleCheck(Check):
             except BaseException as error:
                 case, left = self._shortest(factory, machines[0].case, first_error(error))
                 cause = None if isinstance(left, AssertionError) else left
-                raise self.explained(factory, self.failure(factory, case, left)) from cause
+                failure = self.failure(factory, case, left)
+                raise (failure if quick else self.explained(factory, failure)) from cause
 
     def _shortest(self, factory: Factory, case: Case, error: BaseException) -> tuple[Case, BaseException]:
         """Return the failing case without the steps that the failure does not need, and the error of that case."""

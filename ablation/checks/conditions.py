@@ -1,0 +1,114 @@
+"""Why nothing is ablated: in which models it is, and whether the hooks of the implementation are called at all."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from contextlib import suppress
+from dataclasses import replace
+from typing import Any
+
+import torch
+
+from ablation.checks.cases import Case
+from ablation.checks.driving import ablate, made
+from ablation.checks.observe import hooks
+from ablation.checks.protocol import Factory
+from ablation.checks.simulation import NOTHING, RIGHT, Setting, observed, simulated
+from ablation.heads import find_heads
+
+FAMILY_FACTS = {
+    "gpt2": ("llama", "in gpt2, whose projections are of the class Conv1D, not nn.Linear"),
+    "qwen3": ("llama", "in qwen3, where head_dim is not hidden_size / heads"),
+    "mixtral": ("llama", "in mixtral, a mixture of experts"),
+    "gemma3": ("qwen3", "in gemma3, whose layers have a sliding window"),
+    "gemma3_vision": ("gemma3", "in a vision-language model: the hooks have to be in its text decoder"),
+    "lfm2": ("qwen3", "in lfm2, where some layers have no heads"),
+}
+"""Family -> a similar one, and what to say if only the similar one is ablated."""
+
+
+def no_effect(factory: Factory, case: Case) -> str | None:
+    """Return in which models nothing is ablated, or what happens to the hooks; None if something is ablated."""
+    if not _ablates_nothing(factory, case):
+        return None
+    if _acts_in_second_run(factory, case):
+        return "nothing is ablated in the first run: the heads take effect only from the second run on"
+    for where, other in _exchanged(case):
+        with suppress(Exception):
+            if _is_right(factory, other):
+                return f"nothing is ablated {where}"
+    return _lost(factory, case)
+
+
+def _ablates_nothing(factory: Factory, case: Case) -> bool:
+    got, setting = observed(factory, case), Setting(case, case.model(), case.inputs())
+    return got.fits(simulated(setting, NOTHING)) and not got.fits(simulated(setting, RIGHT))
+
+
+def _is_right(factory: Factory, case: Case) -> bool:
+    got, setting = observed(factory, case), Setting(case, case.model(), case.inputs())
+    return got.fits(simulated(setting, RIGHT)) and not got.fits(simulated(setting, NOTHING))
+
+
+def _acts_in_second_run(factory: Factory, case: Case) -> bool:
+    with made(factory, case.model()) as implementation:
+        ablate(implementation, case)
+        first = implementation.run(**case.inputs()).clone()
+        return not torch.equal(first, implementation.run(**case.inputs()))
+
+
+def _exchanged(case: Case) -> Iterator[tuple[str, Case]]:
+    """Yield the case with one property exchanged, and the name of the property that it had."""
+    decoder = case.decoder
+    other = "eager" if decoder.attention == "sdpa" else "sdpa"
+    yield (
+        f"under the attention implementation {decoder.attention!r}, but it is under {other!r}",
+        replace(case, decoder=decoder._replace(attention=other)),
+    )
+    if decoder.num_key_value_groups > 1:
+        without = replace(case, decoder=decoder._replace(num_key_value_groups=1))
+        yield "if query heads share key/value heads", without
+    if decoder.family in FAMILY_FACTS:
+        family, where = FAMILY_FACTS[decoder.family]
+        yield where, replace(case, decoder=decoder._replace(family=family))
+    if len(case.rows) > 1:
+        yield "in a batch of several rows", replace(case, rows=case.rows[:1])
+
+
+def _lost(factory: Factory, case: Case) -> str | None:
+    """Return what happens to the hooks of an implementation that ablates nothing."""
+    model = case.model()
+    before, names = hooks(model), dict(model.named_modules())
+    found = find_heads(model)
+    seen: dict[str, Any] = {}
+    called: set[str] = set()
+
+    def look(*_: Any) -> None:
+        seen.update(hooks(model))
+
+    # The last layer, since an implementation may register its hooks in `run`.
+    watch = found.decoder.register_forward_pre_hook(look)
+    before = hooks(model)
+    with made(factory, model) as implementation:
+        ablate(implementation, case)
+        seen.update(hooks(model))
+        implementation.run(**case.inputs())
+        mine = sorted({place.rpartition(".")[0] for place, table in seen.items() if len(table) > len(before.get(place, ()))})
+        counters = [names[name].register_forward_pre_hook(_noting(called, name)) for name in mine if name in names]
+        implementation.run(**case.inputs())
+        for counter in (*counters, watch):
+            counter.remove()
+    if not mine:
+        return "no hook is registered on any module of this model: the code does not find its modules"
+    if not called:
+        return f"the hooks are on modules that the forward pass does not call, such as {mine[0]}"
+    layer = case.heads[0][0]
+    mine = [name for name in mine if name in called and f".{layer}." in f".{name}."] or [n for n in mine if n in called]
+    return (
+        f"the hook on {mine[0]} is called, but its edit is lost: it edits a copy that is not returned, or a tensor that "
+        "nothing reads afterwards"
+    )
+
+
+def _noting(called: set[str], name: str) -> Callable[..., None]:
+    return lambda *_: called.add(name)

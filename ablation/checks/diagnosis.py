@@ -1,0 +1,159 @@
+"""The likely cause of a failure: one sentence that names the mistake, found by experiments on the failing case.
+
+No experiment finds a cause for certain, so nothing is said unless exactly one known mistake explains what is observed.
+"""
+
+from __future__ import annotations
+
+import os
+import warnings
+from collections.abc import Iterator
+from contextlib import suppress
+from dataclasses import replace
+from typing import TYPE_CHECKING, Any
+
+import torch
+
+from ablation.checks.cases import Case
+from ablation.checks.check import unsupported_features
+from ablation.checks.conditions import no_effect
+from ablation.checks.decoders import GROUPED, VOCABULARY, Decoder
+from ablation.checks.histories import EXPERIMENTS, History
+from ablation.checks.mistakes import WRONG_PLACES
+from ablation.checks.protocol import IMPUTATIONS, Factory
+from ablation.checks.simulation import NOTHING, RIGHT, Mistake, Outcome, Setting, observed, simulated
+from ablation.checks.wrong_values import WRONG_VALUES
+
+if TYPE_CHECKING:
+    from ablation.checks.check import Check
+
+MISTAKES = (*WRONG_PLACES, *WRONG_VALUES)
+
+
+def diagnosis(factory: Factory, check: Check, case: Case, error: BaseException | None = None) -> str | None:
+    """Return a sentence that names the mistake of an implementation that fails a check in a case, or None.
+
+    error: what the check raised. An experiment that fails is no diagnosis; a KeyboardInterrupt propagates.
+    """
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        for experiment in (_wrong_ablation, _no_effect, _history):
+            with suppress(Exception):
+                if cause := experiment(factory, check, case):
+                    return cause
+    return None
+
+
+def _wrong_ablation(factory: Factory, check: Check, case: Case) -> str | None:
+    """Return the one known mistake that gives what the implementation gives, in the case and in similar ones."""
+    if not case.heads or case.steps or case.kind not in IMPUTATIONS:
+        return None
+    for failing in _failing_cases(check, case):
+        setting = Setting(failing, failing.model(), failing.inputs())
+        got = observed(factory, failing)
+        if got.fits(simulated(setting, RIGHT)):
+            continue
+        needed = tuple(mistake for mistake in MISTAKES if mistake.needs(failing))
+        found = _explanations(got, setting, needed)
+        # If nothing at all is ablated, a mistake has to be seen in a case in which it ablates something.
+        confirmed = set(found) if not got.fits(simulated(setting, NOTHING)) else set()
+        for other in _similar(factory, failing):
+            if not found:
+                break
+            with suppress(Exception):
+                got, setting = observed(factory, other), Setting(other, other.model(), other.inputs())
+                found = _explanations(got, setting, found)
+                if not got.fits(simulated(setting, NOTHING)):
+                    confirmed |= set(found)
+        causes = {mistake.cause for mistake in found if mistake in confirmed}
+        if len(causes) == len({mistake.cause for mistake in found}) == 1:
+            return causes.pop()
+    return None
+
+
+def _history(factory: Factory, check: Check, case: Case) -> str | None:
+    for experiment in EXPERIMENTS.get(check.id, ()):
+        with suppress(Exception):
+            if cause := experiment(History(factory, case)):
+                return cause
+    return None
+
+
+def _no_effect(factory: Factory, check: Check, case: Case) -> str | None:
+    if not case.heads or case.steps:
+        return None
+    return no_effect(factory, case)
+
+
+def _explanations(got: Outcome, setting: Setting, mistakes: tuple[Mistake, ...]) -> tuple[Mistake, ...]:
+    """Return the mistakes that give an outcome."""
+    found = []
+    for mistake in mistakes:
+        with suppress(Exception):  # of a simulation that differs, or of a mistake that this model does not allow
+            if got.fits(simulated(setting, mistake, got)):
+                found.append(mistake)
+    return tuple(found)
+
+
+def _failing_cases(check: Check, case: Case) -> Iterator[Case]:
+    """Yield the case as the check itself changes it, if it does."""
+    match check.id:
+        case "oracle.zero_deep":
+            yield case
+            yield replace(case, heads=((case.decoder.num_layers - 1, case.decoder.num_heads - 1),))
+        case "oracle.scale":
+            yield case
+            yield replace(case, imputation="scale:0")
+        case "oracle.long_prompt":
+            yield replace(case, rows=(_row(case.rows[0], 70),))
+        case "independence.many_rows":
+            yield replace(case, rows=_rows(case.rows, 19))
+        case _:
+            yield case
+
+
+def _row(row: tuple[int, ...], length: int) -> tuple[int, ...]:
+    """Return a longer prompt, which begins as the given one."""
+    return tuple((row[at % len(row)] + at // len(row) * (3 * at + 1)) % VOCABULARY for at in range(length))
+
+
+def _rows(rows: tuple[tuple[int, ...], ...], count: int) -> tuple[tuple[int, ...], ...]:
+    return tuple(
+        tuple((token + at // len(rows)) % VOCABULARY for token in rows[at % len(rows)]) for at in range(count)
+    )
+
+
+def _similar(factory: Factory, case: Case) -> Iterator[Case]:
+    """Yield cases in which mistakes differ that give the same in one case: other heads, more heads, rows and tokens."""
+    unsupported = unsupported_features(factory)
+    yield replace(case, heads=_moved(case, case.decoder))
+    decoder = case.decoder
+    group = 2 if decoder.family in GROUPED else 1
+    heads = group * (5 if decoder.num_heads == 3 * group else 3)
+    if case.kind == "scale":
+        yield replace(case, imputation="scale:0.25")
+    larger = decoder._replace(num_layers=max(4, decoder.num_layers), num_heads=heads, num_key_value_groups=group)
+    if decoder.num_layers <= 8:
+        several = "multiple_heads" not in unsupported
+        yield replace(case, decoder=larger, heads=_several(larger) if several else _moved(case, larger))
+    yield replace(case, rows=tuple(_row(row, len(row) + 4) for row in case.rows))
+    if len(case.rows) > 1:
+        yield replace(case, rows=case.rows[:1])
+    if "batch" not in unsupported and len(case.rows) < 3:
+        yield replace(case, rows=_rows(case.rows, 3))
+    if case.is_padded:
+        yield replace(case, side="both" if case.side != "both" else "left")
+
+
+def _several(decoder: Decoder) -> tuple[tuple[int, int], ...]:
+    """Return several heads of an inner layer, neither in order nor neighbours, and one of another layer."""
+    layers = sorted(dict(decoder.heads()))
+    return (layers[-1], 0), (layers[-2], decoder.num_heads - 1), (layers[-2], 0)
+
+
+def _moved(case: Case, decoder: Decoder) -> tuple[tuple[int, int], ...]:
+    """Return other heads than those of a case, as many, each in the layer after its own."""
+    every, layers = decoder.heads(), sorted(dict(decoder.heads()))
+    after = dict(zip(layers, [*layers[1:], layers[0]], strict=True))
+    moved = [(after.get(layer, layers[-1]), (head + 1) % decoder.num_heads) for layer, head in case.heads]
+    return tuple(pair if pair in every else every[-1] for pair in moved)

@@ -1,0 +1,440 @@
+"""Known mistakes in heads, channels, tokens and modules: what each edits instead of the z of the named heads."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from functools import partial
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from ablation.checks.imputed import Pair
+from ablation.checks.simulation import Mistake, Places, Setting, Site
+from ablation.heads import AttentionLayer
+
+Renamed = Callable[[int, int, Setting], list[Pair]]
+"""(layer, head, setting) -> the heads that are ablated for this one."""
+
+
+def _pairs(renamed: Renamed) -> Callable[[Setting], list[tuple[Pair, Pair]]]:
+    def pairs(setting: Setting) -> list[tuple[Pair, Pair]]:
+        known = set(setting.found)
+        of_heads = [((layer, head), renamed(layer, head, setting)) for layer, head in setting.case.heads]
+        return [(named, edited) for named, many in of_heads for edited in many if edited in known]
+
+    return pairs
+
+
+def _heads(setting: Setting) -> int:
+    return setting.found.layers[0].num_heads
+
+
+def _last(setting: Setting) -> int:
+    return setting.found.num_layers - 1
+
+
+def _group(setting: Setting) -> int:
+    """Return how many query heads share a key/value head."""
+    layer = setting.found.layers[0]
+    return layer.num_heads // layer.key_value_heads
+
+
+def _tiled(layer: int, head: int, setting: Setting) -> list[Pair]:
+    shared, group = _heads(setting) // _group(setting), _group(setting)
+    return [(layer, head % shared * group + head // shared)]
+
+
+def _sorted_by_name(layer: int, head: int, setting: Setting) -> list[Pair]:
+    return [(int(sorted(map(str, range(setting.found.num_layers)))[layer]), head)]
+
+
+def _twelve(layer: int, head: int, setting: Setting) -> list[Pair]:
+    return [divmod(12 * layer + head, 12)] if _heads(setting) <= 12 else [((12 * layer + head) // 12, head % 12)]
+
+
+def _by_order(layer: int, head: int, setting: Setting) -> list[Pair]:
+    layers = setting.found.layers
+    return [(layers[layer].index, head)] if layer < len(layers) else []
+
+
+NEXT_HEAD = "the head after the named one is ablated: heads are counted from another number than 0"
+HEAD_BEFORE = "the head before the named one is ablated: the code counts heads from 1, the specification from 0"
+OTHER_HEADS: tuple[tuple[str, Renamed], ...] = (
+    (NEXT_HEAD, lambda layer, head, setting: [(layer, (head + 1) % _heads(setting))]),
+    (NEXT_HEAD, lambda layer, head, setting: [(layer, head + 1)]),
+    (HEAD_BEFORE, lambda layer, head, setting: [(layer, head - 1)]),
+    (HEAD_BEFORE, lambda layer, head, setting: [(layer, (head - 1) % _heads(setting))]),
+    (
+        "heads are counted from the end: head 0 ablates the last one",
+        lambda layer, head, setting: [(layer, _heads(setting) - 1 - head)],
+    ),
+    (
+        "layers are counted from the end: layer 0 ablates the last one",
+        lambda layer, head, setting: [(_last(setting) - layer, head)],
+    ),
+    ("the head is ablated in the next layer", lambda layer, head, setting: [(layer + 1, head)]),
+    (
+        "the head is ablated in the layer before: the code counts layers from 1, the specification from 0",
+        lambda layer, head, setting: [(layer - 1, head)],
+    ),
+    ("the pair (layer, head) is read as (head, layer)", lambda layer, head, setting: [(head, layer)]),
+    (
+        "the head is ablated in every layer, not only in the named one",
+        lambda layer, head, setting: [(other.index, head) for other in setting.found.layers],
+    ),
+    (
+        "the head is also ablated in all layers after the named one",
+        lambda layer, head, setting: [(o.index, head) for o in setting.found.layers if o.index >= layer],
+    ),
+    (
+        "the head is also ablated in all layers before the named one",
+        lambda layer, head, setting: [(o.index, head) for o in setting.found.layers if o.index <= layer],
+    ),
+    (
+        "the hooks of all layers act as that of the last layer: a function that is created in a loop sees the last "
+        "value of the loop's variable",
+        lambda layer, head, setting: [(o.index, head) for o in setting.found.layers if layer == _last(setting)],
+    ),
+    (
+        "all heads of the layer are ablated, not only the named one",
+        lambda layer, head, setting: [(layer, other) for other in range(_heads(setting))],
+    ),
+    (
+        "all query heads that share the key/value head are ablated, not only the named one",
+        lambda layer, head, setting: [
+            (layer, head // _group(setting) * _group(setting) + at) for at in range(_group(setting))
+        ],
+    ),
+    (
+        "query heads are counted as if key/value heads were tiled; they are repeated: the query heads of a key/value "
+        "head are neighbours",
+        _tiled,
+    ),
+    ("head 0 is not ablated: the code tests `if head`, and 0 is false", lambda layer, head, setting: [(layer, head)][: head]),
+    (
+        "layer 0 is not ablated: the code tests `if layer`, and 0 is false",
+        lambda layer, head, setting: [(layer, head)][:layer],
+    ),
+    *(
+        (
+            f"only the first {count} layers are ablated",
+            lambda layer, head, setting, count=count: [(layer, head)] * (layer < count),  # type: ignore[misc]
+        )
+        for count in (1, 2, 3, 4, 6, 8, 10, 12)
+    ),
+    (
+        "the last layer is not ablated: the loop over the layers ends one too early",
+        lambda layer, head, setting: [(layer, head)] * (layer < _last(setting)),
+    ),
+    (
+        "layers are sorted by their names, so layer 10 comes before layer 2",
+        _sorted_by_name,
+    ),
+    (
+        "heads are numbered through all layers with 12 heads per layer, as in GPT-2 small",
+        _twelve,
+    ),
+    (
+        "the layers with heads are numbered on their own: layers without heads count, too",
+        _by_order,
+    ),
+)
+
+
+def _only(setting: Setting, kept: Callable[[list[Pair], Pair], bool]) -> list[tuple[Pair, Pair]]:
+    heads = list(setting.case.heads)
+    return [(pair, pair) for pair in heads if kept(heads, pair)]
+
+
+SETS: tuple[tuple[str, Callable[[list[Pair], Pair], bool]], ...] = (
+    (
+        "of several heads of a layer, only the one named last is ablated: each head overwrites the one before it",
+        lambda heads, pair: pair == [other for other in heads if other[0] == pair[0]][-1],
+    ),
+    (
+        "of several heads of a layer, only the one named first is ablated",
+        lambda heads, pair: pair == next(other for other in heads if other[0] == pair[0]),
+    ),
+    (
+        "of heads in several layers, only those of the layer named first are ablated",
+        lambda heads, pair: pair[0] == heads[0][0],
+    ),
+    (
+        "of heads in several layers, only those of the layer named last are ablated",
+        lambda heads, pair: pair[0] == heads[-1][0],
+    ),
+    ("of several heads, only the first is ablated", lambda heads, pair: pair == heads[0]),
+    ("of several heads, only the last is ablated", lambda heads, pair: pair == heads[-1]),
+)
+
+
+def _sliced(width: Callable[[Site], int]) -> Callable[[Site, int], Any]:
+    return lambda site, head: slice(head * width(site), (head + 1) * width(site))
+
+
+def _share(site: Site) -> int:
+    """Return the channels of a head if the edited tensor consisted of heads."""
+    return site.x.shape[-1] // site.layer.num_heads
+
+
+def _config(site: Site) -> Any:
+    return site.setting.model.config.get_text_config()
+
+
+CHANNELS: tuple[tuple[str, Callable[[Site, int], Any]], ...] = (
+    (
+        "a head is taken as every n-th channel: z is reshaped to [head_dim, heads], but holds [heads, head_dim]",
+        lambda site, head: slice(head, None, site.layer.num_heads),
+    ),
+    ("the number of the head is used as a channel", lambda site, head: slice(head, head + 1)),
+    ("the slice of the head starts at channel 0", lambda site, head: slice(0, (head + 1) * site.layer.head_dim)),
+    ("the slice of the head has no end", lambda site, head: slice(head * site.layer.head_dim, None)),
+    (
+        "the slice of the head ends one channel too early",
+        lambda site, head: slice(head * site.layer.head_dim, (head + 1) * site.layer.head_dim - 1),
+    ),
+    (
+        "the slice of the head ends one channel too late",
+        lambda site, head: slice(head * site.layer.head_dim, (head + 1) * site.layer.head_dim + 1),
+    ),
+    (
+        "head_dim is taken as hidden_size / heads, but this model has another: use projection.in_features / heads, or "
+        "config.head_dim",
+        _sliced(lambda site: _config(site).hidden_size // site.layer.num_heads),
+    ),
+    (
+        "the number of the head is taken as that of a key/value head, so all query heads that share one are ablated: "
+        "head_dim is computed from num_key_value_heads, or the values are edited",
+        _sliced(lambda site: site.x.shape[-1] // site.layer.key_value_heads),
+    ),
+    *(
+        (
+            f"the number of heads is taken as {count}, whatever the model has",
+            _sliced(lambda site, count=count: site.x.shape[-1] // count),  # type: ignore[misc]
+        )
+        for count in (1, 2, 4, 8, 12, 16, 32)
+    ),
+)
+
+Tokens = Callable[[Site, int], Tensor]
+
+
+def _of_columns(site: Site, chosen: Callable[[Tensor], Tensor]) -> Tensor:
+    at = site.setting.at
+    return at & chosen(torch.arange(at.shape[1])).expand_as(at)
+
+
+def _of_rows(site: Site, chosen: Callable[[Tensor], Tensor]) -> Tensor:
+    at = site.setting.at
+    return at & chosen(torch.arange(len(at)))[:, None]
+
+
+def _by_columns(site: Site, number: int) -> Tensor:
+    at = torch.zeros_like(site.setting.real)
+    at[:, list(site.setting.case.positions or ())] = True
+    return at
+
+
+def _moved_from_end(site: Site, number: int) -> Tensor:
+    positions = site.setting.case.positions
+    return site.setting.at_positions(positions and tuple(at - (at < 0) for at in positions))
+
+
+TOKENS: tuple[tuple[str, Tokens], ...] = (
+    (
+        "only the last token is ablated",
+        lambda site, _: site.setting.at
+        & (site.setting.position == site.setting.real.sum(dim=1, keepdim=True) - 1),
+    ),
+    ("only the last token is ablated", lambda site, _: _of_columns(site, lambda at: at == len(at) - 1)),
+    ("the first token is not ablated", lambda site, _: _of_columns(site, lambda at: at > 0)),
+    ("the last token is not ablated", lambda site, _: _of_columns(site, lambda at: at < len(at) - 1)),
+    ("only the first token is ablated", lambda site, _: _of_columns(site, lambda at: at == 0)),
+    (
+        "nothing is ablated in a prompt of one token",
+        lambda site, _: site.setting.at & (site.setting.at.shape[1] > 1),
+    ),
+    ("nothing is ablated in a batch of several rows", lambda site, _: site.setting.at & (len(site.setting.at) == 1)),
+    *(
+        (
+            f"only the first {count} tokens are ablated, however long the prompt is",
+            lambda site, _, count=count: _of_columns(site, lambda at: at < count),  # type: ignore[misc]
+        )
+        for count in (2, 3, 4, 5, 6, 7, 8, 16, 32, 64)
+    ),
+    ("only the first row of a batch is ablated", lambda site, _: _of_rows(site, lambda at: at == 0)),
+    ("only the last row of a batch is ablated", lambda site, _: _of_rows(site, lambda at: at == len(at) - 1)),
+    *(
+        (
+            f"only the first {count} rows of a batch are ablated",
+            lambda site, _, count=count: _of_rows(site, lambda at: at < count),  # type: ignore[misc]
+        )
+        for count in (2, 4, 8, 16)
+    ),
+    (
+        "rows with padding are not ablated",
+        lambda site, _: site.setting.at & site.setting.real.all(dim=1, keepdim=True),
+    ),
+    (
+        "the first n columns of a row are taken as its n real tokens, which is right only for padding on the right",
+        lambda site, _: _of_columns(site, lambda at: at[None] < site.setting.real.sum(dim=1, keepdim=True)),
+    ),
+    (
+        "each of several heads is ablated in one row only: the position in the list of heads is used as an index of "
+        "the batch",
+        lambda site, number: _of_rows(site, lambda at: at == number),
+    ),
+    (
+        "the first head of a layer is ablated in all rows, the others in the first row only",
+        lambda site, number: _of_rows(site, lambda at: (at == 0) | (number == 0)),
+    ),
+)
+
+POSITIONS: tuple[tuple[str, Tokens], ...] = (
+    (
+        "the axes of tokens and rows are swapped in the mask of positions",
+        lambda site, _: site.setting.at.T.reshape(site.setting.at.shape),
+    ),
+    ("padding counts as a position: the positions are used as columns of the batch", _by_columns),
+    (
+        "negative positions are one too low: -1 means the last token, not the one before it",
+        _moved_from_end,
+    ),
+    (
+        "only the first of several positions is used",
+        lambda site, _: site.setting.at_positions(site.setting.case.positions and site.setting.case.positions[:1]),
+    ),
+    (
+        "the columns of the positions in the first row are used for all rows",
+        lambda site, _: site.setting.at[:1].expand_as(site.setting.at),
+    ),
+    ("the positions are ignored: z is replaced at all tokens", lambda site, _: torch.ones_like(site.setting.real)),
+)
+
+
+def _submodule(layer: AttentionLayer, *names: str) -> nn.Module | None:
+    found = dict(layer.block.named_modules())
+    return next((found[name] for name in names if name in found), None)
+
+
+def _at(names: tuple[str, ...], is_output: bool, *, also_right: bool = False) -> Places:
+    def places(setting: Setting) -> list[tuple[AttentionLayer, nn.Module, bool]]:
+        found = [(layer, _submodule(layer, *names), is_output) for layer in setting.found.layers]
+        right = [(layer, layer.projection, False) for layer in setting.found.layers] if also_right else []
+        if all(module is None for _, module, _ in found):
+            raise LookupError(f"this model has no module {' or '.join(names)}")
+        return right + [(layer, module, is_output) for layer, module, _ in found if module is not None]
+
+    return places
+
+
+def _by_last_name(setting: Setting) -> list[tuple[AttentionLayer, nn.Module, bool]]:
+    ends = {layer.projection_name.rpartition(".")[2] for layer in setting.found.layers}
+    modules = [m for name, m in setting.model.named_modules() if name.rpartition(".")[2] in ends]
+    return [(layer, modules[layer.index], False) for layer in setting.found.layers]
+
+
+MLPS = ("mlp", "fc1", "feed_forward", "block_sparse_moe")
+DOWNSTREAM = "the edit is downstream of the projection, in its output: there, the heads are mixed already"
+UPSTREAM = "the edit is upstream of the heads, in the input of the layer: the residual stream has no heads"
+PLACES: tuple[tuple[str, Places], ...] = (
+    (DOWNSTREAM, lambda setting: [(layer, layer.projection, True) for layer in setting.found.layers]),
+    (UPSTREAM, lambda setting: [(layer, layer.block, False) for layer in setting.found.layers]),
+    (
+        "the output of the whole layer is edited, downstream of the projection: the residual stream has no heads",
+        lambda setting: [(layer, layer.block, True) for layer in setting.found.layers],
+    ),
+    (
+        "the queries of the head are replaced, not its z: attention is then uniform, not off",
+        _at(("self_attn.q_proj",), True),
+    ),
+    ("the input of the MLP is edited, not z", _at(MLPS, False)),
+    ("the input of the MLP is edited as well as z", _at(MLPS, False, also_right=True)),
+    (
+        "modules are chosen by the last part of their names, and the MLPs have modules of that name, too",
+        _by_last_name,
+    ),
+)
+
+
+def _minus_bias(site: Site, out: Tensor, *, shared: bool) -> Tensor:
+    bias: Any = site.layer.projection.bias
+    if bias is None:
+        return out
+    return out - bias / site.layer.num_heads if shared else out - bias
+
+
+def _others_rescaled(site: Site, edited: Tensor) -> Tensor:
+    heads, width = site.layer.num_heads, site.layer.head_dim
+    out = edited * (heads / max(1, heads - len(site.named)))
+    for head in site.named:
+        channels = slice(head * width, (head + 1) * width)
+        out[..., channels] = edited[..., channels]
+    return out
+
+
+def _others_zero(site: Site, edited: Tensor) -> Tensor:
+    at, out = site.setting.at, edited.clone()
+    for head in site.named:
+        channels = site.layer.channels(head)
+        out[..., channels] = edited[..., channels].where(at[..., None], 0)
+    return out
+
+
+def _value_bias(site: Site, own: Tensor, pair: Pair) -> Any:
+    c_attn = _submodule(site.layer, "attn.c_attn")
+    if c_attn is None:
+        raise LookupError("no module for keys and values")
+    bias: Any = c_attn.bias
+    return bias.chunk(3)[2][site.layer.channels(pair[1])].expand_as(own)
+
+
+def _output_channels(site: Site, out: Tensor) -> Tensor:
+    out, bias = out.clone(), site.layer.projection.bias
+    for head in site.named:
+        channels = site.layer.channels(head)
+        out[..., channels] = 0.0 if bias is None else bias[channels].to(out.dtype)  # type: ignore[index]
+    return out
+
+
+WRONG_PLACES = (
+    *(Mistake(cause, pairs=_pairs(renamed)) for cause, renamed in OTHER_HEADS),
+    *(Mistake(cause, pairs=partial(_only, kept=kept), needs=lambda case: len(case.heads) > 1) for cause, kept in SETS),
+    *(Mistake(cause, channels=channels) for cause, channels in CHANNELS),
+    *(Mistake(cause, tokens=tokens, needs=lambda case: case.positions is None) for cause, tokens in TOKENS),
+    *(Mistake(cause, tokens=tokens, needs=lambda case: case.positions is not None) for cause, tokens in POSITIONS),
+    *(
+        Mistake(cause, places=places, channels=channels)
+        for cause, places in PLACES
+        for channels in (_sliced(lambda site: site.layer.head_dim), _sliced(_share))
+    ),
+    Mistake(
+        "the bias of the projection is lost: it is removed together with the head, but belongs to no head",
+        output=partial(_minus_bias, shared=False),
+    ),
+    Mistake(
+        "a share of the projection's bias is removed together with the head, but the bias belongs to no head",
+        output=partial(_minus_bias, shared=True),
+    ),
+    Mistake(
+        "the axes of W_O are swapped, so output channels are removed: transformers' Conv1D keeps [in, out], nn.Linear "
+        "[out, in]",
+        value=lambda site, own, pair: own,
+        output=_output_channels,
+    ),
+    Mistake(
+        "the output of the whole attention is removed, not only that of the head",
+        output=lambda site, out: torch.zeros_like(out),
+    ),
+    Mistake("the bias of the values is kept in z, which should be 0", value=_value_bias, needs=lambda case: case.kind == "zero"),
+    Mistake("the other heads of the layer are scaled up to compensate for the ablated ones", rest=_others_rescaled),
+    Mistake("z is set to 0 at the tokens that are not named", rest=_others_zero, needs=lambda case: case.positions is not None and case.kind != "zero"),
+    *(
+        Mistake(
+            f"the whole layer is rounded to {name}, with the heads that are not ablated",
+            rest=lambda site, edited, dtype=dtype: edited.to(dtype).to(edited.dtype),  # type: ignore[misc]
+        )
+        for name, dtype in (("float16", torch.float16), ("bfloat16", torch.bfloat16))
+    ),
+)
