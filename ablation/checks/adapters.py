@@ -48,7 +48,7 @@ class MadeAdapter:
 
     def __init__(self, model: PreTrainedModel) -> None:
         self.model = model
-        self.ablate([], with_factor(self.imputations[0]))
+        self.ablate([], with_factor(offered_imputations(type(self))[0]))
 
     def ablate(self, heads: Sequence[tuple[int, int]], imputation: str, **given: Any) -> None:
         """Keep the arguments. The same objects are passed in each run, as by code that calls the function twice."""
@@ -171,24 +171,17 @@ def _adapter(
     imputations: Sequence[str] | None,
     unsupported: Mapping[str, str] | None,
 ) -> Any:
-    name = _name(code)
-    signature = _signature(name, code)
+    name, signature = _name(code), _signature(code)
+    shown = f"{name}({', '.join(signature.parameters)})"
     kinds = {parameter.kind for parameter in signature.parameters.values()}
     named = {key: p for key, p in signature.parameters.items() if p.kind not in (p.VAR_KEYWORD, p.VAR_POSITIONAL)}
     takes_more = base is FunctionAdapter and inspect.Parameter.VAR_KEYWORD in kinds
-    if problem := _parameter_problem(named):
-        raise InvalidDeclaration(f"{name}{signature}: {problem}; pass a function of such parameters that calls yours")
-    parameters = {key: parameter for key, parameter in named.items() if key in (*SETTINGS, *INPUTS)}
-    offered = DEFAULT_IMPUTATIONS if "imputation" in parameters else DEFAULT_IMPUTATIONS[:1]
-    offered = tuple(offered if imputations is None else imputations)
-    if problem := _imputation_problem(parameters, offered):
-        raise InvalidDeclaration(f"{name}{signature}: {problem}")
-    lacking = {"multiple_heads": "it takes one head, by `layer` and `head`"} if "head" in parameters else {}
-    if base is ContextAdapter:
-        lacking["checkpointing"] = "the context manager has been left when the backward pass runs the layers again"
-    elif not takes_more:
-        lacking |= {feature: reason for feature, (names, reason) in NEEDED.items() if not parameters.keys() & names}
+    if problem := _parameter_problem(named, needs_ids=base is FunctionAdapter and not takes_more):
+        raise InvalidDeclaration(f"{shown}: {problem}; pass a function of such parameters that calls yours")
+    if not isinstance(unsupported or {}, Mapping):
+        raise InvalidDeclaration(f"{shown}: `unsupported` should be a dict, feature: reason")
     given = {"imputations": imputations, "unsupported": unsupported}
+    arguments = "".join(f", {key}={value!r}" for key, value in given.items() if value is not None)
     adapter: Any = type(
         name,
         (base,),
@@ -197,22 +190,35 @@ def _adapter(
             "__module__": sys._getframe(2).f_globals.get("__name__"),
             "__qualname__": name,
             "code": staticmethod(code),
-            "parameters": parameters,
+            "parameters": {key: parameter for key, parameter in named.items() if key in (*SETTINGS, *INPUTS)},
             "takes_more": takes_more,
-            "expression": f"{helper}({name}{''.join(f', {k}={v!r}' for k, v in given.items() if v is not None)})",
-            "imputations": offered,
-            "unsupported": {**lacking, **(unsupported or {})},
+            "expression": f"{helper}({name}{arguments})",
+            "imputations": DEFAULT_IMPUTATIONS[: 1 + ("imputation" in named)] if imputations is None else imputations,
+            "unsupported": {**_lacking(named, base, takes_more), **(unsupported or {})},
         },
     )
-    if "positions" in parameters:
+    if "positions" in named:
         adapter.ablate = _ablate_with_positions
     try:
-        offered = offered_imputations(adapter)
+        problem = _imputation_problem(named, offered_imputations(adapter))
     except InvalidDeclaration as error:
-        raise InvalidDeclaration(f"{name}: {error}") from None
-    if not offered:
-        raise InvalidDeclaration(f"{name}: it offers no imputation")
+        problem = str(error)
+    if problem:
+        raise InvalidDeclaration(f"{shown}: {problem}")
     return adapter
+
+
+def _lacking(named: Mapping[str, Any], base: type[MadeAdapter], takes_more: bool) -> dict[str, str]:
+    """Return {feature: reason} of what code with these parameters does not support."""
+    lacking = {"checkpointing": "the ablation has ended when the backward pass runs the layers again"}
+    if "head" in named:
+        lacking["multiple_heads"] = "it takes one head, by `layer` and `head`"
+    if base is FunctionAdapter:
+        if "head" in named:
+            lacking["gradients"] = "it is not called without a head, so it does not tell whether it returns gradients"
+        if not takes_more:
+            lacking |= {feature: reason for feature, (names, reason) in NEEDED.items() if not names & named.keys()}
+    return lacking
 
 
 def _ablate_with_positions(
@@ -235,14 +241,17 @@ def _name(code: Any) -> str:
     return str(name).rpartition("<locals>.")[2]
 
 
-def _signature(name: str, code: Any) -> inspect.Signature:
+def _signature(code: Any) -> inspect.Signature:
+    """Return the signature of the user's code. Raises InvalidDeclaration if it is not what the helpers take."""
+    name = _name(code)
     if hasattr(code, "__enter__") and not isinstance(code, type):
         raise InvalidDeclaration(f"{name} is one context manager: pass the function that makes it, without calling it")
     if not callable(code):
         raise InvalidDeclaration(f"{code!r} is no function")
     if inspect.isgeneratorfunction(code):
         raise InvalidDeclaration(f"{name} is a generator: decorate it with contextlib.contextmanager")
-    if inspect.iscoroutinefunction(code) or inspect.isasyncgenfunction(inspect.unwrap(code)):
+    wrapped = inspect.unwrap(code)
+    if inspect.iscoroutinefunction(wrapped) or inspect.isasyncgenfunction(wrapped):
         raise InvalidDeclaration(f"{name} is asynchronous, and the checks call functions that are not")
     try:
         return inspect.signature(code)
@@ -250,13 +259,15 @@ def _signature(name: str, code: Any) -> inspect.Signature:
         raise InvalidDeclaration(f"{name} has no signature: pass a function that calls it") from None
 
 
-def _parameter_problem(parameters: Mapping[str, inspect.Parameter]) -> str | None:
+def _parameter_problem(parameters: Mapping[str, inspect.Parameter], needs_ids: bool) -> str | None:
     """Return why the checks cannot pass arguments to these parameters, or None."""
     known = (*SETTINGS, *INPUTS)
     if unknown := [key for key, p in parameters.items() if key not in known and p.default is p.empty]:
         return f"the checks know no {unknown[0]!r}, but {', '.join(known)}"
     if "model" not in parameters:
         return "it has no parameter 'model', and each check uses models of its own"
+    if needs_ids and "input_ids" not in parameters:
+        return "it has no parameter 'input_ids', and each check uses prompts of its own"
     forms = [form for form in FORMS if any(name in parameters for name in form)]
     if len(forms) != 1 or any(name not in parameters for name in forms[0]):
         return "it should receive heads as 'heads', or as 'heads_by_layer', or as 'layer' and 'head'"
@@ -265,6 +276,8 @@ def _parameter_problem(parameters: Mapping[str, inspect.Parameter]) -> str | Non
 
 def _imputation_problem(parameters: Mapping[str, inspect.Parameter], offered: Sequence[str]) -> str | None:
     """Return why a function with these parameters cannot offer these imputations, or None."""
+    if not offered:
+        return "it offers no imputation"
     if "imputation" not in parameters and len(offered) > 1:
         return f"it has no parameter 'imputation', so it offers one imputation, not {', '.join(offered)}"
     if "imputation" not in parameters and "scale" in offered:
