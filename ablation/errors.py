@@ -38,7 +38,7 @@ class InvalidPrompt(AblationError, ValueError):
 
 
 class InvalidDeclaration(AblationError, ValueError):
-    """An adapter's `unsupported`, or a list of expected failures, that names something that does not exist."""
+    """A declaration that names something that does not exist, or code that no adapter can be made from."""
 
 
 class InvalidOutput(AblationError, OSError):

@@ -16,6 +16,7 @@ import importlib
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    from ablation.checks.adapters import adapter_from_context, adapter_from_function
     from ablation.checks.cases import Case
     from ablation.checks.check import Check
     from ablation.checks.decoders import Decoder
@@ -30,6 +31,8 @@ __all__ = [
     "Decoder",
     "Implementation",
     "Record",
+    "adapter_from_context",
+    "adapter_from_function",
     "check_implementation",
     "parametrize_with_checks",
     "reproduce",
@@ -41,6 +44,8 @@ _MODULES = {
     "Check": "check",
     "Decoder": "decoders",
     "Implementation": "protocol",
+    "adapter_from_context": "adapters",
+    "adapter_from_function": "adapters",
     "verdict": "summary",
 }
 

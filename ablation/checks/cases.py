@@ -192,6 +192,7 @@ class CaseSpec:
     dtypes: tuple[str, ...] = ("float32", "float64")
     max_rows: int = 1
     ragged: bool = False
+    sides: tuple[str, ...] = ("left", "right", "both", "both")
     max_heads: int = 1
     min_tokens: int = 1
     min_layers: int = 1
@@ -205,6 +206,7 @@ class CaseSpec:
             self,
             max_rows=1 if "batch" in unsupported else self.max_rows,
             ragged=self.ragged and "padding" not in unsupported,
+            sides=("right",) if "position_ids" in unsupported else self.sides,
             max_heads=1 if "multiple_heads" in unsupported else self.max_heads,
             imputations=tuple(name for name in known if name in offered and name not in self.without),
             positions=self.positions and "positions" not in unsupported,
@@ -226,7 +228,7 @@ class CaseSpec:
             decoder = Decoder(family, max(2, self.min_layers), max(3, self.min_layer_heads), head_dim=8, dtype=dtype)
             heads = [pair for pair in ((1, 0), (0, 2), (1, 2), (0, 1)) if pair in decoder.heads()][: self.max_heads]
             for name in self.imputations or ():
-                side, at = "left" if self.ragged else "right", (1, -1) if self.positions else None
+                side, at = self.sides[0] if self.ragged else "right", (1, -1) if self.positions else None
                 for by_position in (False, True) if name == "values" else (False,):
                     imputation = with_factor(name)
                     yield Case(decoder, rows, tuple(heads), imputation, side, 1, at, by_position)
@@ -248,7 +250,7 @@ def _cases(draw: st.DrawFn, spec: CaseSpec) -> Case:
         length = draw(st.integers(spec.min_tokens, MAX_TOKENS))
         prompts = [draw(st.lists(token, min_size=length, max_size=length)) for _ in range(count)]
     chosen = draw(st.permutations(draw(_sets_of_heads(decoder, spec.max_heads))))
-    side = draw(st.sampled_from(["left", "right", "both", "both"])) if spec.ragged else "right"
+    side = draw(st.sampled_from(spec.sides)) if spec.ragged else "right"
     pad = draw(st.sampled_from([None, *prompts[0]]))
     names = spec.imputations or ()
     # Means of the row are drawn more often, since they go wrong in more ways.

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import difflib
 import inspect
+import sys
 import textwrap
 import warnings
 from collections.abc import Callable, Iterable, Iterator, Mapping
@@ -25,6 +26,8 @@ from ablation.errors import InvalidDeclaration
 
 Function = Callable[[Factory, Case], None]
 """Raises AssertionError if an implementation breaks the requirement in one case."""
+
+ADAPTER_HELPERS = ("adapter_from_context", "adapter_from_function")
 
 LONGEST_FINDING = 1000
 """Characters of what was found, in a message: exceptions may print whole tensors."""
@@ -137,15 +140,16 @@ class Check:
 
         cause: the diagnosis, if there is one.
         """
-        name = adapter_name(factory)
+        name, expression = adapter_name(factory), adapter_expression(factory)
+        helper = [name for name in ADAPTER_HELPERS if expression.startswith(f"{name}(")]
         return CheckFailure(
             f"{name} breaks {self.id} ({self.level}): {self.requirement}\n"
             f"{f'  likely cause: {cause}{chr(10)}' if cause else ''}"
             f"  found: {_finding(error)}\n"
             f"  in: {case}\n"
             f"{''.join(f'  note: {note}{chr(10)}' for note in notes)}"
-            "  reproduce: from ablation.checks import Case, Decoder, reproduce\n"
-            f"  reproduce({self.id!r}, {name}, {case!r})",
+            f"  reproduce: from ablation.checks import {', '.join(('Case', 'Decoder', *helper, 'reproduce'))}\n"
+            f"  reproduce({self.id!r}, {expression}, {case!r})",
             case,
             error,
         )
@@ -237,6 +241,16 @@ def adapter_name(factory: Factory) -> str:
     return str(getattr(factory, "__qualname__", repr(factory)))
 
 
+def adapter_expression(factory: Factory) -> str:
+    """Return Python that gives the adapter, for `reproduce`: the variable of its module that holds it, if there is one.
+
+    The class that a helper makes has the name of the user's function, and may be held by no variable.
+    """
+    module = sys.modules.get(str(getattr(factory, "__module__", None)))
+    held = (name for name, value in vars(module).items() if value is factory) if module else iter(())
+    return next(held, None) or str(getattr(factory, "expression", adapter_name(factory)))
+
+
 def unsupported_features(factory: Factory) -> Mapping[str, str]:
     """Return {name: reason} of what an adapter does not support: what it declares, and what it lacks.
 
@@ -293,6 +307,15 @@ def takes_positions(factory: Factory) -> bool:
         return "positions" in inspect.signature(factory.ablate).parameters  # type: ignore[attr-defined]
     except (AttributeError, TypeError, ValueError):  # methods of the instance, or written in C
         return False
+
+
+def inputs_for(factory: Factory, case: Case) -> dict[str, Any]:
+    """Return the inputs of a case, without positions if the implementation does not pass them on.
+
+    Then all padding is on the right, and only the padding itself has other positions without them.
+    """
+    lacking = {"position_ids"} & unsupported_features(factory).keys()
+    return {name: value for name, value in case.inputs().items() if name not in lacking}
 
 
 def instead(name: object, known: Iterable[str], otherwise: str) -> str:

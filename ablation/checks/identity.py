@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from ablation.checks.assertions import assert_equals_bare, assert_identical
 from ablation.checks.cases import Case, CaseSpec
-from ablation.checks.check import check, unsupported_features
+from ablation.checks.check import check, inputs_for, unsupported_features
 from ablation.checks.driving import ablate, decode_with_cache, made, run
 from ablation.checks.protocol import Factory
 
@@ -30,7 +30,7 @@ def identity_padded(factory: Factory, case: Case) -> None:
 
 
 def _assert_identity(factory: Factory, case: Case) -> None:
-    model, inputs = case.model(), case.inputs()
+    model, inputs = case.model(), inputs_for(factory, case)
     without_mask = {"input_ids": inputs["input_ids"], "use_cache": False}
     without_positions = {name: value for name, value in inputs.items() if name != "position_ids"}
     real = inputs["attention_mask"].bool()  # the logits of padding mean nothing

@@ -10,7 +10,7 @@ from transformers import PreTrainedModel
 
 from ablation.checks.assertions import assert_identical, different, tolerance
 from ablation.checks.cases import Case, CaseSpec
-from ablation.checks.check import check
+from ablation.checks.check import check, inputs_for
 from ablation.checks.driving import ablate, made, other_ids, run
 from ablation.checks.imputed import frozen_values
 from ablation.checks.observe import WITH_VALUE_PROJECTION, recorded_inputs, spoil_values
@@ -102,7 +102,7 @@ def assert_local(factory: Factory, case: Case, model: PreTrainedModel) -> None:
     Ablated heads are looked at in every layer, all other heads only up to the first layer with an ablated head: from
     there on, the ablation changes the residual stream, and so the z of every head in the layers above.
     """
-    inputs = case.inputs()
+    inputs = inputs_for(factory, case)
     layers = find_heads(model).layers
     real = inputs["attention_mask"].bool()
     frozen = frozen_values(case, model)

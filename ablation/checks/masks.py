@@ -11,7 +11,7 @@ from torch import Tensor
 
 from ablation.checks.assertions import assert_close
 from ablation.checks.cases import Case, CaseSpec
-from ablation.checks.check import check
+from ablation.checks.check import check, unsupported_features
 from ablation.checks.driving import ablate, made, run
 from ablation.checks.observe import WITH_VALUE_PROJECTION
 from ablation.checks.protocol import FROM_REFERENCE, Factory
@@ -50,17 +50,22 @@ def single_row(factory: Factory, case: Case) -> None:
     with made(factory, case.model()) as implementation:
         ablate(implementation, case)
         alone = implementation.run(case.tensor(*case.rows)).clone()
-        for what, inputs in _forms(case):
+        for what, inputs in _forms(case, "position_ids" not in unsupported_features(factory)):
             real = inputs["attention_mask"].bool()
             got = implementation.run(**inputs)
             assert_close(got[real], alone[0], f"the logits of one row {what}, against a run without a mask")
 
 
-def _forms(case: Case) -> Iterator[tuple[str, dict[str, Any]]]:
-    """Yield the row of a case in other forms: what is added, and the inputs, with positions that count real tokens."""
+def _forms(case: Case, takes_positions: bool) -> Iterator[tuple[str, dict[str, Any]]]:
+    """Yield the row of a case in other forms: what is added, and the inputs, with positions that count real tokens.
+
+    takes_positions: whether the implementation passes `position_ids` on; if not, tokens are only added after the row.
+    """
     (row,) = case.rows
     yield "with a mask of ones", case.inputs()
     for name, (before, between, after) in PLACES.items():
+        if not takes_positions and before + between:
+            continue
         hidden = [(token + 5) % case.decoder.vocabulary for token in row]
         ids = [*hidden[:before], row[0], *hidden[:between], *row[1:], *hidden[:after]]
         mask = case.tensor([*[0] * before, 1, *[0] * between, *[1] * (len(row) - 1), *[0] * after])

@@ -59,6 +59,8 @@ def _load_adapter(config: pytest.Config) -> Any:
         adapter = importlib.import_module(module)
         for part in attribute.split("."):
             adapter = getattr(adapter, part)
+    except InvalidDeclaration as error:  # of a helper that makes adapters
+        raise pytest.UsageError(f"--implementation {name}: {error}") from None
     except Exception as error:  # the user's module may raise any error when it is imported
         problem = f"{type(error).__name__}: {error}" if not isinstance(error, ImportError | AttributeError) else error
         raise pytest.UsageError(f"--implementation {name}: {problem}; it should be MODULE:CLASS") from None

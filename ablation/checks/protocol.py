@@ -65,6 +65,7 @@ FEATURES = {
     "multiple_heads": "several heads at once",
     "batch": "several rows at once",
     "padding": "batches with padding, given an attention mask",
+    "position_ids": "rows whose padding is not all on their right, for which the model has to be given `position_ids`",
     "cache": "decoding with a key/value cache, with no head ablated and under imputations that do not read the whole "
     "row",
     "observable": "running the given model's own modules, and changing z before a projection's `forward` is called, so "
@@ -84,7 +85,8 @@ FEATURES = {
 }
 
 
-CACHE = "cache" if "cache" in inspect.signature(GPT2LMHeadModel.forward).parameters else "past_key_values"
+CACHES = ("cache", "past_key_values")
+CACHE = next(name for name in CACHES if name in inspect.signature(GPT2LMHeadModel.forward).parameters)
 """The argument for a key/value cache in this version of transformers: `past_key_values` until 5.23, then `cache`."""
 
 
