@@ -135,13 +135,13 @@ def pytest_report_header(config: pytest.Config) -> list[str]:
         f"made with: {', '.join(f'{key} {value}' for key, value in provenance.environment().items())}",
         f"hypothesis profile: {settings.get_current_profile_name()}",
         *kernels,
-        *([] if config.getoption("--implementation") else model_lines(config)),
+        *([] if config.getoption("--ablation-implementation") else model_lines(config)),
     ]
 
 
 def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter, config: pytest.Config) -> None:
     """Repeat at the end which models were tested."""
-    if not config.getoption("--implementation"):
+    if not config.getoption("--ablation-implementation"):
         terminalreporter.section("models")
         for line in model_lines(config):
             terminalreporter.line(line)

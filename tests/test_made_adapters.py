@@ -194,7 +194,11 @@ async def asynchronous(model: Any, heads: Any) -> AsyncIterator[None]:
         ("model, heads", {"unsupported": {"zero": "never"}}, "it offers no imputation"),
         ("model, heads", {"unsupported": {"gtp2": "?"}}, "`unsupported` names 'gtp2', which does not exist; did you"),
         ("model, heads", {"unsupported": ["gpt2"]}, "`unsupported` should be a dict, feature: reason"),
-        (of_pairs(None, [], "zero"), {}, "_GeneratorContextManager is one context manager: pass the function that makes it"),
+        (
+            of_pairs(None, [], "zero"),
+            {},
+            "_GeneratorContextManager is one context manager: pass the function that makes it",
+        ),
         (plain_generator, {}, "plain_generator is a generator: decorate it with contextlib.contextmanager"),
         (coroutine, {}, "coroutine is asynchronous"),
         (asynchronous, {}, "asynchronous is asynchronous"),

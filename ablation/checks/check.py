@@ -18,7 +18,7 @@ import torch
 from hypothesis import HealthCheck, Phase, given, settings
 
 from ablation.checks.cases import Case, CaseSpec
-from ablation.checks.decoders import DTYPES, FAMILIES, LAYOUTS
+from ablation.checks.decoders import DTYPES, FAMILIES, LAYOUTS, Decoder
 from ablation.checks.driving import returns_gradients
 from ablation.checks.protocol import DEFAULT_IMPUTATIONS, FEATURES, IMPUTATIONS, Factory
 from ablation.checks.remarks import remarks
@@ -148,10 +148,18 @@ class Check:
             f"  found: {_finding(error)}\n"
             f"  in: {case}\n"
             f"{''.join(f'  note: {note}{chr(10)}' for note in notes)}"
-            f"  reproduce: from ablation.checks import {', '.join(('Case', 'Decoder', *helper, 'reproduce'))}\n"
-            f"  reproduce({self.id!r}, {expression}, {case!r})",
+            f"{self._reproduction(expression, helper, case)}",
             case,
             error,
+        )
+
+    def _reproduction(self, expression: str, helpers: Iterable[str], case: Case) -> str:
+        """Return the lines that repeat a failure."""
+        if not isinstance(case.decoder, Decoder):  # a model cannot be written down
+            return f"  repeat with: -k {self.id}"
+        return (
+            f"  reproduce: from ablation.checks import {', '.join(('Case', 'Decoder', *helpers, 'reproduce'))}\n"
+            f"  reproduce({self.id!r}, {expression}, {case!r})"
         )
 
     def explained(self, factory: Factory, failure: CheckFailure, *, is_flaky: bool = False) -> CheckFailure:
@@ -220,14 +228,15 @@ def search_settings(quick: bool = False, **changes: Any) -> settings:
 
 
 @contextmanager
-def isolated_process_state() -> Iterator[None]:
+def isolated_process_state(*, one_thread: bool = True) -> Iterator[None]:
     """Context manager: on exit, restore the state of torch that an implementation or a check may have changed.
 
-    Inside, torch uses one thread. Small models are no slower on it, other processes disturb its speed less, and results
-    do not depend on the number of cores.
+    one_thread: torch uses one thread inside. Small models are no slower on it, other processes disturb its speed less,
+    and results do not depend on the number of cores.
     """
     threads, dtype = torch.get_num_threads(), torch.get_default_dtype()
-    torch.set_num_threads(1)
+    if one_thread:
+        torch.set_num_threads(1)
     try:
         with torch.random.fork_rng(devices=[]), torch.enable_grad():
             yield

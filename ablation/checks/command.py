@@ -7,6 +7,10 @@ import os
 from pathlib import Path
 from typing import Any
 
+OF_PLUGIN = ("expected_failures", "model", "prompts", "minutes", "device", "dtype")
+"""Options that are passed on to the plugin."""
+DTYPES = ("float32", "float64", "bfloat16", "float16")
+
 
 def add_command(commands: Any) -> None:
     """Add `check` to the subparsers of the command line. Imports nothing heavy."""
@@ -24,6 +28,20 @@ def add_command(commands: Any) -> None:
     parser.add_argument(
         "--expected-failures", metavar="FILE", type=Path, help="known failures: on each line, a check id and a reason"
     )
+    parser.add_argument(
+        "--model",
+        metavar="NAME",
+        help="check every head of this model, in place of small random models: capitals, smollm2, a folder, a hub id; "
+        "see docs/checking.md",
+    )
+    parser.add_argument(
+        "--prompts", metavar="FILE", help="prompts for the model: a .jsonl or .csv file with the column prompt"
+    )
+    parser.add_argument(
+        "--minutes", type=float, metavar="N", help="time for the comparison of every head of the model (default: 10)"
+    )
+    parser.add_argument("--device", help="of the model: cpu, cuda, ... (default: a GPU if there is one)")
+    parser.add_argument("--dtype", choices=DTYPES, help="of the model (default: float32)")
     parser.add_argument("--junit-xml", metavar="FILE", type=Path, help="write a report for a CI service")
     parser.set_defaults(run=_check)
 
@@ -44,7 +62,7 @@ def _check(arguments: argparse.Namespace) -> int:
         print(requirements_table(), end="")
         return 0
     settings.register_profile("ablation-check", derandomize=True, deadline=None, database=None)
-    options = ["-p", "ablation.checks.plugin", "--implementation", arguments.implementation]
+    options = ["-p", "ablation.checks.plugin", "--ablation-implementation", arguments.implementation]
     options += ["--hypothesis-profile", "ablation-check"]
     # The run ignores the configuration and the conftest.py of the current folder.
     options += [
@@ -62,8 +80,9 @@ def _check(arguments: argparse.Namespace) -> int:
     ]
     if arguments.k:
         options += ["-k", arguments.k]
-    if arguments.expected_failures:
-        options += ["--expected-failures", str(arguments.expected_failures)]
     if arguments.junit_xml:
         options += ["--junit-xml", str(arguments.junit_xml)]
+    for name in OF_PLUGIN:
+        if (value := getattr(arguments, name)) is not None:
+            options += [f"--ablation-{name.replace('_', '-')}", str(value)]
     return int(pytest.main(options))

@@ -93,7 +93,9 @@ def _lost(factory: Factory, case: Case) -> str | None:
         ablate(implementation, case)
         seen.update(hooks(model))
         implementation.run(**case.inputs())
-        mine = sorted({place.rpartition(".")[0] for place, table in seen.items() if len(table) > len(before.get(place, ()))})
+        mine = sorted(
+            {place.rpartition(".")[0] for place, table in seen.items() if len(table) > len(before.get(place, ()))}
+        )
         counters = [names[name].register_forward_pre_hook(_noting(called, name)) for name in mine if name in names]
         implementation.run(**case.inputs())
         for counter in (*counters, watch):

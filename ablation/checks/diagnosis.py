@@ -5,14 +5,11 @@ No experiment finds a cause for certain, so nothing is said unless exactly one k
 
 from __future__ import annotations
 
-import os
 import warnings
 from collections.abc import Iterator
 from contextlib import suppress
 from dataclasses import replace
-from typing import TYPE_CHECKING, Any
-
-import torch
+from typing import TYPE_CHECKING
 
 from ablation.checks.cases import Case
 from ablation.checks.check import unsupported_features
@@ -118,9 +115,7 @@ def _row(row: tuple[int, ...], length: int) -> tuple[int, ...]:
 
 
 def _rows(rows: tuple[tuple[int, ...], ...], count: int) -> tuple[tuple[int, ...], ...]:
-    return tuple(
-        tuple((token + at // len(rows)) % VOCABULARY for token in rows[at % len(rows)]) for at in range(count)
-    )
+    return tuple(tuple((token + at // len(rows)) % VOCABULARY for token in rows[at % len(rows)]) for at in range(count))
 
 
 def _similar(factory: Factory, case: Case) -> Iterator[Case]:

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from ablation.checks.cases import Case, with_factor
-from ablation.checks.check import offered_imputations, unsupported_features
+from ablation.checks.check import inputs_for, offered_imputations, unsupported_features
 from ablation.checks.driving import ablate, made, run
 from ablation.checks.imputed import Pair, frozen_values
 from ablation.checks.locality import assert_replaced
@@ -71,6 +71,10 @@ class EveryHead:
         found = [each for each in self.outcomes[imputation] if each.raised or not each.error <= tolerance]
         return sorted(found, key=lambda each: (not each.raised, -each.error))
 
+    def worst(self, imputation: str) -> Outcome:
+        """Return an outcome with an error, or else that with a wrong z or the largest error."""
+        return max(self.outcomes[imputation], key=lambda each: (bool(each.raised), each.error, bool(each.z_problem)))
+
     def too_small(self, imputation: str, tolerance: float) -> list[Outcome]:
         """Return the outcomes whose effect is no larger than rounding, so that a wrong ablation might not show."""
         return [each for each in self.outcomes[imputation] if not each.raised and each.effect <= tolerance]
@@ -90,7 +94,7 @@ def padded_case(factory: Factory, own: OwnModel) -> tuple[Case, int]:
     prompts = len(rows)
     if len(set(map(len, rows))) == 1:
         rows.append(shorter(rows[0]))
-    return own.case(rows, side="left"), prompts
+    return own.case(rows, side="right" if "position_ids" in unsupported else "left"), prompts
 
 
 def try_every_head(
@@ -133,7 +137,7 @@ class _Look:
     def __init__(self, factory: Factory, own: OwnModel, base: Case) -> None:
         self.factory, self.own = factory, own
         self.observable = not {"observable", "single_forward"} & set(unsupported_features(factory))
-        self.inputs, self.real = base.inputs(), base.replaced()
+        self.inputs, self.real = inputs_for(factory, base), base.replaced()
         model = own.fresh()
         with recorded_inputs(model) as calls:
             logits = run(model, self.inputs)
@@ -151,9 +155,11 @@ class _Look:
         cases = [replace(case, heads=(pair,)) for pair in pairs]
         right = [surgery_logits(each, values)[self.real] if known else self.clean for each in cases]
         frozen = {} if case.kind in ("zero", "scale") or case.reads_row else values
-        model = self.own.fresh()
-        with recorded_inputs(model) as calls, ExitStack() as stack:
+        model, calls = self.own.fresh(), dict[int, list[Tensor]]()
+        with ExitStack() as stack:
             implementation: Implementation | None = None
+            if self.observable:  # a copy of the model would copy the recorder, too
+                calls = stack.enter_context(recorded_inputs(model))
             for each, want in zip(cases, right, strict=True):
                 try:
                     if implementation is None:

@@ -111,7 +111,10 @@ OTHER_HEADS: tuple[tuple[str, Renamed], ...] = (
         "head are neighbours",
         _tiled,
     ),
-    ("head 0 is not ablated: the code tests `if head`, and 0 is false", lambda layer, head, setting: [(layer, head)][: head]),
+    (
+        "head 0 is not ablated: the code tests `if head`, and 0 is false",
+        lambda layer, head, setting: [(layer, head)][:head],
+    ),
     (
         "layer 0 is not ablated: the code tests `if layer`, and 0 is false",
         lambda layer, head, setting: [(layer, head)][:layer],
@@ -244,8 +247,7 @@ def _moved_from_end(site: Site, number: int) -> Tensor:
 TOKENS: tuple[tuple[str, Tokens], ...] = (
     (
         "only the last token is ablated",
-        lambda site, _: site.setting.at
-        & (site.setting.position == site.setting.real.sum(dim=1, keepdim=True) - 1),
+        lambda site, _: site.setting.at & (site.setting.position == site.setting.real.sum(dim=1, keepdim=True) - 1),
     ),
     ("only the last token is ablated", lambda site, _: _of_columns(site, lambda at: at == len(at) - 1)),
     ("the first token is not ablated", lambda site, _: _of_columns(site, lambda at: at > 0)),
@@ -427,9 +429,17 @@ WRONG_PLACES = (
         "the output of the whole attention is removed, not only that of the head",
         output=lambda site, out: torch.zeros_like(out),
     ),
-    Mistake("the bias of the values is kept in z, which should be 0", value=_value_bias, needs=lambda case: case.kind == "zero"),
+    Mistake(
+        "the bias of the values is kept in z, which should be 0",
+        value=_value_bias,
+        needs=lambda case: case.kind == "zero",
+    ),
     Mistake("the other heads of the layer are scaled up to compensate for the ablated ones", rest=_others_rescaled),
-    Mistake("z is set to 0 at the tokens that are not named", rest=_others_zero, needs=lambda case: case.positions is not None and case.kind != "zero"),
+    Mistake(
+        "z is set to 0 at the tokens that are not named",
+        rest=_others_zero,
+        needs=lambda case: case.positions is not None and case.kind != "zero",
+    ),
     *(
         Mistake(
             f"the whole layer is rounded to {name}, with the heads that are not ablated",

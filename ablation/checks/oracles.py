@@ -24,6 +24,9 @@ from ablation.checks.observe import WITH_VALUE_PROJECTION, spoil_values
 from ablation.checks.protocol import IMPUTATIONS, Factory
 from ablation.heads import AttentionLayer, find_heads
 
+LONG_PROMPT = 70
+"""Tokens of a long prompt: more than 64."""
+
 
 @check(
     "oracle.zero",
@@ -187,7 +190,7 @@ def resample(factory: Factory, case: Case) -> None:
 )
 def long_prompt(factory: Factory, case: Case) -> None:
     size = case.decoder.vocabulary
-    row = tuple((token + number) % size for number in range(70) for token in case.rows[0])[:70]
+    row = tuple((token + number) % size for number in range(LONG_PROMPT) for token in case.rows[0])[:LONG_PROMPT]
     _assert_equals_surgery(factory, replace(case, rows=(row,)))
 
 

@@ -47,6 +47,11 @@ class OwnModel:
         return self.family
 
     @property
+    def model_type(self) -> str:
+        """The family of transformers that it belongs to."""
+        return str(self._model.config.model_type)
+
+    @property
     def num_layers(self) -> int:
         """The number of decoder layers."""
         return self._heads.num_layers
@@ -82,13 +87,18 @@ class OwnModel:
         """The device of the inputs."""
         return self._model.device
 
+    @property
+    def longest(self) -> float:
+        """The largest number of tokens that it can read; infinity if its configuration does not say."""
+        return float(getattr(self._model.config.get_text_config(), "max_position_embeddings", None) or "inf")
+
     def heads(self) -> list[tuple[int, int]]:
         """Return all (layer, head) pairs."""
         return list(self._heads)
 
     def shared(self) -> PreTrainedModel:
-        """Return the model."""
-        return self.fresh()
+        """Return the model as it is now, perhaps with an implementation on it."""
+        return self._model
 
     def fresh(self) -> PreTrainedModel:
         """Return the model as it was found, without what an implementation has left on it."""
@@ -122,7 +132,7 @@ class OwnModel:
             (middle.index, 0),
         ]
         for name in spec.imputations or ():
-            for side in ("left", "right") if spec.ragged else ("right",):
+            for side in dict.fromkeys(spec.sides) if spec.ragged else ("right",):
                 yield self.case(
                     rows,
                     heads=tuple(dict.fromkeys(heads))[: spec.max_heads],

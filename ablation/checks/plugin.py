@@ -1,7 +1,8 @@
-"""pytest plugin: with --implementation MODULE:CLASS, pytest runs the specification on that adapter, and nothing else.
+"""pytest plugin: with --ablation-implementation MODULE:CLASS, pytest runs the specification on that adapter alone.
 
-For example, `pytest -p ablation.checks.plugin --implementation my_adapter:Mine`. The adapter is imported from the
-current folder, or from the installed packages. Without the option, the plugin does nothing.
+For example, `pytest --ablation-implementation my_adapter:Mine`. The adapter is imported from the current folder, or
+from the installed packages. pytest loads the plugin where the package is installed. Without the option, it does
+nothing, and it imports neither torch nor hypothesis.
 """
 
 from __future__ import annotations
@@ -13,44 +14,85 @@ from typing import TYPE_CHECKING, Any
 
 import pytest
 
-from ablation.errors import InvalidDeclaration
+from ablation.errors import AblationError, InvalidDeclaration
 
 if TYPE_CHECKING:
     from ablation.checks.check import Check
+    from ablation.checks.model_run import ModelRun
     from ablation.checks.runner import CheckRun, Record
 
-RUN: pytest.StashKey[CheckRun] = pytest.StashKey()
+RUN: pytest.StashKey[CheckRun | ModelRun] = pytest.StashKey()
 RECORDS = pytest.StashKey[list["Record"]]()
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:
-    """Add the options of the plugin."""
-    group = parser.getgroup("head ablation")
-    group.addoption(
-        "--implementation",
+    """Add the options of the plugin, whose names other plugins do not use."""
+    add = parser.getgroup("head ablation").addoption
+    add(
+        "--ablation-implementation",
         metavar="MODULE:CLASS",
         help="run the specification of head ablation, and nothing else, on this adapter (see ablation.checks.protocol)",
     )
-    group.addoption(
-        "--expected-failures",
+    add(
+        "--ablation-expected-failures",
         metavar="FILE",
         help="checks that this implementation is known to fail: on each line, the id of a check and a reason",
     )
+    add(
+        "--ablation-model",
+        metavar="NAME",
+        help="run the checks on this model in place of small random ones, every head: a folder, a hub id, ...",
+    )
+    add("--ablation-prompts", metavar="FILE", help="prompts for the model: a .jsonl or .csv file with a column prompt")
+    add("--ablation-minutes", type=float, default=10.0, help="time for the comparison of every head (default: 10)")
+    add("--ablation-device", help="the device of the model (default: a GPU if there is one)")
+    add("--ablation-dtype", default="float32", help="the dtype of the model (default: float32)")
 
 
 def pytest_configure(config: pytest.Config) -> None:
     """Read the options once. An invalid option is reported in one line, before any check runs."""
     config.stash[RECORDS] = []
-    if config.getoption("--implementation"):
-        adapter = _load_adapter(config)
-        from ablation.checks.runner import CheckRun
+    if config.getoption("--ablation-implementation"):
+        adapter, expected = _load_adapter(config), _read_expected_failures(config)
+        config.stash[RUN] = _on_model(config, adapter, expected) or _on_random_decoders(adapter, expected)
 
-        config.stash[RUN] = CheckRun(adapter, _read_expected_failures(config))
+
+def _on_random_decoders(adapter: Any, expected: dict[str, str]) -> CheckRun:
+    from ablation.checks.runner import CheckRun
+
+    return CheckRun(adapter, expected)
+
+
+def _on_model(config: pytest.Config, adapter: Any, expected: dict[str, str]) -> ModelRun | None:
+    """Return the run of the checks on the model that the options name, or None. Raises UsageError."""
+    name = config.getoption("--ablation-model")
+    if name is None:
+        return None
+    from ablation.checks.model_run import ModelRun, load_own_model
+    from ablation.terminal import status_line
+
+    try:
+        status_line(f"loading {name} ...")
+        own = load_own_model(
+            name,
+            config.getoption("--ablation-prompts"),
+            device=config.getoption("--ablation-device"),
+            dtype=config.getoption("--ablation-dtype"),
+        )
+    except AblationError as error:
+        raise pytest.UsageError(str(error)) from None
+    finally:
+        status_line("")
+
+    def progress(imputation: str, done: int, total: int) -> None:
+        status_line(f"{imputation}: {done} of {total} heads" if done < total else "")
+
+    return ModelRun(adapter, own, expected, minutes=config.getoption("--ablation-minutes"), progress=progress)
 
 
 def _load_adapter(config: pytest.Config) -> Any:
-    """Return the adapter class that --implementation names. Raises UsageError."""
-    name = config.getoption("--implementation")
+    """Return the adapter class that --ablation-implementation names. Raises UsageError."""
+    name = config.getoption("--ablation-implementation")
     module, _, attribute = name.partition(":")
     folder = str(config.invocation_params.dir)
     if folder not in sys.path:
@@ -60,22 +102,22 @@ def _load_adapter(config: pytest.Config) -> Any:
         for part in attribute.split("."):
             adapter = getattr(adapter, part)
     except InvalidDeclaration as error:  # of a helper that makes adapters
-        raise pytest.UsageError(f"--implementation {name}: {error}") from None
+        raise pytest.UsageError(f"implementation {name}: {error}") from None
     except Exception as error:  # the user's module may raise any error when it is imported
         problem = f"{type(error).__name__}: {error}" if not isinstance(error, ImportError | AttributeError) else error
-        raise pytest.UsageError(f"--implementation {name}: {problem}; it should be MODULE:CLASS") from None
+        raise pytest.UsageError(f"implementation {name}: {problem}; it should be MODULE:CLASS") from None
     if not callable(adapter):
-        raise pytest.UsageError(f"--implementation {name}: it is no class; it should be MODULE:CLASS")
+        raise pytest.UsageError(f"implementation {name}: it is no class; it should be MODULE:CLASS")
     from ablation.checks.signature import adapter_problem
 
     if unusable := adapter_problem(adapter):
-        raise pytest.UsageError(f"--implementation {name}: {unusable}")
+        raise pytest.UsageError(f"implementation {name}: {unusable}")
     return adapter
 
 
 def _read_expected_failures(config: pytest.Config) -> dict[str, str]:
-    """Return {check id: reason} from the file that --expected-failures names. Raises UsageError."""
-    file = config.getoption("--expected-failures")
+    """Return {check id: reason} from the file that --ablation-expected-failures names. Raises UsageError."""
+    file = config.getoption("--ablation-expected-failures")
     if file is None:
         return {}
     from ablation.checks.runner import validate_ids
@@ -83,16 +125,16 @@ def _read_expected_failures(config: pytest.Config) -> dict[str, str]:
     try:
         text = Path(file).read_text(encoding="utf-8-sig")
     except UnicodeDecodeError:
-        raise pytest.UsageError(f"--expected-failures {file}: it is not UTF-8") from None
+        raise pytest.UsageError(f"expected failures {file}: it is not UTF-8") from None
     except (OSError, ValueError) as error:  # ValueError: a path that no file can have
         reason = error.strerror if isinstance(error, OSError) else error
-        raise pytest.UsageError(f"--expected-failures {file}: {reason}") from None
+        raise pytest.UsageError(f"expected failures {file}: {reason}") from None
     expected: dict[str, str] = {}
     for number, line in enumerate(map(str.strip, text.splitlines()), start=1):
         if not line or line.startswith("#"):
             continue
         check, *rest = line.split(maxsplit=1)
-        place = f"--expected-failures {file}, line {number}"
+        place = f"expected failures {file}, line {number}"
         try:
             validate_ids({check: ""})
         except InvalidDeclaration as error:
@@ -135,22 +177,20 @@ class CheckItem(pytest.Item):
 
 
 def pytest_ignore_collect(config: pytest.Config) -> bool | None:
-    """With --implementation, collect no test files."""
-    return True if config.getoption("--implementation") else None
+    """With an implementation, collect no test files."""
+    return True if config.getoption("--ablation-implementation") else None
 
 
 @pytest.hookimpl(tryfirst=True)  # before -k selects
 def pytest_collection_modifyitems(session: pytest.Session, config: pytest.Config, items: list[pytest.Item]) -> None:
-    """With --implementation, put the checks in place of all tests."""
-    if config.getoption("--implementation"):
-        from ablation.checks.runner import CHECKS
-
-        items[:] = [CheckItem.of(session, check) for check in CHECKS]
+    """With an implementation, put the checks in place of all tests."""
+    if config.getoption("--ablation-implementation"):
+        items[:] = [CheckItem.of(session, check) for check in config.stash[RUN].checks]
 
 
 def pytest_report_header(config: pytest.Config) -> list[str]:
     """Name the implementation under test."""
-    name = config.getoption("--implementation")
+    name = config.getoption("--ablation-implementation")
     return [f"implementation: {name}"] if name else []
 
 
@@ -173,8 +213,9 @@ def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter, config: p
     from ablation.checks.runner import NOTHING_TRIED
     from ablation.checks.summary import verdict
 
-    terminalreporter.section(f"head ablation by {config.getoption('--implementation')}")
-    for line in verdict(config.stash[RUN].factory, records):
+    run = config.stash[RUN]
+    terminalreporter.section(f"head ablation by {config.getoption('--ablation-implementation')}")
+    for line in [*verdict(run.factory, records, len(run.checks)), *run.findings()]:
         terminalreporter.line(line)
     if _tried_nothing(records):
         terminalreporter.line(NOTHING_TRIED)

@@ -10,7 +10,7 @@ import torch
 from transformers import PreTrainedModel
 
 from ablation.checks.cases import Case
-from ablation.checks.decoders import VOCABULARY
+from ablation.checks.decoders import VOCABULARY, Decoder
 from ablation.heads import find_heads
 
 BIAS_FREE = {"llama": "Llama", "qwen3": "Qwen3"}
@@ -23,6 +23,8 @@ UNRELATED = (("rows", "layers"), ("layers", "channels per head"))
 
 def remarks(passes: Callable[[Case], bool], case: Case) -> Iterator[str]:
     """Yield a sentence for each peculiarity of a failing case that may be the reason. passes: runs the check."""
+    if not isinstance(case.decoder, Decoder):  # nothing about a model of the user's can be exchanged
+        return
     yield from _square(passes, case)
     if _has_projection_bias(case) and passes(_WithoutProjectionBias(**vars(case))):
         released = BIAS_FREE.get(case.decoder.family)

@@ -1,0 +1,119 @@
+"""What was found for every head of a model, in lines of text: which heads are wrong, and what that does to results."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator, Sequence
+
+from ablation.checks.every_head import EveryHead, Outcome
+from ablation.checks.own_model import NOISE_FACTOR, OwnModel
+
+SHOWN = 3
+"""Heads in a message of a failure."""
+LISTED = 40
+"""Heads and layers in the list of wrong heads."""
+STRONGEST = 10
+
+
+def findings(own: OwnModel, found: EveryHead) -> Iterator[str]:
+    """Yield lines for each imputation: heads that are wrong, and conclusions with theirs and with the right numbers."""
+    lengths = [len(row) for row in found.case.rows]
+    *most, last = map(str, lengths)
+    tokens = f"{', '.join(most)} and {last} tokens" if most else f"{last} tokens"
+    yield (
+        f"every head of {own.family}, one at a time, on {'one row' if len(lengths) == 1 else f'{len(lengths)} rows'} of "
+        f"{tokens}; logits count as equal within {own.tolerance:.1e} ({NOISE_FACTOR:g} times the noise of the model)"
+    )
+    for name, outcomes in found.outcomes.items():
+        if outcomes:
+            yield from _of_imputation(own, found, name, outcomes)
+    for name, layers in found.left_out.items():
+        shown = ", ".join(f"L{layer}" for layer in layers)
+        yield f"{name}: no time was left for {len(layers)} layers: {shown} (--minutes)"
+
+
+def _of_imputation(own: OwnModel, found: EveryHead, name: str, outcomes: Sequence[Outcome]) -> Iterator[str]:
+    if not found.has_logits(name):
+        bad = [each for each in outcomes if each.z_problem or each.raised]
+        right = f"the z of {len(outcomes) - len(bad)} of {len(outcomes)} heads is as required; logits are not compared"
+        yield f"{name}: {right}" + (f"; wrong: {listed(bad, own)}" if bad else "")
+        return
+    wrong = found.wrong(name, own.tolerance)
+    small = found.too_small(name, own.tolerance)
+    line = f"{name}: {len(outcomes) - len(wrong)} of {len(outcomes)} heads have the right logits"
+    if wrong:
+        line += f"; wrong: {listed(wrong, own)}"
+    if small:
+        line += f"; {len(small)} heads have no effect above rounding, so their logits prove nothing"
+    yield line
+    ran = [each for each in wrong if not each.raised]
+    if ran:
+        yield f"  largest errors: {', '.join(map(_error, ran[:SHOWN]))}"
+    for each in [each for each in wrong if each.raised][:1]:
+        yield f"  {head(each)} raised {each.raised}"
+    if wrong:
+        yield from _conclusions(found, [each for each in outcomes if not each.raised])
+
+
+def _conclusions(found: EveryHead, outcomes: Sequence[Outcome]) -> Iterator[str]:
+    """Yield what a study would report with the implementation, and with right ablations."""
+    if not outcomes:
+        return
+    runs = [number for each in outcomes for number in range(found.prompts)]
+    theirs, right = (
+        sum(kept[number] for kept in answers for number in range(found.prompts))
+        for answers in ([each.kept for each in outcomes], [each.right_kept for each in outcomes])
+    )
+    yield f"  the answer is kept in {theirs} of {len(runs)} runs; right: {right}"
+    strongest = [
+        sorted(outcomes, key=lambda each: -abs(sum(change(each)[: found.prompts])))[:STRONGEST]
+        for change in (lambda each: each.change, lambda each: each.right_change)
+    ]
+    mine, correct = ([head(each) for each in heads] for heads in strongest)
+    common = len(set(mine) & set(correct))
+    yield f"  strongest heads (by the probability of the answer): {' '.join(mine)}"
+    yield f"  right:                                              {' '.join(correct)}; {common} in common"
+
+
+def wrong_logits(own: OwnModel, found: EveryHead, name: str) -> str | None:
+    """Return what is wrong with the logits under an imputation, in one sentence, or None."""
+    wrong, outcomes = found.wrong(name, own.tolerance), found.outcomes.get(name, [])
+    if not wrong:
+        return None
+    if wrong[0].raised:
+        return f"{len(wrong)} of {len(outcomes)} heads are wrong: ablating {head(wrong[0])} raised {wrong[0].raised}"
+    shown, rest = wrong[:SHOWN], len(wrong) - SHOWN
+    return (
+        f"{len(wrong)} of {len(outcomes)} heads are wrong: {', '.join(map(_error, shown))}"
+        f"{f' and {rest} more' if rest > 0 else ''} (tolerance {own.tolerance:.1e})"
+    )
+
+
+def wrong_z(found: EveryHead, name: str) -> str | None:
+    """Return what is wrong with the inputs of the projections under an imputation, in one sentence, or None."""
+    outcomes = found.outcomes.get(name, [])
+    wrong = [each for each in outcomes if each.z_problem]
+    return f"{len(wrong)} of {len(outcomes)} heads are wrong: {wrong[0].z_problem}" if wrong else None
+
+
+def listed(outcomes: Iterable[Outcome], own: OwnModel) -> str:
+    """Return heads in short form: L9 for all heads of a layer, L* for all heads of the model."""
+    pairs, every = {each.pair for each in outcomes}, own.heads()
+    if len(pairs) == len(every):
+        return "L* (all)"
+    names = []
+    for layer in sorted(dict(every)):
+        here = [pair for pair in every if pair[0] == layer]
+        wrong = [pair for pair in here if pair in pairs]
+        names += [f"L{layer}"] if len(wrong) == len(here) else [f"L{layer}H{number}" for _, number in wrong]
+    rest = len(names) - LISTED
+    return " ".join(names[:LISTED]) + (f" and {rest} more" if rest > 0 else "")
+
+
+def head(outcome: Outcome) -> str:
+    """Return the name of a head."""
+    layer, number = outcome.pair
+    return f"L{layer}H{number}"
+
+
+def _error(outcome: Outcome) -> str:
+    return f"{head(outcome)} by {outcome.error:.3g} logits (its effect is {outcome.effect:.3g})"

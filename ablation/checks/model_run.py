@@ -1,0 +1,224 @@
+"""The specification on a model of the user's: checks on some of its heads, and a comparison of every head."""
+
+from __future__ import annotations
+
+import time
+import warnings
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import replace
+
+import torch
+
+from ablation.checks.assertions import measured_tolerance
+from ablation.checks.cases import Case, with_factor
+from ablation.checks.check import (
+    Check,
+    CheckFailure,
+    adapter_name,
+    isolated_process_state,
+    offered_imputations,
+    unsupported_features,
+)
+from ablation.checks.driving import ablate, discard
+from ablation.checks.every_head import EveryHead, Progress, try_every_head
+from ablation.checks.model_report import findings, wrong_logits, wrong_z
+from ablation.checks.observe import assert_state_equals, state
+from ablation.checks.oracles import LONG_PROMPT
+from ablation.checks.own_model import OwnModel
+from ablation.checks.protocol import Factory
+from ablation.checks.runner import CHECKS, Record, validate_ids
+from ablation.errors import InvalidPrompt, one_line
+from ablation.models import load
+from ablation.prompt_files import PROMPTS_ONLY, read_rows, valid_rows
+from ablation.prompts import prompt_ids
+from ablation.sources import NAMED_MODELS
+
+MOST_PROMPTS = 8
+DEFAULT_PROMPT = "The capital of Germany is"
+LEAST_TOKENS = 3
+"""Of a prompt, so that decoding with a cache has several steps."""
+
+EVERY_HEAD = {
+    "oracle.zero": "zero",
+    "oracle.mean": "mean",
+    "oracle.channel_mean": "channel-mean",
+    "oracle.scale": "scale",
+    "oracle.values": "values",
+    "oracle.reference_mean": "reference-mean",
+    "oracle.reference_by_position": "reference-mean-by-position",
+    "oracle.resample": "resample",
+}
+"""Checks for which the logits of every head are compared: id -> imputation."""
+EVERY_Z = "locality"
+"""The check for which the z of every head is looked at, on the same batch."""
+ON_SOME_HEADS = (
+    "smoke",
+    "identity",
+    "identity.padded",
+    "locality.padded",
+    "locality.sets",
+    "locality.user_hooks",
+    "locality.input_untouched",
+    "independence.rows",
+    "independence.padding",
+    "independence.gradient_mode",
+    "independence.head_order",
+    "independence.later_tokens",
+    "independence.cache",
+    "independence.cache_padded",
+    "independence.cache_kept",
+    "masks.dtype",
+    "masks.single_row",
+    "oracle.zero_sets",
+    "oracle.mean_sets",
+    "oracle.long_prompt",
+    "reference.partition",
+    "reference.clean",
+    "positions",
+    "positions.cache",
+    "hygiene.restored",
+    "hygiene.user_hooks",
+    "hygiene.global_state",
+)
+"""Checks that need one model at a time and change no weight. The others ask nothing that depends on the model."""
+
+NO_PADDING = "the model itself gives other logits if a prompt is padded"
+DAMAGED = "not tried, since the weights of the model are no longer as they were found"
+FAILED_AT_ALL = "not tried, since `smoke` fails"
+
+
+class ModelRun:
+    """Runs checks on one implementation and one model, one after the other, like `CheckRun`.
+
+    minutes: for every head; a layer that has begun is finished. Raises InvalidDeclaration if `expected_failures` names
+    something that does not exist.
+    """
+
+    checks = tuple(check for check in CHECKS if check.id in (*ON_SOME_HEADS, EVERY_Z, *EVERY_HEAD))
+
+    def __init__(
+        self,
+        factory: Factory,
+        own: OwnModel,
+        expected_failures: Mapping[str, str] | None = None,
+        *,
+        minutes: float = float("inf"),
+        progress: Progress | None = None,
+    ) -> None:
+        self.factory, self.own, self.expected_failures = factory, own, expected_failures or {}
+        validate_ids(self.expected_failures)
+        self.minutes, self.progress = minutes, progress
+        self._found: EveryHead | None = None
+        self._stopped = ""
+
+    @property
+    def every_head(self) -> EveryHead:
+        """The comparison of every head, which is made when it is first asked for."""
+        if self._found is None:
+            deadline = time.monotonic() + 60 * self.minutes
+            self._found = try_every_head(self.factory, self.own, deadline, self.progress)
+        return self._found
+
+    def findings(self) -> list[str]:
+        """Return lines about every head; none if no check asked for them."""
+        return [] if self._found is None else list(findings(self.own, self._found))
+
+    def __call__(self, check: Check) -> Record:
+        """Run one check."""
+        if reason := self._stopped or self._skip_reason(check):
+            return Record(check.id, "skipped", reason)
+        expected = self.expected_failures.get(check.id)
+        with warnings.catch_warnings(), isolated_process_state(one_thread=False):
+            warnings.simplefilter("ignore")
+            with measured_tolerance(self.own.tolerance):
+                problem = self._problem(check)
+        if not self.own.is_intact:
+            self._stopped = DAMAGED
+            problem = problem or f"{adapter_name(self.factory)} damages the model in {check.id}: its logits are others"
+        if problem and check.id == "smoke":
+            self._stopped = FAILED_AT_ALL
+        if expected is not None:
+            return Record(check.id, "expected failure" if problem else "unexpected pass", expected)
+        return Record(check.id, "failed" if problem else "passed", problem or "")
+
+    def _skip_reason(self, check: Check) -> str | None:
+        unsupported = unsupported_features(self.factory)
+        for name in (self.own.family, self.own.model_type, self.own.dtype):
+            if name in unsupported:
+                return f"does not support {name!r}: {unsupported[name]}"
+        if "padding" in check.needs and not self.own.can_be_padded:
+            return NO_PADDING
+        if check.id == "oracle.long_prompt" and self.own.longest < LONG_PROMPT:
+            return f"the model reads at most {self.own.longest:.0f} tokens"
+        return check.skip_reason(self.factory)
+
+    def _problem(self, check: Check) -> str | None:
+        """Return the message of a failure, or None."""
+        try:
+            if check.id == EVERY_Z:
+                return self._wrong(
+                    check, lambda name: wrong_z(self.every_head, name), offered_imputations(self.factory)
+                )
+            if check.id in EVERY_HEAD:
+                names = [EVERY_HEAD[check.id]]
+                return self._wrong(check, lambda name: wrong_logits(self.own, self.every_head, name), names)
+            for case in self.own.cases(check.cases_for(self.factory)):
+                _on_model(check).run_case(self.factory, case)
+        except CheckFailure as failure:
+            return str(check.explained(self.factory, failure))
+        except Exception as error:  # of the model or of the comparison, not of the implementation
+            return f"{check.id} could not be run: {one_line(f'{type(error).__name__}: {error}')}"
+        return None
+
+    def _wrong(self, check: Check, problem_of: Callable[[str], str | None], names: Iterable[str]) -> str | None:
+        """Return the message of a failure in the comparison of every head, with the head that is most wrong."""
+        for name in names:
+            if found := problem_of(name):
+                worst = self.every_head.worst(name)
+                case = replace(self.every_head.case, heads=(worst.pair,), imputation=with_factor(name))
+                failure = check.failure(self.factory, case, AssertionError(found))
+                return str(check.explained(self.factory, failure))
+        return None
+
+
+def load_own_model(
+    name: str, prompts: str | None = None, *, device: str | None = None, dtype: str = "float32"
+) -> OwnModel:
+    """Load a model of the user's, with prompts.
+
+    name, device: as `models.load` takes them. prompts: a .jsonl or .csv file with a column prompt, of which the first
+    MOST_PROMPTS rows are used; by default, the prompt of a named model or DEFAULT_PROMPT. dtype: its name. Raises
+    ModelUnavailable, UnsupportedModel and InvalidPrompt.
+    """
+    if prompts is None:
+        known = NAMED_MODELS.get(name.partition("=")[0])
+        questions = [known.question.prompt if known else DEFAULT_PROMPT]
+    else:
+        rows, _ = valid_rows(read_rows(prompts, columns=PROMPTS_ONLY), skip_bad=False)
+        questions = [row.question.prompt for row in rows[:MOST_PROMPTS]]
+    loaded = load(name, device=device, dtype=getattr(torch, dtype))
+    ids = [prompt_ids(loaded.tokenizer, question) for question in questions]
+    for question, row in zip(questions, ids, strict=True):
+        if len(row) < LEAST_TOKENS:
+            raise InvalidPrompt(f"the prompt {question!r} has {len(row)} tokens, but {LEAST_TOKENS} are needed")
+    return OwnModel(loaded.model, loaded.name, ids)
+
+
+def _on_model(check: Check) -> Check:
+    """Return the check with the function that leaves the weights of the model alone."""
+    if check.id != "hygiene.restored":
+        return check
+    return Check(check.id, check.requirement, restored, check.cases, check.needs, check.level)
+
+
+def restored(factory: Factory, case: Case) -> None:
+    """Assert that the model is as it was found after `close`, with and without a run."""
+    for runs in (1, 0):
+        model = case.model()
+        before = state(model)
+        implementation = factory(model)
+        discard(ablate, implementation, case)
+        for _ in range(runs):
+            implementation.run(**case.inputs())
+        discard(implementation.close)
+        assert_state_equals(model, before)
