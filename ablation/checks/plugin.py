@@ -69,9 +69,10 @@ def _on_model(config: pytest.Config, adapter: Any, expected: dict[str, str]) -> 
     if name is None:
         return None
     from ablation.checks.model_run import ModelRun, load_own_model
-    from ablation.terminal import status_line
+    from ablation.terminal import silence_transformers, status_line
 
     try:
+        silence_transformers()
         status_line(f"loading {name} ...")
         own = load_own_model(
             name,
