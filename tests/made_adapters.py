@@ -190,7 +190,9 @@ def written(run: Callable[..., Tensor], without: Mapping[str, str]) -> Any:
             self.heads, self.imputation = list(heads), imputation
 
         def run(self, input_ids: Tensor, attention_mask: Tensor | None = None, **inputs: Any) -> Tensor:
-            return run(self.model, self.heads, self.imputation, input_ids, attention_mask, **{"use_cache": False} | inputs)
+            return run(
+                self.model, self.heads, self.imputation, input_ids, attention_mask, **{"use_cache": False} | inputs
+            )
 
         def clear(self) -> None:
             self.heads = []

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import re
+import sys
 from collections.abc import AsyncIterator, Iterator
 from functools import partial
 from pathlib import Path
@@ -194,7 +195,11 @@ async def asynchronous(model: Any, heads: Any) -> AsyncIterator[None]:
         ("model, heads", {"unsupported": {"zero": "never"}}, "it offers no imputation"),
         ("model, heads", {"unsupported": {"gtp2": "?"}}, "`unsupported` names 'gtp2', which does not exist; did you"),
         ("model, heads", {"unsupported": ["gpt2"]}, "`unsupported` should be a dict, feature: reason"),
-        (of_pairs(None, [], "zero"), {}, "_GeneratorContextManager is one context manager: pass the function that makes it"),
+        (
+            of_pairs(None, [], "zero"),
+            {},
+            "_GeneratorContextManager is one context manager: pass the function",
+        ),
         (plain_generator, {}, "plain_generator is a generator: decorate it with contextlib.contextmanager"),
         (coroutine, {}, "coroutine is asynchronous"),
         (asynchronous, {}, "asynchronous is asynchronous"),
@@ -268,6 +273,7 @@ def test_made_adapter_is_parametrized_under_the_name_of_the_code() -> None:
 @pytest.mark.end_to_end
 def test_check_command_takes_three_lines(pytester: pytest.Pytester, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("PYTHONPATH", str(Path(__file__).parent.parent))
+    command = (sys.executable, "-m", "ablation", "check")
     pytester.makepyfile(
         my_adapter="""
         from ablation.checks import adapter_from_context
@@ -289,9 +295,9 @@ def test_check_command_takes_three_lines(pytester: pytest.Pytester, monkeypatch:
         Mine = adapter_from_context(lambda model, layers: None)
         """,
     )
-    done = pytester.run("ablation", "check", "my_adapter:Mine", "-k", "smoke or locality")
-    assert done.ret == 0 and "6 of 6 requirements hold" in done.stdout.str()
-    done = pytester.run("ablation", "check", "broken:Mine")
+    done = pytester.run(*command, "my_adapter:Mine", "-k", "smoke or locality")
+    assert done.ret == 0 and "7 of 7 requirements hold" in done.stdout.str()
+    done = pytester.run(*command, "broken:Mine")
     assert done.ret == pytest.ExitCode.USAGE_ERROR
     assert done.stderr.str().strip().startswith("ERROR: --implementation broken:Mine: <lambda>(model, layers): the ")
     assert len(done.stderr.str().strip().splitlines()) == 1 and "MODULE:CLASS" not in done.stderr.str()
