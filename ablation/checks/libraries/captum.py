@@ -15,7 +15,7 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from ablation.heads import find_heads
-from tests.implementations.imputed import Imputed
+from ablation.checks.libraries.imputed import Imputed
 
 
 class Captum:

@@ -16,7 +16,7 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from ablation.heads import AttentionLayer, find_heads
-from tests.implementations.imputed import OFFERED, Imputed, Recorded
+from ablation.checks.libraries.imputed import OFFERED, Imputed, Recorded
 
 
 class Pyvene:
