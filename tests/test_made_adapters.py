@@ -309,7 +309,7 @@ def test_check_command_takes_three_lines(pytester: pytest.Pytester, monkeypatch:
 NAMES = (
     *("PseudoHeads", "BiasGone", "NextHead", "LateBinding", "WrongReshape", "FirstRowOnly", "ChunksOfFour"),
     *("MeanOfBatch", "MeanOfPadding", "MeanOfAblated", "BoolMaskIgnored", "EmptyRowSpoils", "EmptySetIsAll"),
-    *("BlanketRemoval", "LostHandle", "WeightsLeft", "ConfigLeft", "GradientsOff", "Reseeds", "MeanInFloat32"),
+    *("BlanketRemoval", "LostHandle", "WeightsLeft", "GradientsOff", "Reseeds", "MeanInFloat32"),
     *("ZDetached", "GroupedLeft", "LayersByOrder", "HeadTooLarge", "UnknownIsMean", "MaskDropped"),
 )
 """Mistakes of every kind that code without a state can have."""

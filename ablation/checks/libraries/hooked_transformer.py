@@ -29,15 +29,21 @@ class Hooked:
         "observable": "it is another model, with converted weights",
         "bit_identity": "it computes attention itself, from W_Q, W_K and W_V split by heads",
         "cache": "it has a cache of its own",
+        "llama": "its conversion drops the biases of attention, which no released Llama has, but the models here have",
+        "qwen3": "its conversion drops the biases of attention, which no released Qwen3 has, but the models here have",
         "validation": "hook_z gives all heads to a function that picks one: the adapter decides what an index means",
     }
 
     def __init__(self, model: PreTrainedModel) -> None:
         copied, dtype = copy.deepcopy(model), model.dtype  # the conversion freezes the model that it is given
+        copied.config.architectures = [type(model).__name__]  # as in the files of a released model
+        if model.config.model_type == "gpt2":
+            copied.config.n_ctx = copied.config.n_positions
         with tempfile.TemporaryDirectory() as folder:
             copied.config.save_pretrained(folder)
             config = loading_from_pretrained.get_pretrained_model_config(folder, device="cpu", dtype=dtype)
             weights = loading_from_pretrained.get_pretrained_state_dict(folder, config, copied, dtype=dtype)
+        config.tokenizer_name = None
         self.hooked = HookedTransformer(config, move_to_device=False)
         self.hooked.load_and_process_state_dict(
             weights, fold_ln=False, center_writing_weights=False, center_unembed=False, fold_value_biases=False

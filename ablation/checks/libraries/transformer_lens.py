@@ -28,8 +28,8 @@ from torch import Tensor
 from transformer_lens.model_bridge.sources import build_bridge_from_module
 from transformers import PreTrainedModel
 
-from ablation.checks.protocol import CACHE
 from ablation.checks.libraries.imputed import OFFERED, Imputed, Recorded, replace_slice
+from ablation.checks.protocol import CACHE
 
 
 class TransformerLens:
@@ -74,4 +74,3 @@ class TransformerLens:
 
     def close(self) -> None:
         self.clear()
-
