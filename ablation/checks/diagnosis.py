@@ -14,11 +14,12 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
+from ablation.checks import histories, surroundings
 from ablation.checks.cases import Case
 from ablation.checks.check import unsupported_features
 from ablation.checks.conditions import no_effect
 from ablation.checks.decoders import GROUPED, VOCABULARY, Decoder
-from ablation.checks.histories import EXPERIMENTS, History
+from ablation.checks.histories import History
 from ablation.checks.mistakes import WRONG_PLACES
 from ablation.checks.protocol import IMPUTATIONS, Factory
 from ablation.checks.simulation import NOTHING, RIGHT, Mistake, Outcome, Setting, observed, simulated
@@ -72,7 +73,7 @@ def _wrong_ablation(factory: Factory, check: Check, case: Case) -> str | None:
 
 
 def _history(factory: Factory, check: Check, case: Case) -> str | None:
-    for experiment in EXPERIMENTS.get(check.id, ()):
+    for experiment in (*histories.EXPERIMENTS.get(check.id, ()), *surroundings.EXPERIMENTS.get(check.id, ())):
         with suppress(Exception):
             if cause := experiment(History(factory, case)):
                 return cause
