@@ -5,16 +5,16 @@ No experiment finds a cause for certain, so nothing is said unless exactly one k
 
 from __future__ import annotations
 
-import os
 import warnings
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import suppress
 from dataclasses import replace
-from typing import TYPE_CHECKING, Any
+from functools import partial
+from typing import TYPE_CHECKING
 
 import torch
 
-from ablation.checks import histories, surroundings
+from ablation.checks import histories, side_effects, surroundings
 from ablation.checks.cases import Case
 from ablation.checks.check import unsupported_features
 from ablation.checks.conditions import no_effect
@@ -38,16 +38,30 @@ def diagnosis(factory: Factory, check: Check, case: Case, error: BaseException |
     """
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
-        for experiment in (_wrong_ablation, _no_effect, _history):
+        for experiment in _experiments(factory, check, case, error):
             with suppress(Exception):
-                if cause := experiment(factory, check, case):
+                if cause := experiment():
                     return cause
     return None
 
 
+def _experiments(
+    factory: Factory, check: Check, case: Case, error: BaseException | None
+) -> Iterator[Callable[[], str | None]]:
+    """Yield the experiments, the most telling first."""
+    if case.heads and not case.steps:
+        yield lambda: _wrong_ablation(factory, check, case)
+        yield lambda: no_effect(factory, case)
+    for of_chapter in (histories.EXPERIMENTS, surroundings.EXPERIMENTS, side_effects.EXPERIMENTS):
+        for experiment in of_chapter.get(check.id, ()):
+            yield partial(experiment, History(factory, case))
+    if isinstance(error, AssertionError):
+        yield lambda: next(filter(None, side_effects.from_finding(History(factory, case), check.id, str(error))), None)
+
+
 def _wrong_ablation(factory: Factory, check: Check, case: Case) -> str | None:
     """Return the one known mistake that gives what the implementation gives, in the case and in similar ones."""
-    if not case.heads or case.steps or case.kind not in IMPUTATIONS:
+    if case.kind not in IMPUTATIONS:
         return None
     for failing in _failing_cases(check, case):
         setting = Setting(failing, failing.model(), failing.inputs())
@@ -70,20 +84,6 @@ def _wrong_ablation(factory: Factory, check: Check, case: Case) -> str | None:
         if len(causes) == len({mistake.cause for mistake in found}) == 1:
             return causes.pop()
     return None
-
-
-def _history(factory: Factory, check: Check, case: Case) -> str | None:
-    for experiment in (*histories.EXPERIMENTS.get(check.id, ()), *surroundings.EXPERIMENTS.get(check.id, ())):
-        with suppress(Exception):
-            if cause := experiment(History(factory, case)):
-                return cause
-    return None
-
-
-def _no_effect(factory: Factory, check: Check, case: Case) -> str | None:
-    if not case.heads or case.steps:
-        return None
-    return no_effect(factory, case)
 
 
 def _explanations(got: Outcome, setting: Setting, mistakes: tuple[Mistake, ...]) -> tuple[Mistake, ...]:

@@ -1,0 +1,371 @@
+"""What an implementation leaves behind in a model, does to the hooks of the user, or changes in the process."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterator
+from contextlib import suppress
+from typing import Any
+
+import torch
+from torch import nn
+from transformers import PreTrainedModel
+
+from ablation.checks.driving import ablate, discard, made, run
+from ablation.checks.histories import Experiment, History
+from ablation.checks.observe import changes, hooks, state
+from ablation.checks.simulation import same_logits
+
+
+def residue(history: History) -> str | None:
+    """Make, use and close implementations on a model, as hygiene.restored does, and say what has changed."""
+    model = history.case.model()
+    _prepare(model)
+    for ablations, runs in ((1, 1), (2, 1), (1, 0)):
+        with torch.no_grad():
+            for parameter in model.parameters():
+                parameter.mul_(0.9)
+        before = state(model)
+        kept = {name: _kept(weight) for name, weight in model.named_parameters()}
+        implementation = history.factory(model)
+        for _ in range(ablations):
+            discard(ablate, implementation, history.case)
+        for _ in range(runs):
+            implementation.run(**history.inputs)
+        in_training = any(module.training for module in model.modules())
+        discard(implementation.close)
+        if in_training:
+            return "the model is put into training mode, where dropout is active"
+        if changed := changes(model, before):
+            return _of_hooks(before, state(model), changed, ablations, runs) or _of_state(model, before, changed, kept)
+    return None
+
+
+def _prepare(model: PreTrainedModel) -> None:
+    """Give a model a state that no default has, so that a reset to defaults is noticed."""
+    model.config.use_cache = False
+    for number, parameter in enumerate(model.parameters()):
+        parameter.grad = torch.ones_like(parameter)
+        parameter.requires_grad_(number % 2 == 0)
+
+
+def _kept(weight: torch.Tensor) -> tuple[Any, ...]:
+    return id(weight), weight.data_ptr(), weight.dtype, weight.requires_grad, weight.detach().clone()
+
+
+def _of_hooks(
+    before: dict[str, Any], after: dict[str, Any], changed: list[str], ablations: int, runs: int
+) -> str | None:
+    places = [place for place in changed if "_hooks" in place]
+    if not places:
+        return None
+    if any(len(after.get(place, ())) < len(before.get(place, ())) for place in places):
+        return "hooks that the implementation did not register are removed"
+    place, _, kind = places[0].rpartition(".")
+    what = f"hooks of {place} ({kind})"
+    if ablations > 1:
+        return f"{what} remain after `close` if `ablate` was called twice: the handles of the first call are lost"
+    if not runs:
+        return f"{what} remain after `close` if no run came before it: hooks are removed only after a run"
+    return f"{what} remain after `close`: not all handles are kept, or not all hooks are removed by them"
+
+
+def _of_state(model: nn.Module, before: dict[str, Any], changed: list[str], kept: dict[str, Any]) -> str | None:
+    after, tensors = state(model), dict(model.named_parameters())
+    for name in (name for name in changed if name in tensors and name in kept):
+        was, weight = kept[name], tensors[name]
+        if weight.dtype != was[2]:
+            return f"the weights of the model are cast to {weight.dtype}, and back at most"
+        if id(weight) != was[0]:
+            return f"the parameter {name} is replaced by another object, which no optimiser knows"
+        if not torch.equal(weight, was[4]):
+            return _of_weight(name, weight, was[4])
+        if weight.requires_grad != was[3]:
+            return "`requires_grad` of the weights is not as it was found: keep the flag of each weight"
+        if weight.grad is None:
+            return "the gradients of the weights are set to None, although they belong to the user"
+        if (weight.grad != 1).any():
+            return "a backward pass leaves gradients in the weights"
+        if weight.data_ptr() != was[1]:
+            return f"the parameter {name} is restored in other memory, so views of it are cut off: copy into it"
+    names = (sorted(before["the order of modules and weights"][1]), sorted(after["the order of modules and weights"][1]))
+    if names[0] != names[1]:
+        return "a buffer or parameter is added to the model, or removed from it"
+    for place, text in PLACES:
+        if any(re.search(place, name) for name in changed):
+            return text
+    return None
+
+
+def _of_weight(name: str, weight: torch.Tensor, was: torch.Tensor) -> str:
+    for dtype in (torch.float16, torch.bfloat16):
+        if torch.equal(weight, was.to(dtype).to(weight.dtype)) or torch.equal(
+            weight, was.where(weight == was, was.to(dtype).to(weight.dtype))
+        ):
+            return f"the weight {name} is restored from a copy in {dtype}"
+    if not (weight[weight != was]).any():
+        return f"the weight {name} is set to 0, and not restored"
+    return f"the weight {name} is restored from a copy that is out of date"
+
+
+PLACES = (
+    (r"^generation_config$", "the generation configuration is changed, and not restored"),
+    (r"^config\._attn_implementation$", "the attention implementation is switched, and not switched back"),
+    (r"^config$", "the configuration is changed, and not restored to the value that was found"),
+    (r"\.training$", "the model is left in training mode"),
+    (r"\.p$", "the rate of a dropout is changed, and not restored"),
+    (r": its attributes$", "an attribute is left on modules of the model"),
+    (r"\.forward$", "a `forward` that was replaced is not restored"),
+    (r": the module itself$", "a module of the model is replaced, and not restored"),
+    (
+        r"^the order of modules and weights$",
+        "a module or weight is restored at another place in the order of its module: `parameters()` gives another order",
+    ),
+)
+
+
+def users_hooks(history: History) -> str | None:
+    """Register hooks of a user on every module, and see what becomes of them."""
+    model, fired = history.case.model(), set[str]()
+    handles = []
+    for name, module in model.named_modules():
+
+        def hook(*_: Any, place: str = name or "the model") -> None:
+            fired.add(place)
+
+        handles += [module.register_forward_pre_hook(hook), module.register_forward_hook(hook)]
+    before = hooks(model)
+    run(model, history.inputs)
+    expected = sorted(fired)
+    with made(history.factory, model) as implementation:
+        ablate(implementation, history.case)
+        fired.clear()
+        implementation.run(**history.inputs)
+        missing = [place for place in expected if place not in fired]
+        during = hooks(model)
+    lost = [place for place, table in before.items() if not set(table) <= set(during[place])]
+    if lost:
+        return f"hooks of the user are removed from {lost[0].rpartition('.')[0]} before or in a run"
+    if missing:
+        return f"`forward` of {missing[0]} is called directly, which skips the user's hooks: call the module instead"
+    after = hooks(model)
+    if lost := [place for place, table in before.items() if not set(table) <= set(after[place])]:
+        where = lost[0].rpartition(".")[0]
+        return f"the user's hooks on {where} are removed with those of the implementation: remove hooks by their handles"
+    if any(table != after[place] for place, table in before.items() if len(table) == len(after[place])):
+        return "the user's hooks are put into another order"
+    for handle in handles:
+        handle.remove()
+    fired.clear()
+    run(model, history.inputs)
+    if fired:
+        return "the tables of hooks are replaced by copies, from which the user's handles remove nothing"
+    return None
+
+
+Said = tuple[str, str, str]
+"""A check, a pattern in what it found, and the cause of it."""
+
+CLOSED_IN_TURN = (
+    "closing one implementation undoes another one on the same model: it restores what it found when it was made, not "
+    "only its own change"
+)
+FAILED_REGISTRATION = (
+    "if the registration of a hook fails, those that were registered before remain: keep each handle at once, and remove "
+    "them in a `finally`"
+)
+SAID: tuple[Said, ...] = (
+    (
+        "locality.input_untouched",
+        "captured by a hook before the ablation",
+        "z is edited in place: change a copy (`z.clone()`), and return it",
+    ),
+    (
+        "locality.input_untouched",
+        "captured by a hook after the projection",
+        "the edited z is written into a buffer that another layer or a later run overwrites: make a new tensor each time",
+    ),
+    ("independence.cache_kept", "that the cache held", "the caller's key/value cache is written to: replace z at the projection"),
+    (
+        "hygiene.copies",
+        "of a copy that was made",
+        "a copy of the model carries the hooks and the heads that they ablate: `copy.deepcopy` copies the object that "
+        "they refer to",
+    ),
+    ("hygiene.exception", "while hooks are registered in .* left a hook|while hooks are registered", FAILED_REGISTRATION),
+    ("hygiene.exception", "was swallowed", "an exception of the forward pass is caught, and not raised again"),
+    (
+        "hygiene.exception",
+        "left gradients disabled",
+        "gradients stay disabled after an exception: use `with torch.no_grad()`, or a `finally`",
+    ),
+    ("hygiene.exception", "left a hook", "an exception in the forward pass skips the removal of the hooks: use a `finally`"),
+    ("hygiene.exception", "the user's .* hooks fired", "after an exception, the user's hooks are removed, too"),
+    ("hygiene.later_hooks", "registered later", "the output of the projection is computed again, after the user's hooks"),
+    (
+        "hygiene.later_hooks",
+        "with the user's hooks, after close",
+        "`close` removes hooks that the user registered in the meantime: remove hooks by their handles",
+    ),
+    (
+        "hygiene.later_patch",
+        "after close",
+        "`close` removes or overwrites the `forward` of a projection, although the user has replaced it since",
+    ),
+    (
+        "hygiene.later_patch",
+        "that the user replaced later",
+        "a `forward` of the projection is called that was kept from the start, not the one that is in its place now",
+    ),
+    ("hygiene.global_state", "^gradient mode", "the gradient mode is set and not restored: use `with torch.no_grad()`"),
+    ("hygiene.global_state", "^the default dtype", "torch's default dtype is set, and not restored"),
+    ("hygiene.global_state", "^(torch|numpy|Python)'s random", "{0}'s global random number generator is seeded or used"),
+    ("hygiene.global_state", "^the table of global hooks", "a hook on all modules of the process remains"),
+    ("hygiene.global_state", "^the list of heads", "the caller's list of heads is changed in place"),
+    ("hygiene.global_state", "^the (.*) that were passed in", "the caller's {0} are written to in place: clone them"),
+    (
+        "locality.user_hooks",
+        "but head",
+        "the user's edit of z is lost: the hook edits a tensor that it captured before the user's hook",
+    ),
+    (
+        "oracle.non_finite",
+        r"\bnan\b",
+        "z is multiplied by 0 or subtracted from itself, which gives NaN if z is not finite: write the value instead",
+    ),
+    (
+        "masks.non_finite",
+        r"\bnan\b",
+        "z is multiplied by the mask to leave out the padding, and NaN times 0 is NaN: use `torch.where`",
+    ),
+    (
+        "locality.non_finite",
+        "is not finite",
+        "the value is computed with a product over all heads, so NaN in another head reaches it: slice the head first",
+    ),
+    (
+        "layouts.low_rank",
+        "merged into W_O",
+        "the hook is on the layer inside of the wrapper, so the adapter beside it still reads the head: hook the wrapper",
+    ),
+    ("locality", "was called 0 times", "the projection is computed from its weights, not called, so no hook on it fires"),
+    ("refusal.head", "without a reason", "a missing head is refused by an error without a message"),
+    ("refusal.head", "^head too large: [^;]*only after a forward", "heads are validated only in the forward pass, not in `ablate`"),
+    ("refusal.type", "True|False", "True and False are accepted as numbers: they are integers in Python (`isinstance`)"),
+    ("refusal.type", r"0\.0", "a float is accepted as the number of a head or layer"),
+    ("refusal.type", "'0'", "a string is accepted as the number of a head or layer"),
+    (
+        "refusal.no_side_effect",
+        "so was the valid",
+        "a rejected head stays in the list of heads, where the next call of `ablate` finds it",
+    ),
+)
+"""Findings that name the mistake themselves."""
+
+
+def said(history: History, check_id: str, found: str) -> str | None:
+    """Return the cause that a finding names itself."""
+    for id, pattern, cause in SAID:
+        if id == check_id and (match := re.search(pattern, found)):
+            return cause.format(*match.groups())
+    return None
+
+
+def replaced_in_turn(history: History, steps: tuple[tuple[Any, ...], ...]) -> str | None:
+    """Return the cause if a second implementation fails after the first one is closed."""
+    return CLOSED_IN_TURN if steps and steps[-1][0] in ("replace_implementation", "nest") else None
+
+
+MISSING = {
+    "head negative": "a negative head is accepted: Python counts it from the end, or its slice is empty",
+    "head too large": "a head after the last one is accepted: its slice is empty, so nothing is ablated",
+    "layer negative": "a negative layer is accepted: Python counts it from the end",
+    "layer too large": "a layer after the last one is accepted, and never reached",
+}
+
+
+def accepted_heads(history: History, found: str) -> str | None:
+    """Return which missing heads are accepted: if all of them, in which places of the list."""
+    accepted = [what for what in MISSING if re.search(rf"{what}: [^;]*was accepted", found)]
+    if len(accepted) == 1:
+        return MISSING[accepted[0]]
+    layer, heads = history.case.heads[0][0], history.case.decoder.num_heads
+    good, missing = list(history.case.heads), (layer, heads)
+    verdicts = [_is_accepted(history, pairs) for pairs in ([missing], [missing, *good], [*good, missing])]
+    if verdicts == [False, True, False]:
+        return "only the last head of the list is validated"
+    if verdicts == [False, False, True]:
+        return "only the first head of the list is validated"
+    return "heads are not validated" if all(verdicts) else None
+
+
+def _is_accepted(history: History, heads: list[tuple[int, int]]) -> bool:
+    with suppress(Exception), history.made() as implementation:
+        ablate(implementation, history.case, heads)
+        return True
+    return False
+
+
+def accepted_imputations(history: History, found: str) -> str | None:
+    """Return how unknown imputations come to be accepted."""
+    accepted = set(re.findall(r"imputation (\S+): \[", found))
+    if accepted == {"''", "'zer'"}:
+        return "the imputation is looked up in a string, where every part of a name is found: a comma may be missing"
+    if len(accepted) < 4:
+        return None
+    real = history.inputs["attention_mask"].bool()
+    with history.made() as implementation:
+        implementation.ablate(list(history.case.heads), "median")
+        got = implementation.run(**history.inputs).detach()[real]
+    for name in ("zero", "mean"):
+        with history.made() as implementation:
+            implementation.ablate(list(history.case.heads), name)
+            if same_logits(got, implementation.run(**history.inputs).detach()[real]):
+                return f"every unknown imputation is treated as {name}, for example by an `else`"
+    return None
+
+
+def rejected(history: History) -> str | None:
+    """Reject a head that does not exist, and run again."""
+    missing = (0, history.case.decoder.num_heads)
+    every, beside = history.every, [history.case.another_head()]
+    want, bare = history.fresh(every), history.bare()
+    for name in ("zero", "mean"):
+        with history.made() as implementation:
+            history.ablated(implementation, every)
+            with suppress(Exception):
+                implementation.ablate([*beside, missing], name)
+            got = implementation.run(**history.inputs).detach()
+        if same_logits(got, want):
+            continue
+        if same_logits(got, history.fresh(beside)):
+            return "a call of `ablate` that is rejected has replaced the heads before it: validate all heads first"
+        if same_logits(got, bare):
+            return "a call of `ablate` that is rejected has removed the heads before it: validate all heads first"
+        if name != history.case.imputation:
+            return "a call of `ablate` that is rejected has set its imputation: validate the heads first"
+    return None
+
+
+EXPERIMENTS: dict[str, tuple[Experiment, ...]] = {
+    "hygiene.restored": (residue,),
+    "hygiene.user_hooks": (users_hooks,),
+    "refusal.no_side_effect": (rejected,),
+}
+"""Check -> the experiments that may show why it fails."""
+
+
+def from_finding(history: History, check_id: str, found: str) -> Iterator[str | None]:
+    """Yield causes that follow from what a check found."""
+    if check_id == "hygiene.lifecycle":
+        yield replaced_in_turn(history, history.steps)
+    if check_id == "refusal.head":
+        if "not as it was found" in found and "_hooks" in found:
+            yield "the hooks of the first heads remain if a later head of the list is rejected: validate all heads first"
+        elif "not as it was found" in found:
+            yield residue(history)
+        elif "was accepted" in found:
+            yield accepted_heads(history, found)
+    if check_id == "refusal.imputation":
+        yield accepted_imputations(history, found)
+    yield said(history, check_id, found)
