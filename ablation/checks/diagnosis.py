@@ -10,7 +10,7 @@ from collections.abc import Callable, Iterator
 from contextlib import suppress
 from dataclasses import replace
 from functools import partial
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import torch
 
@@ -20,6 +20,7 @@ from ablation.checks.check import unsupported_features
 from ablation.checks.conditions import no_effect
 from ablation.checks.decoders import GROUPED, VOCABULARY, Decoder
 from ablation.checks.histories import History
+from ablation.checks.masks import MASK_DTYPES, PLACES, forms_of_row, with_empty_row
 from ablation.checks.mistakes import WRONG_PLACES
 from ablation.checks.protocol import IMPUTATIONS, Factory
 from ablation.checks.simulation import NOTHING, RIGHT, Mistake, Outcome, Setting, observed, simulated
@@ -55,6 +56,8 @@ def _experiments(
     for of_chapter in (histories.EXPERIMENTS, surroundings.EXPERIMENTS, side_effects.EXPERIMENTS):
         for experiment in of_chapter.get(check.id, ()):
             yield partial(experiment, History(factory, case))
+    if error is not None and not isinstance(error, AssertionError) and "dtype" in str(error):
+        yield lambda: _in_default_dtype(factory, check, case)
     if isinstance(error, AssertionError):
         yield lambda: next(filter(None, side_effects.from_finding(History(factory, case), check.id, str(error))), None)
 
@@ -63,27 +66,34 @@ def _wrong_ablation(factory: Factory, check: Check, case: Case) -> str | None:
     """Return the one known mistake that gives what the implementation gives, in the case and in similar ones."""
     if case.kind not in IMPUTATIONS:
         return None
-    for failing in _failing_cases(check, case):
-        setting = Setting(failing, failing.model(), failing.inputs())
-        got = observed(factory, failing)
+    for when, failing, inputs in _tried(check, case):
+        setting = Setting(failing, failing.model(), inputs(failing))
+        got = observed(factory, failing, inputs(failing))
         if got.fits(simulated(setting, RIGHT)):
             continue
-        needed = tuple(mistake for mistake in MISTAKES if mistake.needs(failing))
-        found = _explanations(got, setting, needed)
+        found = _explanations(got, setting, tuple(mistake for mistake in MISTAKES if mistake.needs(failing)))
         # If nothing at all is ablated, a mistake has to be seen in a case in which it ablates something.
         confirmed = set(found) if not got.fits(simulated(setting, NOTHING)) else set()
         for other in _similar(factory, failing):
             if not found:
                 break
             with suppress(Exception):
-                got, setting = observed(factory, other), Setting(other, other.model(), other.inputs())
+                setting = Setting(other, other.model(), inputs(other))
+                got = observed(factory, other, inputs(other))
                 found = _explanations(got, setting, found)
                 if not got.fits(simulated(setting, NOTHING)):
                     confirmed |= set(found)
         causes = {mistake.cause for mistake in found if mistake in confirmed}
         if len(causes) == len({mistake.cause for mistake in found}) == 1:
-            return causes.pop()
+            return f"{when}{causes.pop()}"
     return None
+
+
+def _in_default_dtype(factory: Factory, check: Check, case: Case) -> str | None:
+    in_float32 = replace(case, decoder=case.decoder._replace(dtype="float32"))
+    if case.decoder.dtype == "float32" or not check.passes(factory, in_float32):
+        return None
+    return "a tensor is made in float32, torch's default dtype, whatever the dtype of z"
 
 
 def _explanations(got: Outcome, setting: Setting, mistakes: tuple[Mistake, ...]) -> tuple[Mistake, ...]:
@@ -96,21 +106,54 @@ def _explanations(got: Outcome, setting: Setting, mistakes: tuple[Mistake, ...])
     return tuple(found)
 
 
-def _failing_cases(check: Check, case: Case) -> Iterator[Case]:
-    """Yield the case as the check itself changes it, if it does."""
+Inputs = Callable[[Case], dict[str, Any]]
+
+
+def _tried(check: Check, case: Case) -> Iterator[tuple[str, Case, Inputs]]:
+    """Yield the cases that a check makes of one, and their inputs; how these differ from the usual ones, for a person."""
     match check.id:
         case "oracle.zero_deep":
-            yield case
-            yield replace(case, heads=((case.decoder.num_layers - 1, case.decoder.num_heads - 1),))
+            yield "", case, Case.inputs
+            yield "", replace(case, heads=((case.decoder.num_layers - 1, case.decoder.num_heads - 1),)), Case.inputs
         case "oracle.scale":
-            yield case
-            yield replace(case, imputation="scale:0")
+            yield "", case, Case.inputs
+            yield "", replace(case, imputation="scale:0"), Case.inputs
         case "oracle.long_prompt":
-            yield replace(case, rows=(_row(case.rows[0], 70),))
+            yield "", replace(case, rows=(_row(case.rows[0], 70),)), Case.inputs
         case "independence.many_rows":
-            yield replace(case, rows=_rows(case.rows, 19))
+            yield "", replace(case, rows=_rows(case.rows, 19)), Case.inputs
+        case "independence.rows" | "independence.padding":
+            yield "", case, Case.inputs
+            if not case.is_padded:
+                yield "in a run without an attention mask, ", case, _without_mask
+        case "masks.dtype":
+            for dtype in MASK_DTYPES:
+                yield f"with an attention mask of {dtype}, ", case, partial(_with_mask_of, dtype)
+        case "masks.single_row":
+            for form in ("with a mask of ones", *(f"with hidden tokens {place}" for place in PLACES)):
+                yield f"in one row {form}, ", case, partial(_in_form, form)
+        case "masks.empty_row":
+            for first in (True, False):
+                yield "with a row of padding only, ", case, partial(_with_empty_row, first)
         case _:
-            yield case
+            yield "", case, Case.inputs
+
+
+def _without_mask(case: Case) -> dict[str, Any]:
+    return {"input_ids": case.inputs()["input_ids"], "use_cache": False}
+
+
+def _with_mask_of(dtype: torch.dtype, case: Case) -> dict[str, Any]:
+    inputs = case.inputs()
+    return {**inputs, "attention_mask": inputs["attention_mask"].to(dtype)}
+
+
+def _in_form(name: str, case: Case) -> dict[str, Any]:
+    return dict(forms_of_row(case))[name]
+
+
+def _with_empty_row(first: bool, case: Case) -> dict[str, Any]:
+    return {name: with_empty_row(given, first) for name, given in case.inputs().items()}
 
 
 def _row(row: tuple[int, ...], length: int) -> tuple[int, ...]:

@@ -13,8 +13,9 @@ from transformers import PreTrainedModel
 
 from ablation.checks.driving import ablate, discard, made, run
 from ablation.checks.histories import Experiment, History
+from ablation.checks.lifecycle import Place
 from ablation.checks.observe import changes, hooks, state
-from ablation.checks.simulation import same_logits
+from ablation.checks.simulation import RIGHT, Setting, same_logits, simulated
 
 
 def residue(history: History) -> str | None:
@@ -32,7 +33,7 @@ def residue(history: History) -> str | None:
             discard(ablate, implementation, history.case)
         for _ in range(runs):
             implementation.run(**history.inputs)
-        in_training = any(module.training for module in model.modules())
+        in_training = model.training
         discard(implementation.close)
         if in_training:
             return "the model is put into training mode, where dropout is active"
@@ -143,13 +144,12 @@ def users_hooks(history: History) -> str | None:
         implementation.run(**history.inputs)
         missing = [place for place in expected if place not in fired]
         during = hooks(model)
-    lost = [place for place, table in before.items() if not set(table) <= set(during[place])]
-    if lost:
+    if lost := _lost(before, during):
         return f"hooks of the user are removed from {lost[0].rpartition('.')[0]} before or in a run"
     if missing:
         return f"`forward` of {missing[0]} is called directly, which skips the user's hooks: call the module instead"
     after = hooks(model)
-    if lost := [place for place, table in before.items() if not set(table) <= set(after[place])]:
+    if lost := _lost(before, after):
         where = lost[0].rpartition(".")[0]
         return f"the user's hooks on {where} are removed with those of the implementation: remove hooks by their handles"
     if any(table != after[place] for place, table in before.items() if len(table) == len(after[place])):
@@ -163,6 +163,15 @@ def users_hooks(history: History) -> str | None:
     return None
 
 
+def _lost(before: dict[str, Any], after: dict[str, Any]) -> list[str]:
+    """Return the tables in which a hook is missing, whatever its key and its place."""
+    return [
+        place
+        for place, table in before.items()
+        if not {hook for _, hook in table} <= {hook for _, hook in after.get(place, ())}
+    ]
+
+
 Said = tuple[str, str, str]
 """A check, a pattern in what it found, and the cause of it."""
 
@@ -174,6 +183,7 @@ FAILED_REGISTRATION = (
     "if the registration of a hook fails, those that were registered before remain: keep each handle at once, and remove "
     "them in a `finally`"
 )
+LEFT_BY_EXCEPTION = "an exception in the forward pass skips the removal of the hooks: use a `finally`"
 SAID: tuple[Said, ...] = (
     (
         "locality.input_untouched",
@@ -192,14 +202,14 @@ SAID: tuple[Said, ...] = (
         "a copy of the model carries the hooks and the heads that they ablate: `copy.deepcopy` copies the object that "
         "they refer to",
     ),
-    ("hygiene.exception", "while hooks are registered in .* left a hook|while hooks are registered", FAILED_REGISTRATION),
+    ("hygiene.exception", "while hooks are registered in .* left a hook", FAILED_REGISTRATION),
     ("hygiene.exception", "was swallowed", "an exception of the forward pass is caught, and not raised again"),
     (
         "hygiene.exception",
         "left gradients disabled",
         "gradients stay disabled after an exception: use `with torch.no_grad()`, or a `finally`",
     ),
-    ("hygiene.exception", "left a hook", "an exception in the forward pass skips the removal of the hooks: use a `finally`"),
+    ("hygiene.exception", "left a hook", LEFT_BY_EXCEPTION),
     ("hygiene.exception", "the user's .* hooks fired", "after an exception, the user's hooks are removed, too"),
     ("hygiene.later_hooks", "registered later", "the output of the projection is computed again, after the user's hooks"),
     (
@@ -248,7 +258,12 @@ SAID: tuple[Said, ...] = (
         "merged into W_O",
         "the hook is on the layer inside of the wrapper, so the adapter beside it still reads the head: hook the wrapper",
     ),
-    ("locality", "was called 0 times", "the projection is computed from its weights, not called, so no hook on it fires"),
+    (
+        "locality",
+        "was called 0 times",
+        "the projection is not called, so no hook on it fires: it is computed from its weights, or a copy of the model "
+        "runs",
+    ),
     ("refusal.head", "without a reason", "a missing head is refused by an error without a message"),
     ("refusal.head", "^head too large: [^;]*only after a forward", "heads are validated only in the forward pass, not in `ablate`"),
     ("refusal.type", "True|False", "True and False are accepted as numbers: they are integers in Python (`isinstance`)"),
@@ -263,12 +278,32 @@ SAID: tuple[Said, ...] = (
 """Findings that name the mistake themselves."""
 
 
+IF_RIGHT = ("locality", "locality.user_hooks", "locality.non_finite", "oracle.non_finite", "masks.non_finite", "layouts.low_rank")
+"""Checks of a special case: what they find names the mistake only if the ablation is right in an ordinary case."""
+
+
 def said(history: History, check_id: str, found: str) -> str | None:
     """Return the cause that a finding names itself."""
+    if check_id in IF_RIGHT and not _is_right(history):
+        return None
     for id, pattern, cause in SAID:
         if id == check_id and (match := re.search(pattern, found)):
             return cause.format(*match.groups())
     return None
+
+
+def _is_right(history: History) -> bool:
+    case, real = history.case, history.inputs["attention_mask"].bool()
+    want = simulated(Setting(case, case.model(), history.inputs), RIGHT).logits
+    return same_logits(history.fresh(list(case.heads))[real], want)
+
+
+def after_failure(history: History, found: str) -> str | None:
+    """Return the cause if hooks remain at the end of a sequence with an error."""
+    failures = [step for step in history.steps if step[0] == "fail"]
+    if not failures or "not as it was found" not in found or "_hooks" not in found:
+        return None
+    return FAILED_REGISTRATION if failures[-1][1] == Place.REGISTERING else LEFT_BY_EXCEPTION
 
 
 def replaced_in_turn(history: History, steps: tuple[tuple[Any, ...], ...]) -> str | None:
@@ -357,13 +392,16 @@ EXPERIMENTS: dict[str, tuple[Experiment, ...]] = {
 
 def from_finding(history: History, check_id: str, found: str) -> Iterator[str | None]:
     """Yield causes that follow from what a check found."""
+    if check_id == "hygiene.exception":
+        yield after_failure(history, found)
     if check_id == "hygiene.lifecycle":
         yield replaced_in_turn(history, history.steps)
     if check_id == "refusal.head":
         if "not as it was found" in found and "_hooks" in found:
             yield "the hooks of the first heads remain if a later head of the list is rejected: validate all heads first"
-        elif "not as it was found" in found:
-            yield residue(history)
+        elif changed := re.search("not as it was found: (.*?) changed", found):
+            names = changed[1].split(", ")
+            yield next((text for place, text in PLACES if any(re.search(place, name) for name in names)), None)
         elif "was accepted" in found:
             yield accepted_heads(history, found)
     if check_id == "refusal.imputation":

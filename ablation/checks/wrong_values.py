@@ -78,6 +78,11 @@ def _median(site: Site, own: Tensor, pair: Pair) -> Any:
     return torch.stack([row[here].median() for row, here in zip(own, site.setting.real, strict=True)])[:, None, None]
 
 
+def _in_float32(site: Site, own: Tensor, pair: Pair) -> Any:
+    per_token = own.float().mean(dim=-1).where(site.setting.real, 0)
+    return (per_token.sum(dim=-1) / site.setting.real.sum(dim=-1))[:, None, None]
+
+
 def _of_set(site: Site, own: Tensor, pair: Pair) -> Any:
     return _mean(site, torch.cat([site.own(head) for head in site.named], dim=-1))
 
@@ -270,6 +275,11 @@ REFERENCE_MEANS: tuple[tuple[str, Value], ...] = (
 
 WRONG_VALUES = (
     *(Mistake(cause, value=value, needs=_for("mean")) for cause, value in MEANS),
+    Mistake(
+        "the mean is computed in float32, whatever the dtype of z",
+        value=_in_float32,
+        needs=lambda case: case.kind == "mean" and case.decoder.dtype == "float64",
+    ),
     Mistake(
         "the mean is taken over the ablated tokens; it should be that of the whole row",
         value=lambda site, own, pair: row_means(own, site.setting.at),
