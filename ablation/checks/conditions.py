@@ -93,7 +93,9 @@ def _lost(factory: Factory, case: Case) -> str | None:
         ablate(implementation, case)
         seen.update(hooks(model))
         implementation.run(**case.inputs())
-        mine = sorted({place.rpartition(".")[0] for place, table in seen.items() if len(table) > len(before.get(place, ()))})
+        mine = sorted(
+            {place.rpartition(".")[0] for place, table in seen.items() if len(table) > len(before.get(place, ()))}
+        )
         counters = [names[name].register_forward_pre_hook(_noting(called, name)) for name in mine if name in names]
         implementation.run(**case.inputs())
         for counter in (*counters, watch):
@@ -105,8 +107,8 @@ def _lost(factory: Factory, case: Case) -> str | None:
     layer = case.heads[0][0]
     mine = [name for name in mine if name in called and f".{layer}." in f".{name}."] or [n for n in mine if n in called]
     return (
-        f"the hook on {mine[0]} is called, but its edit is lost: it edits a copy that is not returned, or a tensor that "
-        "nothing reads afterwards"
+        f"the hook on {mine[0]} is called, but its edit is lost: it edits a copy that is not returned, or a tensor "
+        "that nothing reads afterwards"
     )
 
 

@@ -14,22 +14,23 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
-from ablation.checks import histories, side_effects, surroundings
+from ablation.checks import findings, histories, side_effects, surroundings
 from ablation.checks.cases import Case
 from ablation.checks.check import unsupported_features
 from ablation.checks.conditions import no_effect
 from ablation.checks.decoders import GROUPED, VOCABULARY, Decoder
 from ablation.checks.histories import History
 from ablation.checks.masks import MASK_DTYPES, PLACES, forms_of_row, with_empty_row
-from ablation.checks.mistakes import WRONG_PLACES
 from ablation.checks.protocol import IMPUTATIONS, Factory
 from ablation.checks.simulation import NOTHING, RIGHT, Mistake, Outcome, Setting, observed, simulated
+from ablation.checks.wrong_heads import WRONG_HEADS
+from ablation.checks.wrong_places import WRONG_PLACES
 from ablation.checks.wrong_values import WRONG_VALUES
 
 if TYPE_CHECKING:
     from ablation.checks.check import Check
 
-MISTAKES = (*WRONG_PLACES, *WRONG_VALUES)
+MISTAKES = (*WRONG_HEADS, *WRONG_PLACES, *WRONG_VALUES)
 
 
 def diagnosis(factory: Factory, check: Check, case: Case, error: BaseException | None = None) -> str | None:
@@ -59,7 +60,7 @@ def _experiments(
     if error is not None and not isinstance(error, AssertionError) and "dtype" in str(error):
         yield lambda: _in_default_dtype(factory, check, case)
     if isinstance(error, AssertionError):
-        yield lambda: next(filter(None, side_effects.from_finding(History(factory, case), check.id, str(error))), None)
+        yield lambda: next(filter(None, findings.from_finding(History(factory, case), check.id, str(error))), None)
 
 
 def _wrong_ablation(factory: Factory, check: Check, case: Case) -> str | None:
@@ -110,7 +111,10 @@ Inputs = Callable[[Case], dict[str, Any]]
 
 
 def _tried(check: Check, case: Case) -> Iterator[tuple[str, Case, Inputs]]:
-    """Yield the cases that a check makes of one, and their inputs; how these differ from the usual ones, for a person."""
+    """Yield the cases that a check makes of one, and their inputs.
+
+    The first item is what a message says about inputs that are not the usual ones.
+    """
     match check.id:
         case "oracle.zero_deep":
             yield "", case, Case.inputs
@@ -162,9 +166,7 @@ def _row(row: tuple[int, ...], length: int) -> tuple[int, ...]:
 
 
 def _rows(rows: tuple[tuple[int, ...], ...], count: int) -> tuple[tuple[int, ...], ...]:
-    return tuple(
-        tuple((token + at // len(rows)) % VOCABULARY for token in rows[at % len(rows)]) for at in range(count)
-    )
+    return tuple(tuple((token + at // len(rows)) % VOCABULARY for token in rows[at % len(rows)]) for at in range(count))
 
 
 def _similar(factory: Factory, case: Case) -> Iterator[Case]:
@@ -172,14 +174,8 @@ def _similar(factory: Factory, case: Case) -> Iterator[Case]:
     unsupported = unsupported_features(factory)
     yield replace(case, heads=_moved(case, case.decoder))
     decoder = case.decoder
-    group = 2 if decoder.family in GROUPED else 1
-    heads = group * (5 if decoder.num_heads == 3 * group else 3)
     if case.kind == "scale":
         yield replace(case, imputation="scale:0.25")
-    larger = decoder._replace(num_layers=max(4, decoder.num_layers), num_heads=heads, num_key_value_groups=group)
-    if decoder.num_layers <= 8:
-        several = "multiple_heads" not in unsupported
-        yield replace(case, decoder=larger, heads=_several(larger) if several else _moved(case, larger))
     yield replace(case, rows=tuple(_row(row, len(row) + 4) for row in case.rows))
     if len(case.rows) > 1:
         yield replace(case, rows=case.rows[:1])
@@ -187,6 +183,13 @@ def _similar(factory: Factory, case: Case) -> Iterator[Case]:
         yield replace(case, rows=_rows(case.rows, 3))
     if case.is_padded:
         yield replace(case, side="both" if case.side != "both" else "left")
+    if not isinstance(decoder, Decoder) or decoder.num_layers > 8:
+        return
+    group = 2 if decoder.family in GROUPED else 1
+    heads = group * (5 if decoder.num_heads == 3 * group else 3)
+    larger = decoder._replace(num_layers=max(4, decoder.num_layers), num_heads=heads, num_key_value_groups=group)
+    several = "multiple_heads" not in unsupported
+    yield replace(case, decoder=larger, heads=_several(larger) if several else _moved(case, larger))
 
 
 def _several(decoder: Decoder) -> tuple[tuple[int, int], ...]:

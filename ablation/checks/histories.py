@@ -122,7 +122,9 @@ def cleared(history: History) -> str | None:
                     return "`clear` removes the heads of some layers only"
         return None
     if same_logits(again, bare):
-        return "after `clear`, a call of `ablate` has no effect: the hooks that `clear` removes are not registered again"
+        return (
+            "after `clear`, a call of `ablate` has no effect: the hooks that `clear` removes are not registered again"
+        )
     return None
 
 
@@ -183,7 +185,11 @@ def callers_list(history: History) -> str | None:
         ablate(implementation, history.case, heads)
         heads.clear()
         got = implementation.run(**history.inputs)
-    return "the caller's list of heads is kept, not copied, so later changes of it matter" if same_logits(got, bare) else None
+    return (
+        "the caller's list of heads is kept, not copied, so later changes of it matter"
+        if same_logits(got, bare)
+        else None
+    )
 
 
 def kept_logits(history: History) -> str | None:
@@ -218,9 +224,7 @@ def _means(history: History, inputs: dict[str, Any], heads: list[Pair]) -> dict[
     mask = inputs.get("attention_mask")
     given = {**inputs, "attention_mask": torch.ones_like(inputs["input_ids"]) if mask is None else mask}
     z = recorded_z(history.case.model(), given)
-    return {
-        (layer, head): row_means(z[layer][:, :, head], given["attention_mask"].bool()) for layer, head in heads
-    }
+    return {(layer, head): row_means(z[layer][:, :, head], given["attention_mask"].bool()) for layer, head in heads}
 
 
 def earlier_value(history: History) -> str | None:
@@ -307,7 +311,11 @@ def earlier_mask(history: History) -> str | None:
         history.ablated(implementation, every)
         got = implementation.run(**history.other_inputs).detach().clone()
     if not same_logits(got, want):
-        return "the attention mask of an earlier run is used in a run without a mask" if same_logits(got, with_old) else None
+        return (
+            "the attention mask of an earlier run is used in a run without a mask"
+            if same_logits(got, with_old)
+            else None
+        )
     if history.case.kind != "mean":
         return None
     with history.made() as implementation:

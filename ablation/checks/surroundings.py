@@ -1,4 +1,4 @@
-"""What an implementation depends on besides its calls: inputs, other models, threads, gradient modes, caches, dtypes."""
+"""What an implementation depends on besides its calls: inputs, other models, threads, gradients, caches, dtypes."""
 
 from __future__ import annotations
 
@@ -6,6 +6,7 @@ from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack, suppress
 from dataclasses import replace
+from functools import partial
 from typing import Any
 
 import torch
@@ -73,7 +74,9 @@ def _pieces(history: History) -> str | None:
         "the position ids are not passed on to the model": ("position_ids",),
         "the key/value cache is not passed on to the model": (CACHE, "attention_mask", "position_ids", "use_cache"),
     }
-    wanted = {cause: decoded_with(lambda names=names, **p: run(model, _without(p, *names))) for cause, names in lost.items()}  # type: ignore[misc]
+    wanted = {
+        cause: decoded_with(lambda names=names, **p: run(model, _without(p, *names))) for cause, names in lost.items()
+    }  # type: ignore[misc]
     right = decoded_with(lambda **piece: run(model, piece))
     with history.made() as implementation:
         got = decoded_with(implementation.run)
@@ -96,11 +99,14 @@ def _rounded_layers(history: History, got: Tensor) -> str | None:
         dtype, model = getattr(torch, name), history.case.model()
         with ExitStack() as undo:
             for layer in find_heads(model).layers:
-                rounded: Callable[[Tensor], Tensor] = lambda z, dtype=dtype: z.to(dtype).to(z.dtype)  # type: ignore[misc]
-                undo.enter_context(hooked(layer.projection, rounded, is_output=False))
+                undo.enter_context(hooked(layer.projection, partial(_rounded, dtype), is_output=False))
             if torch.equal(got, run(model, history.inputs)):
                 causes.append(f"z is rounded to {name} in every layer, even if nothing is ablated")
     return causes[0] if len(causes) == 1 else None
+
+
+def _rounded(dtype: torch.dtype, z: Tensor) -> Tensor:
+    return z.to(dtype).to(z.dtype)
 
 
 def found_by_next(history: History) -> str | None:
@@ -112,7 +118,9 @@ def found_by_next(history: History) -> str | None:
         got = implementation.run(**history.inputs)
     old = [_right(History(history.factory, replace(history.case, imputation=name))) for name in ("zero", "mean")]
     if any(same_logits(got[real], logits) for logits in old) and not same_logits(got, bare):
-        return "the heads are kept outside of the instance, for example on its class: the next implementation finds them"
+        return (
+            "the heads are kept outside of the instance, for example on its class: the next implementation finds them"
+        )
     return None
 
 
@@ -190,7 +198,9 @@ PIECES: tuple[tuple[str, Piece], ...] = (
 def decoded(history: History) -> str | None:
     """Decode with a cache, in two ways, and compare with simulations of known mistakes."""
     rows = history.case.rows
-    other = replace(history.case, rows=(tuple((token + 1) % VOCABULARY for token in rows[0]), *rows[1:]))  # other pieces
+    other = replace(
+        history.case, rows=(tuple((token + 1) % VOCABULARY for token in rows[0]), *rows[1:])
+    )  # other pieces
     causes = _mistakes_in_decoding(history) & _mistakes_in_decoding(History(history.factory, other))
     return causes.pop() if len(causes) == 1 else None
 
@@ -199,7 +209,9 @@ def _mistakes_in_decoding(history: History) -> set[str]:
     """Return the mistakes that give the logits of an implementation: some pieces only, or positions that restart."""
     case = history.case
     if "positions" in case.keywords():
-        case = replace(case, positions=tuple(dict.fromkeys(at % min(map(len, case.rows)) for at in case.positions or ())))
+        case = replace(
+            case, positions=tuple(dict.fromkeys(at % min(map(len, case.rows)) for at in case.positions or ()))
+        )
     real = history.inputs["attention_mask"].bool()
     with made(history.factory, case.model()) as implementation:
         ablate(implementation, case)
@@ -223,7 +235,9 @@ def _mistakes_in_decoding(history: History) -> set[str]:
     always: Piece = lambda before, tokens: True  # noqa: E731
     causes = [cause for cause, acts in PIECES if _fits(got, lambda acts=acts: simulated_pieces(RIGHT, acts))]  # type: ignore[misc]
     causes += [
-        cause for cause, mistake in RESTARTS if _fits(got, lambda mistake=mistake: simulated_pieces(mistake, always))  # type: ignore[misc]
+        cause
+        for cause, mistake in RESTARTS
+        if _fits(got, lambda mistake=mistake: simulated_pieces(mistake, always))  # type: ignore[misc]
     ]
     return set(causes)
 
@@ -275,8 +289,8 @@ def checkpointed(history: History) -> str | None:
     if not same_logits(history.fresh(history.every)[real], _right(history)):
         return None
     return (
-        "the hooks do not act when checkpointing runs the layers again, in the backward pass: they are removed after the "
-        "forward pass, or act once"
+        "the hooks do not act when checkpointing runs the layers again, in the backward pass: they are removed after "
+        "the forward pass, or act once"
     )
 
 
@@ -304,10 +318,7 @@ def _same_gradients(history: History, edit: Callable[..., Tensor], model: Any) -
         for layer in find_heads(other).layers:
             heads = [head for index, head in history.case.heads if index == layer.index]
             first = min(index for index, _ in history.case.heads)
-            here: Callable[[Tensor], Tensor] = (
-                lambda z, layer=layer, heads=heads, first=first: edit(layer, heads, first, z)  # type: ignore[misc]
-            )
-            undo.enter_context(hooked(layer.projection, here, is_output=False))
+            undo.enter_context(hooked(layer.projection, partial(edit, layer, heads, first), is_output=False))
         other(**history.inputs).logits.sum().backward()
     pairs = [(one.grad, two.grad) for one, two in zip(model.parameters(), other.parameters(), strict=True)]
     size = max(float(two.abs().max()) for _, two in pairs if two is not None)

@@ -120,10 +120,17 @@ MEANS: tuple[tuple[str, Value], ...] = (
     ("z is replaced by one mean over all rows of the batch", lambda site, own, pair: own[site.setting.real].mean()),
     ("the mean of the first row is used for all rows", lambda site, own, pair: _mean(site, own)[:1]),
     ("the mean is divided by the number of all tokens, padding included", _padding_in_count),
-    *((f"the mean is a mean of means of pieces of {size} tokens, of unequal length", _of_pieces(size)) for size in (2, 3, 4)),
+    *(
+        (f"the mean is a mean of means of pieces of {size} tokens, of unequal length", _of_pieces(size))
+        for size in (2, 3, 4)
+    ),
     ("each token gets the mean of the tokens up to it, not that of the row", _up_to_token),
     ("the mean is divided by n - 1, not by n", _less_one),
-    ("the mean is 0: it is measured after the head was replaced, or not at all", lambda site, own, pair: 0.0),
+    ("0 is written, not the mean", lambda site, own, pair: 0.0),
+    (
+        "the mean is taken over the padding, not over the real tokens: the mask is read the wrong way round",
+        lambda site, own, pair: row_means(own, ~site.setting.real),
+    ),
     (
         "the mean is that of all heads of the layer, not that of the head",
         lambda site, own, pair: _mean(site, site.x),
@@ -149,8 +156,14 @@ MEANS: tuple[tuple[str, Value], ...] = (
         )
         for name, dtype in (("float16", torch.float16), ("bfloat16", torch.bfloat16), ("float32", torch.float32))
     ),
-    ("only the first layer with an ablated head has the mask: the mean of later layers includes padding", _unmasked_below_first),
-    ("only the first head of a layer has the mask: the mean of the other heads includes padding", _unmasked_after_first),
+    (
+        "only the first layer with an ablated head has the mask: the mean of later layers includes padding",
+        _unmasked_below_first,
+    ),
+    (
+        "only the first head of a layer has the mask: the mean of the other heads includes padding",
+        _unmasked_after_first,
+    ),
 )
 
 ZEROS: tuple[tuple[str, Value], ...] = (
@@ -163,12 +176,14 @@ ZEROS: tuple[tuple[str, Value], ...] = (
 
 OVER: tuple[tuple[str, Callable[[Site], Tensor]], ...] = (
     ("the mean includes the padding", lambda site: torch.ones_like(site.setting.real)),
-    ("the mean is taken over the padding, not over the real tokens", lambda site: ~site.setting.real),
     (
         "the mean is that of the last real token alone",
         lambda site: site.setting.position.eq(site.setting.real.sum(dim=-1, keepdim=True) - 1) & site.setting.real,
     ),
-    ("padding on the left is read as padding on the right: the mean covers the wrong tokens", lambda site: site.setting.real.flip(1)),
+    (
+        "padding on the left is read as padding on the right: the mean covers the wrong tokens",
+        lambda site: site.setting.real.flip(1),
+    ),
     ("the first token is left out of the mean", lambda site: site.setting.real & (site.setting.position > 0)),
     ("the padding of all rows is assumed on the side of the first row's", _one_sided),
     ("tokens that the mask hides between real ones are included in the mean", _span),
@@ -207,7 +222,7 @@ Batch = tuple[Tensor, Tensor]
 
 
 def _from_reference(statistic: Callable[[list[Batch]], Tensor]) -> Value:
-    """Return the value of another statistic of a reference: [head_dim], [positions, head_dim] or [rows, tokens, ...]."""
+    """Return the value of another statistic of a reference: [head_dim] or [positions, head_dim]."""
 
     def value(site: Site, own: Tensor, pair: Pair) -> Any:
         layer, head = pair
@@ -235,7 +250,10 @@ def _by_column(batches: list[Batch]) -> Tensor:
 def _short_as_zero(batches: list[Batch]) -> Tensor:
     prompts = _prompts(batches)
     return torch.stack(
-        [sum((z[at] for z in prompts if len(z) > at), torch.zeros(())) / len(prompts) for at in range(max(map(len, prompts)))]
+        [
+            sum((z[at] for z in prompts if len(z) > at), torch.zeros(())) / len(prompts)
+            for at in range(max(map(len, prompts)))
+        ]
     )
 
 
@@ -288,23 +306,33 @@ WRONG_VALUES = (
     *(Mistake(cause, value=value, needs=_for("zero")) for cause, value in ZEROS),
     *(Mistake(cause, value=_over(mask), needs=_for("mean channel-mean")) for cause, mask in OVER),
     Mistake("the factor is applied twice", value=_scaled(lambda factor: factor**2), needs=_for("scale")),
-    Mistake("the factor is read as the share that is removed, not as the share that is kept", value=_scaled(lambda f: 1 - f), needs=_for("scale")),
+    Mistake(
+        "the factor is read as the share that is removed, not as the share that is kept",
+        value=_scaled(lambda f: 1 - f),
+        needs=_for("scale"),
+    ),
     Mistake(
         "the mean is taken over channels, not over tokens",
         value=lambda site, own, pair: own.mean(dim=-1, keepdim=True),
         needs=_for("channel-mean"),
     ),
     Mistake("the given values of the next layer are used", value=_of_next_layer, needs=_for("values")),
-    Mistake("the given values of the first position are used at all tokens", value=_first_position, needs=_for("values")),
-    Mistake("padding is counted in the position at which the given values are read", value=_at_columns, needs=_for("values")),
+    Mistake(
+        "the given values of the first position are used at all tokens", value=_first_position, needs=_for("values")
+    ),
+    Mistake(
+        "padding is counted in the position at which the given values are read", value=_at_columns, needs=_for("values")
+    ),
     *(Mistake(cause, value=value, needs=_for("reference-mean")) for cause, value in REFERENCE_MEANS),
     Mistake(
         "the column in a padded reference is taken for the position",
-        value=_from_reference(_by_column), needs=_for("reference-mean-by-position"),
+        value=_from_reference(_by_column),
+        needs=_for("reference-mean-by-position"),
     ),
     Mistake(
         "prompts of the reference that are too short for a position count as 0 there",
-        value=_from_reference(_short_as_zero), needs=_for("reference-mean-by-position"),
+        value=_from_reference(_short_as_zero),
+        needs=_for("reference-mean-by-position"),
     ),
     Mistake(
         "each row is resampled from the row below it in the reference",
