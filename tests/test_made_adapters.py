@@ -297,7 +297,7 @@ def test_check_command_takes_three_lines(pytester: pytest.Pytester, monkeypatch:
     assert done.ret == 0 and "6 of 6 requirements hold" in done.stdout.str()
     done = pytester.run("ablation", "check", "broken:Mine")
     assert done.ret == pytest.ExitCode.USAGE_ERROR
-    assert done.stderr.str().strip().startswith("ERROR: --implementation broken:Mine: <lambda>(model, layers): the ")
+    assert done.stderr.str().strip().startswith("ERROR: implementation broken:Mine: <lambda>(model, layers): the ")
     assert len(done.stderr.str().strip().splitlines()) == 1 and "MODULE:CLASS" not in done.stderr.str()
 
 
