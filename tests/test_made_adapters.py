@@ -299,7 +299,7 @@ def test_check_command_takes_three_lines(pytester: pytest.Pytester, monkeypatch:
     assert done.ret == 0 and "7 of 7 requirements hold" in done.stdout.str()
     done = pytester.run(*command, "broken:Mine")
     assert done.ret == pytest.ExitCode.USAGE_ERROR
-    assert done.stderr.str().strip().startswith("ERROR: --implementation broken:Mine: <lambda>(model, layers): the ")
+    assert done.stderr.str().strip().startswith("ERROR: implementation broken:Mine: <lambda>(model, layers): the ")
     assert len(done.stderr.str().strip().splitlines()) == 1 and "MODULE:CLASS" not in done.stderr.str()
 
 

@@ -140,7 +140,9 @@ def test_three_lines_check_a_hook(run_pytest: Run) -> None:
 
 @pytest.fixture
 def run_plugin(run_pytest: Run) -> Run:
-    return partial(run_pytest, "-p", "ablation.checks.plugin", "--hypothesis-profile=mutants", "--implementation")
+    return partial(
+        run_pytest, "-p", "ablation.checks.plugin", "--hypothesis-profile=mutants", "--ablation-implementation"
+    )
 
 
 def test_plugin_runs_the_specification_and_nothing_else(run_plugin: Run) -> None:
@@ -173,7 +175,7 @@ def test_expected_failures_are_part_of_the_verdict(
 ) -> None:
     Path("known.txt").write_text(f"# our issue 7\n\n{known}\n")
     selection = "exception or smoke" if status == pytest.ExitCode.OK else "smoke"
-    done = run_plugin("my_hook:KnockOut", "--expected-failures", "known.txt", "-k", selection)
+    done = run_plugin("my_hook:KnockOut", "--ablation-expected-failures", "known.txt", "-k", selection)
     assert done.ret == status and verdict in done.stdout.str()
 
 
@@ -199,11 +201,11 @@ def test_verdict_begins_with_the_cause_that_failures_share(run_plugin: Run) -> N
 @pytest.mark.parametrize(
     ("options", "reason"),
     [
-        (["nowhere:X"], "--implementation nowhere:X: No module named 'nowhere'; it should be MODULE:CLASS"),
-        (["my_hook:X"], "--implementation my_hook:X: module 'my_hook' has no attribute 'X'; it should be MODULE:CLASS"),
+        (["nowhere:X"], "implementation nowhere:X: No module named 'nowhere'; it should be MODULE:CLASS"),
+        (["my_hook:X"], "implementation my_hook:X: module 'my_hook' has no attribute 'X'; it should be MODULE:CLASS"),
         (["my_hook"], "it should be MODULE:CLASS"),
         (["my_hook:__name__"], "it is no class; it should be MODULE:CLASS"),
-        (["broken:X"], "--implementation broken:X: ZeroDivisionError: division by zero"),
+        (["broken:X"], "implementation broken:X: ZeroDivisionError: division by zero"),
         (["my_hook:TakesOnlyIds"], "TakesOnlyIds: run cannot be called as run(input_ids, attention_mask=...): got an"),
         (["my_hook:Hopeless"], "`unsupported` names 'meen', which does not exist; did you mean 'mean'?"),
         (["my_hook:HasNoClose"], "my_hook:HasNoClose: the adapter has no method close"),
@@ -240,9 +242,9 @@ def test_bad_file_of_expected_failures_is_one_line(content: bytes | str | None, 
         known.write_bytes(content)
     elif content:
         known.mkdir()
-    done = run_plugin("my_hook:KnockOut", "--expected-failures", "known.txt")
+    done = run_plugin("my_hook:KnockOut", "--ablation-expected-failures", "known.txt")
     assert done.ret == pytest.ExitCode.USAGE_ERROR
-    assert "--expected-failures known.txt" in done.stderr.str() and reason in done.stderr.str()
+    assert "expected failures known.txt" in done.stderr.str() and reason in done.stderr.str()
     assert len(done.stderr.str().splitlines()) == 1
 
 

@@ -6,7 +6,7 @@ prompts and heads.
 
 `check_implementation(Adapter)` runs all checks and returns a record of each; `verdict` sums the records up.
 `@parametrize_with_checks(Adapter)` runs each check as a pytest test. On the command line, `ablation check MODULE:CLASS`
-runs the checks, and so does `pytest -p ablation.checks.plugin --implementation MODULE:CLASS`. The public names are
+runs the checks, and so does `pytest --ablation-implementation MODULE:CLASS`. The public names are
 imported on first use, so that loading the pytest plugin takes no time.
 """
 

@@ -7,7 +7,7 @@ import os
 from pathlib import Path
 from typing import Any
 
-OF_PLUGIN = ("expected_failures", "model", "prompts", "minutes", "device", "dtype")
+OF_PLUGIN = ("expected_failures", "summary", "badge", "model", "prompts", "minutes", "device", "dtype")
 """Options that are passed on to the plugin."""
 DTYPES = ("float32", "float64", "bfloat16", "float16")
 
@@ -43,6 +43,10 @@ def add_command(commands: Any) -> None:
     parser.add_argument("--device", help="of the model: cpu, cuda, ... (default: a GPU if there is one)")
     parser.add_argument("--dtype", choices=DTYPES, help="of the model (default: float32)")
     parser.add_argument("--junit-xml", metavar="FILE", type=Path, help="write a report for a CI service")
+    parser.add_argument(
+        "--summary", metavar="FILE", help="append a Markdown table, for the summary of a CI job ($GITHUB_STEP_SUMMARY)"
+    )
+    parser.add_argument("--badge", metavar="FILE", help="write the data of a badge, as JSON for shields.io")
     parser.set_defaults(run=_check)
 
 

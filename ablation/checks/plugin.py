@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import importlib
 import sys
+from collections.abc import Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -23,6 +24,10 @@ if TYPE_CHECKING:
 
 RUN: pytest.StashKey[CheckRun | ModelRun] = pytest.StashKey()
 RECORDS = pytest.StashKey[list["Record"]]()
+VERDICT = pytest.StashKey[list[str]]()
+"""The lines that end the report of pytest."""
+FILES = pytest.StashKey[dict[str, Path]]()
+"""The files to write: the name of an option -> path."""
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:
@@ -43,16 +48,26 @@ def pytest_addoption(parser: pytest.Parser) -> None:
         metavar="NAME",
         help="run the checks on this model in place of small random ones, every head: a folder, a hub id, ...",
     )
+    add(
+        "--ablation-summary",
+        metavar="FILE",
+        help="append a Markdown table of the outcomes, for the summary of a CI job",
+    )
+    add("--ablation-badge", metavar="FILE", help="write the data of a badge, as JSON for an endpoint of shields.io")
     add("--ablation-prompts", metavar="FILE", help="prompts for the model: a .jsonl or .csv file with a column prompt")
     add("--ablation-minutes", type=float, default=10.0, help="time for the comparison of every head (default: 10)")
     add("--ablation-device", help="the device of the model (default: a GPU if there is one)")
     add("--ablation-dtype", default="float32", help="the dtype of the model (default: float32)")
 
 
+@pytest.hookimpl(tryfirst=True)  # before pytest-xdist reads its options
 def pytest_configure(config: pytest.Config) -> None:
     """Read the options once. An invalid option is reported in one line, before any check runs."""
     config.stash[RECORDS] = []
     if config.getoption("--ablation-implementation"):
+        if hasattr(config.option, "dist"):
+            config.option.dist = "no"  # the checks share what they find, so they run in this process
+        config.stash[FILES] = _writable_files(config)
         adapter, expected = _load_adapter(config), _read_expected_failures(config)
         config.stash[RUN] = _on_model(config, adapter, expected) or _on_random_decoders(adapter, expected)
 
@@ -116,6 +131,33 @@ def _load_adapter(config: pytest.Config) -> Any:
     return adapter
 
 
+def _writable_files(config: pytest.Config) -> dict[str, Path]:
+    """Return the files that options name, as absolute paths, since code under test may change the folder.
+
+    Raises UsageError.
+    """
+    files = {}
+    for option in ("summary", "badge"):
+        if (name := config.getoption(f"--ablation-{option}")) is None:
+            continue
+        file = config.invocation_params.dir / name
+        try:
+            is_new = not file.exists()
+            with file.open("a"):
+                pass
+            if is_new:
+                file.unlink()  # it stays away if no check runs
+        except (OSError, ValueError) as error:  # ValueError: a path that no file can have
+            raise pytest.UsageError(f"{option} {name}: {_reason(error)}") from None
+        files[option] = file
+    return files
+
+
+def _reason(error: OSError | ValueError) -> str:
+    """Return why a file cannot be read or written."""
+    return str(error.strerror if isinstance(error, OSError) else error)
+
+
 def _read_expected_failures(config: pytest.Config) -> dict[str, str]:
     """Return {check id: reason} from the file that --ablation-expected-failures names. Raises UsageError."""
     file = config.getoption("--ablation-expected-failures")
@@ -128,8 +170,7 @@ def _read_expected_failures(config: pytest.Config) -> dict[str, str]:
     except UnicodeDecodeError:
         raise pytest.UsageError(f"expected failures {file}: it is not UTF-8") from None
     except (OSError, ValueError) as error:  # ValueError: a path that no file can have
-        reason = error.strerror if isinstance(error, OSError) else error
-        raise pytest.UsageError(f"expected failures {file}: {reason}") from None
+        raise pytest.UsageError(f"expected failures {file}: {_reason(error)}") from None
     expected: dict[str, str] = {}
     for number, line in enumerate(map(str.strip, text.splitlines()), start=1):
         if not line or line.startswith("#"):
@@ -197,26 +238,51 @@ def pytest_report_header(config: pytest.Config) -> list[str]:
 
 @pytest.hookimpl(trylast=True)
 def pytest_sessionfinish(session: pytest.Session) -> None:
-    """Let pytest fail if every check was skipped."""
-    if _tried_nothing(session.config.stash[RECORDS]):
+    """Sum up the run, write the files that options name, and let pytest fail if every check was skipped."""
+    config, records = session.config, session.config.stash[RECORDS]
+    if not records:
+        return
+    from ablation.checks.runner import NOTHING_TRIED
+    from ablation.checks.summary import outcomes, shared_cause
+
+    run = config.stash[RUN]
+    cause, findings = shared_cause(run.factory, records), run.findings()
+    if {record.outcome for record in records} == {"skipped"}:
         session.exitstatus = pytest.ExitCode.TESTS_FAILED
+        findings.append(NOTHING_TRIED)
+    config.stash[VERDICT] = [*cause, *outcomes(records, len(run.checks)), *findings]
+    if problems := list(_write_files(session, cause, findings)):
+        session.exitstatus = pytest.ExitCode.TESTS_FAILED
+        config.stash[VERDICT] += problems
 
 
-def _tried_nothing(records: list[Record]) -> bool:
-    return {record.outcome for record in records} == {"skipped"}
+def _write_files(session: pytest.Session, cause: list[str], findings: list[str]) -> Iterator[str]:
+    """Write the files that options name. Yields a line for each that cannot be written."""
+    import json
+
+    from ablation.checks.exports import badge, markdown
+
+    config, records = session.config, session.config.stash[RECORDS]
+    total, run_fails = len(config.stash[RUN].checks), session.exitstatus != pytest.ExitCode.OK
+    texts = {
+        "summary": markdown(_name(config), records, total, cause, findings),
+        "badge": json.dumps(badge(records, total, run_fails=run_fails)) + "\n",
+    }
+    for option, file in config.stash[FILES].items():
+        try:
+            with file.open("a" if option == "summary" else "w", encoding="utf-8") as stream:
+                stream.write(texts[option])
+        except OSError as error:
+            yield f"{option} {file}: {_reason(error)}"
 
 
 def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter, config: pytest.Config) -> None:
     """Print a cause that failures share, how many requirements hold, and which do not."""
-    records = config.stash[RECORDS]
-    if not records:
-        return
-    from ablation.checks.runner import NOTHING_TRIED
-    from ablation.checks.summary import verdict
+    if VERDICT in config.stash:
+        terminalreporter.section(f"head ablation by {_name(config)}")
+        for line in config.stash[VERDICT]:
+            terminalreporter.line(line)
 
-    run = config.stash[RUN]
-    terminalreporter.section(f"head ablation by {config.getoption('--ablation-implementation')}")
-    for line in [*verdict(run.factory, records, len(run.checks)), *run.findings()]:
-        terminalreporter.line(line)
-    if _tried_nothing(records):
-        terminalreporter.line(NOTHING_TRIED)
+
+def _name(config: pytest.Config) -> str:
+    return str(config.getoption("--ablation-implementation"))

@@ -29,15 +29,23 @@ def verdict(factory: Factory, records: Sequence[Record], total: int = len(CHECKS
 
     total: the number of checks that could be run.
     """
-    if not records:
-        return []
-    held = sum(record.outcome in ("passed", "unexpected pass") for record in records)
+    return [*shared_cause(factory, records), *outcomes(records, total)] if records else []
+
+
+def outcomes(records: Sequence[Record], total: int) -> list[str]:
+    """Return how many requirements hold, and a line for each of the others."""
+    return [how_many_hold(records, total), *(line for outcome in LABELS for line in _lines(outcome, records))]
+
+
+def how_many_hold(records: Sequence[Record], total: int) -> str:
+    """Return how many requirements hold, and how many checks were not run."""
     rest = f"; {total - len(records)} were not run" if len(records) < total else ""
-    return [
-        *shared_cause(factory, records),
-        f"{held} of {len(records)} requirements hold{rest}",
-        *(line for outcome in LABELS for line in _lines(outcome, records)),
-    ]
+    return f"{held(records)} of {len(records)} requirements hold{rest}"
+
+
+def held(records: Sequence[Record]) -> int:
+    """Return the number of requirements that hold."""
+    return sum(record.outcome in ("passed", "unexpected pass") for record in records)
 
 
 def _lines(outcome: str, records: Sequence[Record]) -> Iterator[str]:
