@@ -172,8 +172,9 @@ def _rows(rows: tuple[tuple[int, ...], ...], count: int) -> tuple[tuple[int, ...
 def _similar(factory: Factory, case: Case) -> Iterator[Case]:
     """Yield cases in which mistakes differ that give the same in one case: other heads, more heads, rows and tokens."""
     unsupported = unsupported_features(factory)
-    yield replace(case, heads=_moved(case, case.decoder))
     decoder = case.decoder
+    yield replace(case, heads=tuple((layer, (head + 1) % decoder.num_heads) for layer, head in case.heads))
+    yield replace(case, heads=_moved(case, decoder))
     if case.kind == "scale":
         yield replace(case, imputation="scale:0.25")
     yield replace(case, rows=tuple(_row(row, len(row) + 4) for row in case.rows))
