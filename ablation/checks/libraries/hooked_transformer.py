@@ -31,6 +31,10 @@ class Hooked:
         "cache": "it has a cache of its own",
         "llama": "its conversion drops the biases of attention, which no released Llama has, but the models here have",
         "qwen3": "its conversion drops the biases of attention, which no released Qwen3 has, but the models here have",
+        "gpt_neox": "it refuses rotary embeddings of one channel, which the models here have at 4 channels per head",
+        "mixtral": "its experts multiply bfloat16 by float32, which raises",
+        **dict.fromkeys(("gemma3", "gemma3_vision", "lfm2"), "it has no conversion of this family"),
+        "adapters": "it converts the weights of the projection, and of no module that wraps it",
         "validation": "hook_z gives all heads to a function that picks one: the adapter decides what an index means",
     }
 
