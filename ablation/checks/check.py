@@ -198,7 +198,7 @@ def first_error(error: BaseException) -> BaseException:
 def _finding(error: BaseException) -> str:
     """Return what an error says, in one short paragraph."""
     try:
-        text = str(error)
+        text = str(error).partition("\nassert ")[0]  # pytest appends the assertion in packages that have a plugin
     except Exception:  # of the implementation's own class of exceptions
         text = ""
     if not isinstance(error, AssertionError) or not text:
