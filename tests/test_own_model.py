@@ -27,7 +27,7 @@ from ablation.heads import find_heads
 from tests.implementations.ours import Ours
 from tests.implementations.surgery import Surgery
 from tests.mutants.index import NextHead
-from tests.mutants.mean import MeanOfUnmaskedBatch
+from tests.mutants.mean import MeanOfPadding
 from tests.mutants.shape import WidthFromHidden
 from tests.mutants.site import PseudoHeads
 
@@ -90,9 +90,10 @@ def test_surgery_leaves_the_weights_as_they_were() -> None:
 
 def test_noise_is_of_the_model_and_padding_is_judged_by_it() -> None:
     mine = own()
-    eps = torch.finfo(torch.float32).eps * mine.clean.abs().max().item()
-    assert eps <= mine.noise < 64 * eps
-    assert mine.can_be_padded and mine.tolerance == NOISE_FACTOR * max(mine.noise, mine.padding_noise)
+    eps, largest = torch.finfo(torch.float32).eps, mine.clean.abs().max().item()
+    assert eps / 2 <= mine.noise < 64 * eps
+    assert mine.can_be_padded
+    assert mine.tolerance == NOISE_FACTOR * max(mine.noise, mine.padding_noise) * largest
 
 
 def test_model_that_padding_disturbs_is_not_padded() -> None:
@@ -106,7 +107,7 @@ def test_model_that_padding_disturbs_is_not_padded() -> None:
             return self.embedding.weight
 
         def forward(self, ids: Tensor) -> Tensor:
-            return self.embedding(ids) + 0.1 * ids.shape[-1]
+            return self.embedding(ids) * ids.shape[-1]
 
     model = GPT2.fresh()
     model.transformer.wte = SeesPadding(model.transformer.wte)
@@ -159,7 +160,7 @@ def test_right_hook_is_right_on_every_head(decoder: Decoder) -> None:
     [
         (PseudoHeads, "zero", "L* (all)"),
         (NextHead, "zero", "L* (all)"),
-        (MeanOfUnmaskedBatch, "mean", "L* (all)"),
+        (MeanOfPadding, "mean", "L* (all)"),
         (WidthFromHidden, "zero", "L* (all)"),
     ],
 )
@@ -210,7 +211,7 @@ class CannotBeMade(ZeroAndMean):
 
 
 def test_implementation_that_cannot_be_made_fails_on_all_heads() -> None:
-    mine, found = every_head(CannotBeMade)
+    _, found = every_head(CannotBeMade)
     assert {each.raised for each in found.outcomes["zero"]} == {"OSError: the hub cannot be reached"}
 
 
@@ -273,7 +274,7 @@ def records_of(factory: Any, mine: OwnModel, *ids: str, **options: Any) -> list[
 
 @pytest.mark.slow
 def test_right_hook_passes_all_checks_on_a_model() -> None:
-    records = records_of(Ours, own(QWEN3))
+    records = records_of(Ours, own(GPT2))
     assert {record.outcome for record in records} == {"passed"}, [r.reason for r in records if r.outcome != "passed"]
 
 

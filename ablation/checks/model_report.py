@@ -16,12 +16,11 @@ STRONGEST = 10
 
 def findings(own: OwnModel, found: EveryHead) -> Iterator[str]:
     """Yield lines for each imputation: heads that are wrong, and conclusions with theirs and with the right numbers."""
-    lengths = [len(row) for row in found.case.rows]
-    *most, last = map(str, lengths)
-    tokens = f"{', '.join(most)} and {last} tokens" if most else f"{last} tokens"
+    *most, last = [str(len(row)) for row in found.case.rows]
+    rows = f"{len(most) + 1} rows of {', '.join(most)} and {last} tokens" if most else f"one row of {last} tokens"
     yield (
-        f"every head of {own.family}, one at a time, on {'one row' if len(lengths) == 1 else f'{len(lengths)} rows'} of "
-        f"{tokens}; logits count as equal within {own.tolerance:.1e} ({NOISE_FACTOR:g} times the noise of the model)"
+        f"every head of {own.family}, one at a time, on {rows}; logits count as equal within {own.tolerance:.1e} "
+        f"({NOISE_FACTOR:g} times the noise of the model)"
     )
     for name, outcomes in found.outcomes.items():
         if outcomes:

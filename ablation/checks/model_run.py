@@ -130,13 +130,13 @@ class ModelRun:
         expected = self.expected_failures.get(check.id)
         with warnings.catch_warnings(), isolated_process_state(one_thread=False):
             warnings.simplefilter("ignore")
-            with measured_tolerance(self.own.tolerance):
+            with measured_tolerance(self.own.relative_tolerance):
                 problem = self._problem(check)
+        if problem and check.id == "smoke":
+            self._stopped = FAILED_AT_ALL
         if not self.own.is_intact:
             self._stopped = DAMAGED
             problem = problem or f"{adapter_name(self.factory)} damages the model in {check.id}: its logits are others"
-        if problem and check.id == "smoke":
-            self._stopped = FAILED_AT_ALL
         if expected is not None:
             return Record(check.id, "expected failure" if problem else "unexpected pass", expected)
         return Record(check.id, "failed" if problem else "passed", problem or "")
