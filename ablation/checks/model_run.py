@@ -21,7 +21,7 @@ from ablation.checks.check import (
 )
 from ablation.checks.driving import ablate, discard
 from ablation.checks.every_head import EveryHead, Progress, try_every_head
-from ablation.checks.model_report import findings, wrong_logits, wrong_z
+from ablation.checks.model_report import findings, table, wrong_logits, wrong_z
 from ablation.checks.observe import assert_state_equals, state
 from ablation.checks.oracles import LONG_PROMPT
 from ablation.checks.own_model import OwnModel
@@ -122,6 +122,10 @@ class ModelRun:
     def findings(self) -> list[str]:
         """Return lines about every head; none if no check asked for them."""
         return [] if self._found is None else list(findings(self.own, self._found))
+
+    def table(self) -> str:
+        """Return what was found for every head, as CSV; only the header if no check asked for it."""
+        return table(self._found)
 
     def __call__(self, check: Check) -> Record:
         """Run one check."""
