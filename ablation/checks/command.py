@@ -53,7 +53,7 @@ def add_command(commands: Any) -> None:
 def _check(arguments: argparse.Namespace) -> int:
     from ablation.errors import AblationError
 
-    if not arguments.list and arguments.implementation is None:
+    if not arguments.list and not arguments.implementation:
         raise AblationError("name an adapter, as MODULE:CLASS, or use --list")
     try:
         import pytest
