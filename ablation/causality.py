@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Iterator, Sequence
 from typing import Any
 
@@ -107,10 +108,13 @@ def _special_tokens(config: Any) -> Iterator[int]:
 
 
 def _outputs(model: PreTrainedModel, *ways: Sequence[Tensor]) -> list[Any] | None:
-    """Run the rows in these batches, or else in the next ones: some models take single rows only. None if all fail."""
-    for batches in ways:
+    """Run the rows in these batches, or else in the next ones: some models take single rows only. None if all fail.
+
+    The encoders of transformers 4 do not know `use_cache`.
+    """
+    for given, batches in itertools.product(({"use_cache": False}, {}), ways):
         try:
-            return [model(batch, use_cache=False) for batch in batches]
+            return [model(batch, **given) for batch in batches]
         except Exception:  # noqa: S112 (of any kind; the run shows it)
             continue
     return None

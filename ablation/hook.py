@@ -5,6 +5,7 @@ from __future__ import annotations
 import inspect
 import math
 import threading
+import traceback
 from collections.abc import Iterable, Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass, field, replace
@@ -343,6 +344,10 @@ def _backward_task() -> int | None:
 
 def _is_recorded_for_recomputing() -> bool:
     """Whether the forward pass is inside of a non-reentrant `torch.utils.checkpoint`."""
+    if not hasattr(torch._C._autograd, "_top_saved_tensors_default_hooks"):  # torch 2.5
+        return any(
+            frame.f_globals.get("__name__") == "torch.utils.checkpoint" for frame, _ in traceback.walk_stack(None)
+        )
     hooks = torch._C._autograd._top_saved_tensors_default_hooks(True)
     return hooks is not None and hooks[0].__module__ == "torch.utils.checkpoint"
 

@@ -118,6 +118,9 @@ def compiled_code_runs_eagerly() -> Iterator[None]:
     Compiled code that calls the model was traced without the hooks of this package, or would keep them forever.
     """
     global _eager_users, _stance
+    if not hasattr(torch.compiler, "set_stance"):  # torch 2.5
+        yield
+        return
     with _lock:
         if not _eager_users:
             _stance = torch.compiler.set_stance("force_eager")

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import re
+import sys
 from collections.abc import AsyncIterator, Iterator
 from functools import partial
 from pathlib import Path
@@ -197,7 +198,7 @@ async def asynchronous(model: Any, heads: Any) -> AsyncIterator[None]:
         (
             of_pairs(None, [], "zero"),
             {},
-            "_GeneratorContextManager is one context manager: pass the function that makes it",
+            "_GeneratorContextManager is one context manager: pass the function",
         ),
         (plain_generator, {}, "plain_generator is a generator: decorate it with contextlib.contextmanager"),
         (coroutine, {}, "coroutine is asynchronous"),
@@ -272,6 +273,7 @@ def test_made_adapter_is_parametrized_under_the_name_of_the_code() -> None:
 @pytest.mark.end_to_end
 def test_check_command_takes_three_lines(pytester: pytest.Pytester, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("PYTHONPATH", str(Path(__file__).parent.parent))
+    command = (sys.executable, "-m", "ablation", "check")
     pytester.makepyfile(
         my_adapter="""
         from ablation.checks import adapter_from_context
@@ -293,9 +295,9 @@ def test_check_command_takes_three_lines(pytester: pytest.Pytester, monkeypatch:
         Mine = adapter_from_context(lambda model, layers: None)
         """,
     )
-    done = pytester.run("ablation", "check", "my_adapter:Mine", "-k", "smoke or locality")
-    assert done.ret == 0 and "6 of 6 requirements hold" in done.stdout.str()
-    done = pytester.run("ablation", "check", "broken:Mine")
+    done = pytester.run(*command, "my_adapter:Mine", "-k", "smoke or locality")
+    assert done.ret == 0 and "7 of 7 requirements hold" in done.stdout.str()
+    done = pytester.run(*command, "broken:Mine")
     assert done.ret == pytest.ExitCode.USAGE_ERROR
     assert done.stderr.str().strip().startswith("ERROR: implementation broken:Mine: <lambda>(model, layers): the ")
     assert len(done.stderr.str().strip().splitlines()) == 1 and "MODULE:CLASS" not in done.stderr.str()
@@ -307,7 +309,7 @@ def test_check_command_takes_three_lines(pytester: pytest.Pytester, monkeypatch:
 NAMES = (
     *("PseudoHeads", "BiasGone", "NextHead", "LateBinding", "WrongReshape", "FirstRowOnly", "ChunksOfFour"),
     *("MeanOfBatch", "MeanOfPadding", "MeanOfAblated", "BoolMaskIgnored", "EmptyRowSpoils", "EmptySetIsAll"),
-    *("BlanketRemoval", "LostHandle", "WeightsLeft", "ConfigLeft", "GradientsOff", "Reseeds", "MeanInFloat32"),
+    *("BlanketRemoval", "LostHandle", "WeightsLeft", "GradientsOff", "Reseeds", "MeanInFloat32"),
     *("ZDetached", "GroupedLeft", "LayersByOrder", "HeadTooLarge", "UnknownIsMean", "MaskDropped"),
 )
 """Mistakes of every kind that code without a state can have."""

@@ -36,7 +36,7 @@ class MadeAdapter:
     """Calls the user's code in each run. The helpers make its subclasses.
 
     code: the user's function. parameters: the names that it takes, of SETTINGS and INPUTS. takes_more: whether it takes
-    any other keyword argument.
+    any other keyword argument. expression: Python that makes the adapter, for messages.
     """
 
     code: ClassVar[Callable[..., Any]]
@@ -52,6 +52,8 @@ class MadeAdapter:
 
     def ablate(self, heads: Sequence[tuple[int, int]], imputation: str, **given: Any) -> None:
         """Keep the arguments. The same objects are passed in each run, as by code that calls the function twice."""
+        if "head" in self.parameters and len(set(heads)) > 1:
+            raise InvalidAblation(f"{type(self).__qualname__} takes one head, not {len(set(heads))}")
         self.settings = {"model": self.model, "heads": list(heads), "imputation": imputation, **given}
         if "heads_by_layer" in self.parameters:
             by_layer: dict[int, list[int]] = {}
@@ -60,8 +62,6 @@ class MadeAdapter:
             self.settings["heads_by_layer"] = by_layer
         self.idle = "head" in self.parameters and not heads
         if "head" in self.parameters and heads:
-            if len(set(heads)) > 1:
-                raise InvalidAblation(f"{type(self).__qualname__} takes one head, not {len(set(heads))}")
             self.settings["layer"], self.settings["head"] = heads[0]
 
     def call(self, inputs: dict[str, Any]) -> Any:

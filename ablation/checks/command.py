@@ -7,8 +7,12 @@ import os
 from pathlib import Path
 from typing import Any
 
-OF_PLUGIN = ("expected_failures", "summary", "badge", "model", "prompts", "minutes", "device", "dtype")
+from ablation import sources
+
+OF_PLUGIN = ("expected_failures", "summary", "badge", "model", "prompts", "minutes", "device", "dtype", "table")
 """Options that are passed on to the plugin."""
+OF_MODEL = ("prompts", "minutes", "device", "dtype", "table")
+"""Options that need --model."""
 DTYPES = ("float32", "float64", "bfloat16", "float16")
 
 
@@ -40,6 +44,9 @@ def add_command(commands: Any) -> None:
     parser.add_argument(
         "--minutes", type=float, metavar="N", help="time for the comparison of every head of the model (default: 10)"
     )
+    parser.add_argument(
+        "--table", metavar="FILE", type=Path, help="write what was found for every head of the model, as CSV"
+    )
     parser.add_argument("--device", help="of the model: cpu, cuda, ... (default: a GPU if there is one)")
     parser.add_argument("--dtype", choices=DTYPES, help="of the model (default: float32)")
     parser.add_argument("--junit-xml", metavar="FILE", type=Path, help="write a report for a CI service")
@@ -53,6 +60,12 @@ def add_command(commands: Any) -> None:
 def _check(arguments: argparse.Namespace) -> int:
     from ablation.errors import AblationError
 
+    if arguments.model is None:
+        for name in OF_MODEL:
+            if getattr(arguments, name) is not None:
+                raise AblationError(f"--{name} needs --model")
+    else:
+        sources.resolve(arguments.model)  # before torch is imported
     if not arguments.list and not arguments.implementation:
         raise AblationError("name an adapter, as MODULE:CLASS, or use --list")
     try:

@@ -6,25 +6,31 @@ No experiment finds a cause for certain, so nothing is said unless exactly one k
 from __future__ import annotations
 
 import warnings
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import suppress
 from dataclasses import replace
-from typing import TYPE_CHECKING
+from functools import partial
+from typing import TYPE_CHECKING, Any
 
+import torch
+
+from ablation.checks import findings, histories, side_effects, surroundings
 from ablation.checks.cases import Case
 from ablation.checks.check import unsupported_features
 from ablation.checks.conditions import no_effect
 from ablation.checks.decoders import GROUPED, VOCABULARY, Decoder
-from ablation.checks.histories import EXPERIMENTS, History
-from ablation.checks.mistakes import WRONG_PLACES
+from ablation.checks.histories import History
+from ablation.checks.masks import MASK_DTYPES, PLACES, forms_of_row, with_empty_row
 from ablation.checks.protocol import IMPUTATIONS, Factory
 from ablation.checks.simulation import NOTHING, RIGHT, Mistake, Outcome, Setting, observed, simulated
+from ablation.checks.wrong_heads import WRONG_HEADS
+from ablation.checks.wrong_places import WRONG_PLACES
 from ablation.checks.wrong_values import WRONG_VALUES
 
 if TYPE_CHECKING:
     from ablation.checks.check import Check
 
-MISTAKES = (*WRONG_PLACES, *WRONG_VALUES)
+MISTAKES = (*WRONG_HEADS, *WRONG_PLACES, *WRONG_VALUES)
 
 
 def diagnosis(factory: Factory, check: Check, case: Case, error: BaseException | None = None) -> str | None:
@@ -34,52 +40,61 @@ def diagnosis(factory: Factory, check: Check, case: Case, error: BaseException |
     """
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
-        for experiment in (_wrong_ablation, _no_effect, _history):
+        for experiment in _experiments(factory, check, case, error):
             with suppress(Exception):
-                if cause := experiment(factory, check, case):
+                if cause := experiment():
                     return cause
     return None
 
 
+def _experiments(
+    factory: Factory, check: Check, case: Case, error: BaseException | None
+) -> Iterator[Callable[[], str | None]]:
+    """Yield the experiments, the most telling first."""
+    if case.heads and not case.steps:
+        yield lambda: _wrong_ablation(factory, check, case)
+        yield lambda: no_effect(factory, case)
+    for of_chapter in (histories.EXPERIMENTS, surroundings.EXPERIMENTS, side_effects.EXPERIMENTS):
+        for experiment in of_chapter.get(check.id, ()):
+            yield partial(experiment, History(factory, case))
+    if error is not None and not isinstance(error, AssertionError) and "dtype" in str(error):
+        yield lambda: _in_default_dtype(factory, check, case)
+    if isinstance(error, AssertionError):
+        yield lambda: next(filter(None, findings.from_finding(History(factory, case), check.id, str(error))), None)
+
+
 def _wrong_ablation(factory: Factory, check: Check, case: Case) -> str | None:
     """Return the one known mistake that gives what the implementation gives, in the case and in similar ones."""
-    if not case.heads or case.steps or case.kind not in IMPUTATIONS:
+    if case.kind not in IMPUTATIONS:
         return None
-    for failing in _failing_cases(check, case):
-        setting = Setting(failing, failing.model(), failing.inputs())
-        got = observed(factory, failing)
+    for when, failing, inputs in _tried(check, case):
+        setting = Setting(failing, failing.model(), inputs(failing))
+        got = observed(factory, failing, inputs(failing))
         if got.fits(simulated(setting, RIGHT)):
             continue
-        needed = tuple(mistake for mistake in MISTAKES if mistake.needs(failing))
-        found = _explanations(got, setting, needed)
+        found = _explanations(got, setting, tuple(mistake for mistake in MISTAKES if mistake.needs(failing)))
         # If nothing at all is ablated, a mistake has to be seen in a case in which it ablates something.
         confirmed = set(found) if not got.fits(simulated(setting, NOTHING)) else set()
         for other in _similar(factory, failing):
             if not found:
                 break
             with suppress(Exception):
-                got, setting = observed(factory, other), Setting(other, other.model(), other.inputs())
+                setting = Setting(other, other.model(), inputs(other))
+                got = observed(factory, other, inputs(other))
                 found = _explanations(got, setting, found)
                 if not got.fits(simulated(setting, NOTHING)):
                     confirmed |= set(found)
         causes = {mistake.cause for mistake in found if mistake in confirmed}
         if len(causes) == len({mistake.cause for mistake in found}) == 1:
-            return causes.pop()
+            return f"{when}{causes.pop()}"
     return None
 
 
-def _history(factory: Factory, check: Check, case: Case) -> str | None:
-    for experiment in EXPERIMENTS.get(check.id, ()):
-        with suppress(Exception):
-            if cause := experiment(History(factory, case)):
-                return cause
-    return None
-
-
-def _no_effect(factory: Factory, check: Check, case: Case) -> str | None:
-    if not case.heads or case.steps:
+def _in_default_dtype(factory: Factory, check: Check, case: Case) -> str | None:
+    in_float32 = replace(case, decoder=case.decoder._replace(dtype="float32"))
+    if case.decoder.dtype == "float32" or not check.passes(factory, in_float32):
         return None
-    return no_effect(factory, case)
+    return "a tensor is made in float32, torch's default dtype, whatever the dtype of z"
 
 
 def _explanations(got: Outcome, setting: Setting, mistakes: tuple[Mistake, ...]) -> tuple[Mistake, ...]:
@@ -92,21 +107,57 @@ def _explanations(got: Outcome, setting: Setting, mistakes: tuple[Mistake, ...])
     return tuple(found)
 
 
-def _failing_cases(check: Check, case: Case) -> Iterator[Case]:
-    """Yield the case as the check itself changes it, if it does."""
+Inputs = Callable[[Case], dict[str, Any]]
+
+
+def _tried(check: Check, case: Case) -> Iterator[tuple[str, Case, Inputs]]:
+    """Yield the cases that a check makes of one, and their inputs.
+
+    The first item is what a message says about inputs that are not the usual ones.
+    """
     match check.id:
         case "oracle.zero_deep":
-            yield case
-            yield replace(case, heads=((case.decoder.num_layers - 1, case.decoder.num_heads - 1),))
+            yield "", case, Case.inputs
+            yield "", replace(case, heads=((case.decoder.num_layers - 1, case.decoder.num_heads - 1),)), Case.inputs
         case "oracle.scale":
-            yield case
-            yield replace(case, imputation="scale:0")
+            yield "", case, Case.inputs
+            yield "", replace(case, imputation="scale:0"), Case.inputs
         case "oracle.long_prompt":
-            yield replace(case, rows=(_row(case.rows[0], 70),))
+            yield "", replace(case, rows=(_row(case.rows[0], 70),)), Case.inputs
         case "independence.many_rows":
-            yield replace(case, rows=_rows(case.rows, 19))
+            yield "", replace(case, rows=_rows(case.rows, 19)), Case.inputs
+        case "independence.rows" | "independence.padding":
+            yield "", case, Case.inputs
+            if not case.is_padded:
+                yield "in a run without an attention mask, ", case, _without_mask
+        case "masks.dtype":
+            for dtype in MASK_DTYPES:
+                yield f"with an attention mask of {dtype}, ", case, partial(_with_mask_of, dtype)
+        case "masks.single_row":
+            for form in ("with a mask of ones", *(f"with hidden tokens {place}" for place in PLACES)):
+                yield f"in one row {form}, ", case, partial(_in_form, form)
+        case "masks.empty_row":
+            for first in (True, False):
+                yield "with a row of padding only, ", case, partial(_with_empty_row, first)
         case _:
-            yield case
+            yield "", case, Case.inputs
+
+
+def _without_mask(case: Case) -> dict[str, Any]:
+    return {"input_ids": case.inputs()["input_ids"], "use_cache": False}
+
+
+def _with_mask_of(dtype: torch.dtype, case: Case) -> dict[str, Any]:
+    inputs = case.inputs()
+    return {**inputs, "attention_mask": inputs["attention_mask"].to(dtype)}
+
+
+def _in_form(name: str, case: Case) -> dict[str, Any]:
+    return dict(forms_of_row(case))[name]
+
+
+def _with_empty_row(first: bool, case: Case) -> dict[str, Any]:
+    return {name: with_empty_row(given, first) for name, given in case.inputs().items()}
 
 
 def _row(row: tuple[int, ...], length: int) -> tuple[int, ...]:
@@ -121,16 +172,11 @@ def _rows(rows: tuple[tuple[int, ...], ...], count: int) -> tuple[tuple[int, ...
 def _similar(factory: Factory, case: Case) -> Iterator[Case]:
     """Yield cases in which mistakes differ that give the same in one case: other heads, more heads, rows and tokens."""
     unsupported = unsupported_features(factory)
-    yield replace(case, heads=_moved(case, case.decoder))
     decoder = case.decoder
-    group = 2 if decoder.family in GROUPED else 1
-    heads = group * (5 if decoder.num_heads == 3 * group else 3)
+    yield replace(case, heads=tuple((layer, (head + 1) % decoder.num_heads) for layer, head in case.heads))
+    yield replace(case, heads=_moved(case, decoder))
     if case.kind == "scale":
         yield replace(case, imputation="scale:0.25")
-    larger = decoder._replace(num_layers=max(4, decoder.num_layers), num_heads=heads, num_key_value_groups=group)
-    if decoder.num_layers <= 8:
-        several = "multiple_heads" not in unsupported
-        yield replace(case, decoder=larger, heads=_several(larger) if several else _moved(case, larger))
     yield replace(case, rows=tuple(_row(row, len(row) + 4) for row in case.rows))
     if len(case.rows) > 1:
         yield replace(case, rows=case.rows[:1])
@@ -138,6 +184,13 @@ def _similar(factory: Factory, case: Case) -> Iterator[Case]:
         yield replace(case, rows=_rows(case.rows, 3))
     if case.is_padded:
         yield replace(case, side="both" if case.side != "both" else "left")
+    if not isinstance(decoder, Decoder) or decoder.num_layers > 8:
+        return
+    group = 2 if decoder.family in GROUPED else 1
+    heads = group * (5 if decoder.num_heads == 3 * group else 3)
+    larger = decoder._replace(num_layers=max(4, decoder.num_layers), num_heads=heads, num_key_value_groups=group)
+    several = "multiple_heads" not in unsupported
+    yield replace(case, decoder=larger, heads=_several(larger) if several else _moved(case, larger))
 
 
 def _several(decoder: Decoder) -> tuple[tuple[int, int], ...]:

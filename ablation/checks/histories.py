@@ -23,11 +23,16 @@ class History:
     """A case as a sequence of calls: the first head, another one, the prompt and another one."""
 
     def __init__(self, factory: Factory, case: Case) -> None:
-        self.factory, self.case = factory, replace(case, steps=())
+        self.factory, self.case, self.steps = factory, replace(case, steps=()), case.steps
         self.every = sorted(case.heads, reverse=True)
-        self.first, self.another = self.every[:1], [replace(case, heads=tuple(self.every)).another_head()]
+        self.first = self.every[:1]
         self.inputs = case.inputs()
         self.other_inputs = {"input_ids": other_ids(case), "use_cache": False}
+
+    @property
+    def another(self) -> list[Pair]:
+        """Another head than the first."""
+        return [replace(self.case, heads=tuple(self.every)).another_head()]
 
     def bare(self, inputs: dict[str, Any] | None = None) -> Tensor:
         """Return the logits of the bare model."""

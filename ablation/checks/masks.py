@@ -50,13 +50,13 @@ def single_row(factory: Factory, case: Case) -> None:
     with made(factory, case.model()) as implementation:
         ablate(implementation, case)
         alone = implementation.run(case.tensor(*case.rows)).clone()
-        for what, inputs in _forms(case, "position_ids" not in unsupported_features(factory)):
+        for what, inputs in forms_of_row(case, "position_ids" not in unsupported_features(factory)):
             real = inputs["attention_mask"].bool()
             got = implementation.run(**inputs)
             assert_close(got[real], alone[0], f"the logits of one row {what}, against a run without a mask")
 
 
-def _forms(case: Case, takes_positions: bool) -> Iterator[tuple[str, dict[str, Any]]]:
+def forms_of_row(case: Case, takes_positions: bool = True) -> Iterator[tuple[str, dict[str, Any]]]:
     """Yield the row of a case in other forms: what is added, and the inputs, with positions that count real tokens.
 
     takes_positions: whether the implementation passes `position_ids` on; if not, tokens are only added after the row.
@@ -90,20 +90,22 @@ def empty_row(factory: Factory, case: Case) -> None:
     inputs = case.inputs()
     real = inputs["attention_mask"].bool()
 
-    def extended(given: Any, first: bool) -> Any:
-        if not isinstance(given, Tensor):
-            return given
-        empty = torch.zeros_like(given[:1])
-        return torch.cat([empty, given] if first else [given, empty])
-
     with made(factory, case.model()) as implementation:
         ablate(implementation, case)
         want = implementation.run(**inputs).clone()
         for first in (True, False):
-            logits = implementation.run(**{name: extended(given, first) for name, given in inputs.items()})
+            logits = implementation.run(**{name: with_empty_row(given, first) for name, given in inputs.items()})
             got = logits[1:] if first else logits[:-1]
             what = f"the logits of the other rows, with a row of padding only {'before' if first else 'after'} them"
             assert_close(got[real], want[real], what)
+
+
+def with_empty_row(given: Any, first: bool) -> Any:
+    """Return an input with one more row, of zeros, before or after the others; a flag as it is."""
+    if not isinstance(given, Tensor):
+        return given
+    empty = torch.zeros_like(given[:1])
+    return torch.cat([empty, given] if first else [given, empty])
 
 
 @check(

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import csv
+import io
 from collections.abc import Iterable, Iterator, Sequence
 
 from ablation.checks.every_head import EveryHead, Outcome
@@ -16,12 +18,11 @@ STRONGEST = 10
 
 def findings(own: OwnModel, found: EveryHead) -> Iterator[str]:
     """Yield lines for each imputation: heads that are wrong, and conclusions with theirs and with the right numbers."""
-    lengths = [len(row) for row in found.case.rows]
-    *most, last = map(str, lengths)
-    tokens = f"{', '.join(most)} and {last} tokens" if most else f"{last} tokens"
+    *most, last = [str(len(row)) for row in found.case.rows]
+    rows = f"{len(most) + 1} rows of {', '.join(most)} and {last} tokens" if most else f"one row of {last} tokens"
     yield (
-        f"every head of {own.family}, one at a time, on {'one row' if len(lengths) == 1 else f'{len(lengths)} rows'} of "
-        f"{tokens}; logits count as equal within {own.tolerance:.1e} ({NOISE_FACTOR:g} times the noise of the model)"
+        f"every head of {own.family}, one at a time, on {rows}; logits count as equal within {own.tolerance:.1e} "
+        f"({NOISE_FACTOR:g} times the noise of the model)"
     )
     for name, outcomes in found.outcomes.items():
         if outcomes:
@@ -72,6 +73,41 @@ def _conclusions(found: EveryHead, outcomes: Sequence[Outcome]) -> Iterator[str]
     common = len(set(mine) & set(correct))
     yield f"  strongest heads (by the probability of the answer): {' '.join(mine)}"
     yield f"  right:                                              {' '.join(correct)}; {common} in common"
+
+
+COLUMNS = (
+    "imputation",
+    "layer",
+    "head",
+    "effect",
+    "error",
+    "kept",
+    "right_kept",
+    "change",
+    "right_change",
+    "z_problem",
+    "raised",
+)
+
+
+def table(found: EveryHead | None) -> str:
+    """Return a row for each head and imputation, as CSV; see `every_head.Outcome`.
+
+    kept, right_kept: the share of the prompts. change, right_change: the mean over the prompts. Columns about logits
+    are empty if these were not compared.
+    """
+    text = io.StringIO()
+    writer = csv.writer(text, lineterminator="\n")
+    writer.writerow(COLUMNS)
+    for name, outcomes in {} if found is None else found.outcomes.items():
+        for each in outcomes:
+            means = [
+                sum(values[: found.prompts]) / found.prompts
+                for values in (each.kept, each.right_kept, each.change, each.right_change)
+            ]
+            numbers = [each.effect, each.error, *means] if found.has_logits(name) and not each.raised else [""] * 6
+            writer.writerow([name, *each.pair, *numbers, each.z_problem or "", each.raised or ""])
+    return text.getvalue()
 
 
 def wrong_logits(own: OwnModel, found: EveryHead, name: str) -> str | None:

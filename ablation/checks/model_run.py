@@ -21,7 +21,7 @@ from ablation.checks.check import (
 )
 from ablation.checks.driving import ablate, discard
 from ablation.checks.every_head import EveryHead, Progress, try_every_head
-from ablation.checks.model_report import findings, wrong_logits, wrong_z
+from ablation.checks.model_report import findings, table, wrong_logits, wrong_z
 from ablation.checks.observe import assert_state_equals, state
 from ablation.checks.oracles import LONG_PROMPT
 from ablation.checks.own_model import OwnModel
@@ -123,6 +123,10 @@ class ModelRun:
         """Return lines about every head; none if no check asked for them."""
         return [] if self._found is None else list(findings(self.own, self._found))
 
+    def table(self) -> str:
+        """Return what was found for every head, as CSV; only the header if no check asked for it."""
+        return table(self._found)
+
     def __call__(self, check: Check) -> Record:
         """Run one check."""
         if reason := self._stopped or self._skip_reason(check):
@@ -130,13 +134,13 @@ class ModelRun:
         expected = self.expected_failures.get(check.id)
         with warnings.catch_warnings(), isolated_process_state(one_thread=False):
             warnings.simplefilter("ignore")
-            with measured_tolerance(self.own.tolerance):
+            with measured_tolerance(self.own.relative_tolerance):
                 problem = self._problem(check)
+        if problem and check.id == "smoke":
+            self._stopped = FAILED_AT_ALL
         if not self.own.is_intact:
             self._stopped = DAMAGED
             problem = problem or f"{adapter_name(self.factory)} damages the model in {check.id}: its logits are others"
-        if problem and check.id == "smoke":
-            self._stopped = FAILED_AT_ALL
         if expected is not None:
             return Record(check.id, "expected failure" if problem else "unexpected pass", expected)
         return Record(check.id, "failed" if problem else "passed", problem or "")

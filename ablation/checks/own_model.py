@@ -14,12 +14,15 @@ from transformers.pytorch_utils import Conv1D
 
 from ablation.checks.cases import Case, CaseSpec, with_factor
 from ablation.checks.driving import run
+from ablation.checks.oracles import surgery_logits
+from ablation.checks.simulation import RIGHT, Setting, simulated
 from ablation.errors import UnsupportedModel
 from ablation.forward import embedding_weight
 from ablation.heads import find_heads
 
-NOISE_FACTOR = 4.0
-"""Logits are equal up to rounding if they differ by at most this many times the noise of the model."""
+NOISE_FACTOR = 8.0
+"""Logits are equal up to rounding if they differ by at most this many times the noise, which is measured on few heads
+and few tokens."""
 PADDING_FACTOR = 64.0
 """A model is sensitive to padding if padding changes its logits by more than this many times its noise."""
 
@@ -118,24 +121,17 @@ class OwnModel:
 
     def cases(self, spec: CaseSpec) -> Iterator[Case]:
         """Yield the cases of a check: each imputation on some heads of different layers, padded on either side."""
-        (first, *others), layers = self.rows, self._heads.layers
+        first, *others = self.rows
         rows = [first]
         if spec.ragged:
             rows.append(next((row for row in others if len(row) != len(first)), shorter(first)))
         elif spec.max_rows > 1:
             rows.append(first[::-1])
-        middle = layers[len(layers) // 2]
-        heads = [
-            (middle.index, middle.num_heads - 1),
-            (layers[0].index, 0),
-            (layers[-1].index, layers[-1].num_heads // 2),
-            (middle.index, 0),
-        ]
         for name in spec.imputations or ():
             for side in dict.fromkeys(spec.sides) if spec.ragged else ("right",):
                 yield self.case(
                     rows,
-                    heads=tuple(dict.fromkeys(heads))[: spec.max_heads],
+                    heads=tuple(self._some_heads()[: spec.max_heads]),
                     imputation=with_factor(name),
                     side=side,
                     positions=(1, -1) if spec.positions else None,
@@ -143,24 +139,27 @@ class OwnModel:
 
     @cached_property
     def noise(self) -> float:
-        """The largest difference of a logit of the bare model between a prompt alone and as a row of a batch.
+        """The largest difference of a logit between two right ways to the same, relative to the largest logit.
 
-        The batch holds other tokens of the same length, so no row is padded. It is at least eps at the size of the
-        logits.
+        The bare model on a prompt alone and as a row of a batch without padding; and mean imputation of some heads by
+        surgery and by a hook. It is at least half of eps.
         """
-        eps = torch.finfo(self.clean.dtype).eps * self.clean.abs().max().item()
-        batch = self.case([self.rows[0], self.rows[0][::-1], self.rows[0]])
+        alone, batch = self.rows[0], self.case([self.rows[0], self.rows[0][::-1], self.rows[0]])
         together = run(self.fresh(), batch.inputs())
-        return max(eps, *((together[row] - self.clean[0]).abs().max().item() for row in (0, 2)))
+        found = [(together[row] - self.clean[0]).abs().max().item() for row in (0, 2)]
+        for heads in self._some_heads():
+            case = self.case([alone], heads=(heads,), imputation="mean")
+            by_hook = simulated(Setting(case, self.fresh(), case.inputs()), RIGHT).logits
+            found.append((surgery_logits(case)[0] - by_hook).abs().max().item())
+        return max(torch.finfo(self.clean.dtype).eps / 2, max(found) / self._largest)
 
     @cached_property
     def padding_noise(self) -> float:
-        """The same difference in batches that are padded on the left, and on the right."""
-        batches = [
-            self.case([self.rows[0], (*self.rows[0], *self.rows[0][:2])], side=side) for side in ("left", "right")
-        ]
+        """The same for the bare model on a prompt alone and in batches that are padded on the left or on the right."""
+        longer = (*self.rows[0], *self.rows[0][:2])
+        batches = [self.case([self.rows[0], longer], side=side) for side in ("left", "right")]
         found = [run(self.fresh(), batch.inputs())[0, batch.replaced()[0]] for batch in batches]
-        return max((logits - self.clean[0]).abs().max().item() for logits in found)
+        return max((logits - self.clean[0]).abs().max().item() for logits in found) / self._largest
 
     @property
     def can_be_padded(self) -> bool:
@@ -168,9 +167,30 @@ class OwnModel:
         return self.padding_noise <= PADDING_FACTOR * self.noise
 
     @property
-    def tolerance(self) -> float:
-        """How far logits may differ that should be equal up to rounding, in logits."""
+    def relative_tolerance(self) -> float:
+        """How far logits may differ that should be equal up to rounding, relative to the largest logit."""
         return NOISE_FACTOR * max(self.noise, self.padding_noise if self.can_be_padded else 0.0)
+
+    @property
+    def tolerance(self) -> float:
+        """The same in logits, for the model's prompts."""
+        return self.relative_tolerance * self._largest
+
+    @property
+    def _largest(self) -> float:
+        return self.clean.abs().max().item()
+
+    def _some_heads(self) -> list[tuple[int, int]]:
+        """Return up to four heads of the first, the middle and the last layer with heads."""
+        layers = self._heads.layers
+        middle = layers[len(layers) // 2]
+        heads = [
+            (middle.index, middle.num_heads - 1),
+            (layers[0].index, 0),
+            (layers[-1].index, layers[-1].num_heads // 2),
+            (middle.index, 0),
+        ]
+        return list(dict.fromkeys(heads))
 
 
 def shorter(row: Sequence[int]) -> tuple[int, ...]:

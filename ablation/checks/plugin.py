@@ -56,8 +56,14 @@ def pytest_addoption(parser: pytest.Parser) -> None:
     add("--ablation-badge", metavar="FILE", help="write the data of a badge, as JSON for an endpoint of shields.io")
     add("--ablation-prompts", metavar="FILE", help="prompts for the model: a .jsonl or .csv file with a column prompt")
     add("--ablation-minutes", type=float, default=10.0, help="time for the comparison of every head (default: 10)")
+    add("--ablation-table", metavar="FILE", help="write what was found for every head of the model, as CSV")
     add("--ablation-device", help="the device of the model (default: a GPU if there is one)")
-    add("--ablation-dtype", default="float32", help="the dtype of the model (default: float32)")
+    add(
+        "--ablation-dtype",
+        choices=("float32", "float64", "bfloat16", "float16"),
+        default="float32",
+        help="the dtype of the model (default: float32)",
+    )
 
 
 @pytest.hookimpl(tryfirst=True)  # before pytest-xdist reads its options
@@ -84,9 +90,10 @@ def _on_model(config: pytest.Config, adapter: Any, expected: dict[str, str]) -> 
     if name is None:
         return None
     from ablation.checks.model_run import ModelRun, load_own_model
-    from ablation.terminal import status_line
+    from ablation.terminal import silence_transformers, status_line
 
     try:
+        silence_transformers()
         status_line(f"loading {name} ...")
         own = load_own_model(
             name,
@@ -136,7 +143,7 @@ def _writable_files(config: pytest.Config) -> dict[str, Path]:
     Raises UsageError.
     """
     files = {}
-    for option in ("summary", "badge"):
+    for option in ("summary", "badge", "table"):
         if (name := config.getoption(f"--ablation-{option}")) is None:
             continue
         file = config.invocation_params.dir / name
@@ -266,6 +273,7 @@ def _write_files(session: pytest.Session, cause: list[str], findings: list[str])
     texts = {
         "summary": markdown(_name(config), records, total, cause, findings),
         "badge": json.dumps(badge(records, total, run_fails=run_fails)) + "\n",
+        "table": config.stash[RUN].table(),
     }
     for option, file in config.stash[FILES].items():
         try:

@@ -157,6 +157,10 @@ class CheckRun:
         """Return lines about the whole run: none, since the records say everything."""
         return []
 
+    def table(self) -> str:
+        """Return a table of every head of a model: none."""
+        return ""
+
     def __call__(self, check: Check) -> Record:
         """Run one check."""
         if self._stopped:

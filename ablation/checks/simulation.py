@@ -236,6 +236,19 @@ def simulated(setting: Setting, mistake: Mistake, got: Outcome | None = None) ->
 
     got: an outcome that this one should fit; Differs is raised at the first projection whose input does not.
     """
+    with while_ablated(setting, mistake), ExitStack() as undo:
+        for layer in setting.found.layers:
+            if got is not None and layer.index in got.z:
+                compare = partial(_compared, got.z[layer.index], setting.real)
+                undo.enter_context(hooked(layer.projection, compare, is_output=False))
+        calls = undo.enter_context(recorded_inputs(setting.model))
+        logits = run(setting.model, setting.inputs)
+    return _outcome(logits, calls, setting.real)
+
+
+@contextmanager
+def while_ablated(setting: Setting, mistake: Mistake) -> Iterator[None]:
+    """Context manager: runs of the model are ablated, with a mistake."""
     pairs = mistake.pairs(setting)
     with ExitStack() as undo:
         for layer, module, is_output in mistake.places(setting):
@@ -243,17 +256,11 @@ def simulated(setting: Setting, mistake: Mistake, got: Outcome | None = None) ->
             if not here:
                 continue
             edit = partial(_edited, setting, mistake, layer, here)
-            undo.enter_context(_hooked(module, edit, is_output=is_output))
+            undo.enter_context(hooked(module, edit, is_output=is_output))
             if mistake.output is not None:
                 site = Site(setting, layer, torch.empty(0), [head for _, (_, head) in here])
-                undo.enter_context(_hooked(layer.projection, partial(mistake.output, site), is_output=True))
-        for layer in setting.found.layers:
-            if got is not None and layer.index in got.z:
-                compare = partial(_compared, got.z[layer.index], setting.real)
-                undo.enter_context(_hooked(layer.projection, compare, is_output=False))
-        calls = undo.enter_context(recorded_inputs(setting.model))
-        logits = run(setting.model, setting.inputs)
-    return _outcome(logits, calls, setting.real)
+                undo.enter_context(hooked(layer.projection, partial(mistake.output, site), is_output=True))
+        yield
 
 
 def _compared(got: Tensor, real: Tensor, z: Tensor) -> Tensor:
@@ -273,7 +280,7 @@ def _edited(setting: Setting, mistake: Mistake, layer: AttentionLayer, here: lis
 
 
 @contextmanager
-def _hooked(module: nn.Module, edit: Callable[[Tensor], Tensor], *, is_output: bool) -> Iterator[None]:
+def hooked(module: nn.Module, edit: Callable[[Tensor], Tensor], *, is_output: bool) -> Iterator[None]:
     """Context manager: edit the first input or the output of a module."""
     if is_output:
         handle = module.register_forward_hook(lambda _, args, out: edit(out))

@@ -78,6 +78,11 @@ def _median(site: Site, own: Tensor, pair: Pair) -> Any:
     return torch.stack([row[here].median() for row, here in zip(own, site.setting.real, strict=True)])[:, None, None]
 
 
+def _in_float32(site: Site, own: Tensor, pair: Pair) -> Any:
+    per_token = own.float().mean(dim=-1).where(site.setting.real, 0)
+    return (per_token.sum(dim=-1) / site.setting.real.sum(dim=-1))[:, None, None]
+
+
 def _of_set(site: Site, own: Tensor, pair: Pair) -> Any:
     return _mean(site, torch.cat([site.own(head) for head in site.named], dim=-1))
 
@@ -121,7 +126,11 @@ MEANS: tuple[tuple[str, Value], ...] = (
     ),
     ("each token gets the mean of the tokens up to it, not that of the row", _up_to_token),
     ("the mean is divided by n - 1, not by n", _less_one),
-    ("the mean is 0: it is measured after the head was replaced, or not at all", lambda site, own, pair: 0.0),
+    ("0 is written, not the mean", lambda site, own, pair: 0.0),
+    (
+        "the mean is taken over the padding, not over the real tokens: the mask is read the wrong way round",
+        lambda site, own, pair: row_means(own, ~site.setting.real),
+    ),
     (
         "the mean is that of all heads of the layer, not that of the head",
         lambda site, own, pair: _mean(site, site.x),
@@ -167,7 +176,6 @@ ZEROS: tuple[tuple[str, Value], ...] = (
 
 OVER: tuple[tuple[str, Callable[[Site], Tensor]], ...] = (
     ("the mean includes the padding", lambda site: torch.ones_like(site.setting.real)),
-    ("the mean is taken over the padding, not over the real tokens", lambda site: ~site.setting.real),
     (
         "the mean is that of the last real token alone",
         lambda site: site.setting.position.eq(site.setting.real.sum(dim=-1, keepdim=True) - 1) & site.setting.real,
@@ -214,7 +222,7 @@ Batch = tuple[Tensor, Tensor]
 
 
 def _from_reference(statistic: Callable[[list[Batch]], Tensor]) -> Value:
-    """Return the value of another statistic of a reference: [head_dim], [positions, head_dim] or [rows, tokens, ...]."""
+    """Return the value of another statistic of a reference: [head_dim] or [positions, head_dim]."""
 
     def value(site: Site, own: Tensor, pair: Pair) -> Any:
         layer, head = pair
@@ -285,6 +293,11 @@ REFERENCE_MEANS: tuple[tuple[str, Value], ...] = (
 
 WRONG_VALUES = (
     *(Mistake(cause, value=value, needs=_for("mean")) for cause, value in MEANS),
+    Mistake(
+        "the mean is computed in float32, whatever the dtype of z",
+        value=_in_float32,
+        needs=lambda case: case.kind == "mean" and case.decoder.dtype == "float64",
+    ),
     Mistake(
         "the mean is taken over the ablated tokens; it should be that of the whole row",
         value=lambda site, own, pair: row_means(own, site.setting.at),

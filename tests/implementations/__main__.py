@@ -1,4 +1,4 @@
-"""`python -m tests.implementations`: the specification on every implementation of this folder, as a table.
+"""`python -m tests.implementations`: the specification on our implementations and on those of libraries, as a table.
 
 Each runs in a process of its own, since some libraries patch torch. `pip install -e ".[peers]"` installs the libraries.
 """
@@ -25,7 +25,9 @@ from hypothesis import Phase, settings
 from ablation.checks import CHECKS, check_implementation
 
 NAMES = ("ours", "surgery", "notebook", "nnsight", "captum", "pyvene", "transformer_lens")
-"""The modules of this folder, one class each, in the order of the columns."""
+"""The modules of this folder and of ablation/checks/libraries/, one class each, in the order of the columns."""
+OWN = ("ours", "surgery", "notebook")
+"""Those of this folder, which need no library."""
 
 LIBRARIES = {"torch", "transformers", "nnsight", "captum", "pyvene", "transformer-lens"}
 ROOT = Path(__file__).parents[2]
@@ -37,8 +39,10 @@ Result = dict[str, Any]  # unsupported: {feature: reason}; records: {check id: [
 
 
 def adapter(name: str) -> Any:
-    """Return the one class of a module of this folder."""
-    module = importlib.import_module(f"tests.implementations.{name}")
+    """Return the one class of a module."""
+    module = importlib.import_module(
+        f"{'tests.implementations' if name in OWN else 'ablation.checks.libraries'}.{name}"
+    )
     (found,) = (kind for _, kind in inspect.getmembers(module, inspect.isclass) if kind.__module__ == module.__name__)
     return found
 

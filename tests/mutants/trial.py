@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -49,6 +50,15 @@ def assert_rejected(mutant: type[Mutant]) -> tuple[str, str]:
         crashes.append(f"{check.id}: {trial.crash!r}")
     assert not crashes, f"{mutant.__name__} is only rejected by crashes: {'; '.join(crashes)}"
     raise AssertionError(f"{mutant.__name__} survives: {mutant.__doc__}")
+
+
+def diagnosed(mutant: type[Mutant], id: str) -> tuple[bool, str | None]:
+    """Return whether a check rejects a mutant, and the likely cause that it prints, if any."""
+    trial = try_check(next(check for check in CHECKS if check.id == id), mutant)
+    if trial is None or not trial.rejected:
+        return False, None
+    cause = re.search("^  likely cause: (.*)$", trial.reason, re.MULTILINE)
+    return True, cause[1] if cause else None
 
 
 @contextmanager

@@ -14,8 +14,8 @@ from captum.attr import LayerActivation, LayerFeatureAblation
 from torch import Tensor
 from transformers import PreTrainedModel
 
+from ablation.checks.libraries.imputed import Imputed
 from ablation.heads import find_heads
-from tests.implementations.imputed import Imputed
 
 
 class Captum:

@@ -28,8 +28,8 @@ from torch import Tensor
 from transformer_lens.model_bridge.sources import build_bridge_from_module
 from transformers import PreTrainedModel
 
+from ablation.checks.libraries.imputed import OFFERED, Imputed, Recorded, replace_slice
 from ablation.checks.protocol import CACHE
-from tests.implementations.imputed import OFFERED, Imputed, Recorded
 
 
 class TransformerLens:
@@ -62,7 +62,7 @@ class TransformerLens:
 
     def run(self, input_ids: Tensor, attention_mask: Tensor | None = None, **inputs: Any) -> Tensor:
         hooks = [
-            (f"blocks.{layer}.attn.hook_z", partial(replace, layer, head, self.imputed, attention_mask))
+            (f"blocks.{layer}.attn.hook_z", partial(replace_slice, layer, head, self.imputed, attention_mask))
             for layer, head in dict.fromkeys(self.heads)
         ]
         inputs = {"use_cache": False} | inputs
@@ -74,9 +74,3 @@ class TransformerLens:
 
     def close(self) -> None:
         self.clear()
-
-
-def replace(layer: int, head: int, imputed: Imputed, mask: Tensor | None, z: Tensor, hook: Any) -> Tensor:
-    """A hook function, once the first four arguments are bound. z: [rows, tokens, heads, head_dim]."""
-    z[:, :, head] = imputed(layer, head, z[:, :, head], mask)
-    return z

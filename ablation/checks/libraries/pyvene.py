@@ -15,8 +15,8 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedModel
 
+from ablation.checks.libraries.imputed import OFFERED, Imputed, Recorded
 from ablation.heads import AttentionLayer, find_heads
-from tests.implementations.imputed import OFFERED, Imputed, Recorded
 
 
 class Pyvene:

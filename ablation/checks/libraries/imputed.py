@@ -79,3 +79,9 @@ class Imputed:
         places_of_tokens = torch.cat([(mask.cumsum(dim=1) - 1)[mask] for _, mask in self.batches])
         means = [tokens[places_of_tokens == place].mean(dim=0) for place in range(int(places_of_tokens.max()) + 1)]
         return torch.stack(means)[places]
+
+
+def replace_slice(layer: int, head: int, imputed: Imputed, mask: Tensor | None, z: Tensor, hook: Any) -> Tensor:
+    """A hook function of TransformerLens, once the first four arguments are bound. z: [rows, tokens, heads, width]."""
+    z[:, :, head] = imputed(layer, head, z[:, :, head], mask)
+    return z

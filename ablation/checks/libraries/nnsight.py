@@ -16,8 +16,8 @@ from nnsight import NNsight
 from torch import Tensor
 from transformers import PreTrainedModel
 
+from ablation.checks.libraries.imputed import OFFERED, Imputed, Recorded
 from ablation.heads import find_heads
-from tests.implementations.imputed import OFFERED, Imputed, Recorded
 
 
 class Nnsight:
