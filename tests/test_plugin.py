@@ -204,6 +204,7 @@ def test_verdict_begins_with_the_cause_that_failures_share(run_plugin: Run) -> N
         (["nowhere:X"], "implementation nowhere:X: No module named 'nowhere'; it should be MODULE:CLASS"),
         (["my_hook:X"], "implementation my_hook:X: module 'my_hook' has no attribute 'X'; it should be MODULE:CLASS"),
         (["my_hook"], "it should be MODULE:CLASS"),
+        ([""], "it should be MODULE:CLASS"),
         (["my_hook:__name__"], "it is no class; it should be MODULE:CLASS"),
         (["broken:X"], "implementation broken:X: ZeroDivisionError: division by zero"),
         (["my_hook:TakesOnlyIds"], "TakesOnlyIds: run cannot be called as run(input_ids, attention_mask=...): got an"),
@@ -276,8 +277,9 @@ def test_check_command_ignores_the_folders_configuration(user_folder: Path) -> N
     assert 'failures="0" skipped="0" tests="2"' in Path("report.xml").read_text()
 
 
-def test_check_command_needs_an_adapter(capsys: pytest.CaptureFixture[str]) -> None:
-    assert main(["check"]) == 2
+@pytest.mark.parametrize("arguments", [[], [""]])
+def test_check_command_needs_an_adapter(arguments: list[str], capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["check", *arguments]) == 2
     assert "name an adapter, as MODULE:CLASS, or use --list" in capsys.readouterr().err
 
 

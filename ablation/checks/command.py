@@ -66,7 +66,7 @@ def _check(arguments: argparse.Namespace) -> int:
                 raise AblationError(f"--{name} needs --model")
     else:
         sources.resolve(arguments.model)  # before torch is imported
-    if not arguments.list and arguments.implementation is None:
+    if not arguments.list and not arguments.implementation:
         raise AblationError("name an adapter, as MODULE:CLASS, or use --list")
     try:
         import pytest

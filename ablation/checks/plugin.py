@@ -70,7 +70,7 @@ def pytest_addoption(parser: pytest.Parser) -> None:
 def pytest_configure(config: pytest.Config) -> None:
     """Read the options once. An invalid option is reported in one line, before any check runs."""
     config.stash[RECORDS] = []
-    if config.getoption("--ablation-implementation"):
+    if config.getoption("--ablation-implementation") is not None:
         if hasattr(config.option, "dist"):
             config.option.dist = "no"  # the checks share what they find, so they run in this process
         config.stash[FILES] = _writable_files(config)
