@@ -74,7 +74,8 @@ SAID: tuple[Said, ...] = (
     (
         "hygiene.later_patch",
         "that the user replaced later",
-        "a `forward` of the projection is called that was kept from the start, not the one that is in its place now",
+        "the `forward` that the user has put in the place of the projection's is not called: another one was kept, or "
+        "the output is computed from the weights",
     ),
     ("hygiene.global_state", "^gradient mode", "the gradient mode is set and not restored: use `with torch.no_grad()`"),
     ("hygiene.global_state", "^the default dtype", "torch's default dtype is set, and not restored"),

@@ -152,7 +152,7 @@ MEANS: tuple[tuple[str, Value], ...] = (
     *(
         (
             f"the mean is rounded to {name}",
-            lambda site, own, pair, dtype=dtype: _mean(site, own).to(dtype),  # type: ignore[misc]
+            lambda site, own, pair, dtype=dtype: _mean(site, own).to(dtype),
         )
         for name, dtype in (("float16", torch.float16), ("bfloat16", torch.bfloat16), ("float32", torch.float32))
     ),

@@ -189,7 +189,7 @@ NAMES_OF: dict[str, str] = {
     "computed again, after the user's hooks": "LaterHookOverruled",
     "registered in the meantime": "LaterHooksRemoved",
     "although the user has replaced it": "LaterPatchDeleted",
-    "kept from the start": "LaterPatchSkipped",
+    "another one was kept": "LaterPatchSkipped",
     # ---- the model and the process
     "attribute is left": "AttributeLeft",
     "another object": "CopyLeft",
