@@ -66,6 +66,6 @@ def test_command_replaces_the_block_of_libraries_only(tmp_path: Path, monkeypatc
     monkeypatch.setattr(implementations, "run_in_process", lambda name: result)
     findings.main()
     written = page.read_text()
-    lines = "- nnsight fails `smoke`: too much\\n- nnsight does not support `x`: no\\n"
-    assert written.startswith(f"before\\n<!-- libraries -->\\n{lines}")
+    lines = "- nnsight fails `smoke`: too much\n- nnsight does not support `x`: no\n"
+    assert written.startswith(f"before\n<!-- libraries -->\n{lines}")
     assert written.endswith(".\n<!-- /libraries -->\nafter\n") and "old" not in written and "with torch 2" in written
