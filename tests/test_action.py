@@ -57,6 +57,17 @@ def test_workflow_uses_the_action_with_known_inputs() -> None:
     assert set(step["with"]) <= set(ACTION["inputs"])
 
 
+def test_documented_step_has_known_inputs() -> None:
+    chapter = (ROOT / "docs" / "checking.md").read_text(encoding="utf-8").partition("## In CI\n")[2]
+    (block,) = re.findall(r"```yaml\n(  head-ablation:\n.*?)```", chapter, re.S)
+    *others, step = yaml.safe_load(block)["head-ablation"]["steps"]
+    assert step["uses"] == f"OWNER/head-ablation/{FOLDER.relative_to(ROOT)}@COMMIT"
+    assert set(step["with"]) <= set(ACTION["inputs"])
+    named = re.findall(r"`([\w-]+)`", "".join(re.findall(r"^\| (`.*?) \|", chapter, re.M)))
+    assert set(named) == set(ACTION["inputs"])
+    assert {step["uses"] for step in others if "uses" in step} <= {step.get("uses") for step in JOB_STEPS}
+
+
 # ---- its steps
 
 
