@@ -107,8 +107,8 @@ def _lost(factory: Factory, case: Case) -> str | None:
     layer = case.heads[0][0]
     mine = [name for name in mine if name in called and f".{layer}." in f".{name}."] or [n for n in mine if n in called]
     return (
-        f"the hook on {mine[0]} is called, but its edit is lost: it edits a copy that is not returned, or a tensor "
-        "that nothing reads afterwards"
+        f"the hook on {mine[0]} is called, but changes nothing that is read afterwards: it edits a copy that is not "
+        "returned, its slice is empty, or it skips this head"
     )
 
 

@@ -9,7 +9,7 @@ NAMES_OF: dict[str, str] = {
     # ---- where
     "downstream of the projection": "PseudoHeads",
     "upstream of the heads": "ResidualSlice",
-    "nothing reads afterwards": "AttentionWeights CopyLost ForgotReturn",
+    "changes nothing that is read afterwards": "AttentionWeights CopyLost ForgotReturn",
     r"axes of W_O are swapped": "TransposedWeight",
     "computed from its weights": "Bypassed",
     "bias of the projection is lost": "BiasGone",
