@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import ExitStack, suppress
+from contextlib import ExitStack
 from dataclasses import replace
 from functools import partial
 from typing import Any
@@ -19,6 +19,7 @@ from ablation.checks.protocol import CACHE
 from ablation.checks.simulation import (
     NOTHING,
     RIGHT,
+    Attempt,
     Mistake,
     Setting,
     hooked,
@@ -253,7 +254,7 @@ def _mistakes_in_decoding(history: History) -> set[str]:
 
 
 def _fits(got: Tensor, simulate: Callable[[], Tensor]) -> bool:
-    with suppress(Exception):
+    with Attempt():
         return same_logits(got, simulate())
     return False
 
