@@ -83,6 +83,8 @@ ON_SOME_HEADS = (
 )
 """Checks that need one model at a time and change no weight. The others ask nothing that depends on the model."""
 
+EXPLAINED = 3
+"""Failures for which a likely cause is looked for."""
 NO_PADDING = "the model itself gives other logits if a prompt is padded"
 DAMAGED = "not tried, since the weights of the model are no longer as they were found"
 FAILED_AT_ALL = "not tried, since `smoke` fails"
@@ -111,7 +113,7 @@ class ModelRun:
         self.minutes, self.progress = minutes, progress
         self._found: EveryHead | None = None
         self._spent = 0.0  # seconds, on every head
-        self._stopped = ""
+        self._stopped, self._failures = "", 0
 
     def every_head(self, imputations: Sequence[str]) -> EveryHead:
         """Return the comparison of every head, after these imputations are compared, too."""
@@ -177,7 +179,7 @@ class ModelRun:
             for case in self.own.cases(check.cases_for(self.factory)):
                 _on_model(check).run_case(self.factory, case)
         except CheckFailure as failure:
-            return str(check.explained(self.factory, failure))
+            return self._explained(check, failure)
         except Exception as error:  # of the model or of the comparison, not of the implementation
             return f"{check.id} could not be run: {one_line(f'{type(error).__name__}: {error}')}"
         return None
@@ -191,9 +193,13 @@ class ModelRun:
             if found := problem_of(every_head, name):
                 worst = every_head.worst(name)
                 case = replace(every_head.case, heads=(worst.pair,), imputation=with_factor(name))
-                failure = check.failure(self.factory, case, AssertionError(found))
-                return str(check.explained(self.factory, failure))
+                return self._explained(check, check.failure(self.factory, case, AssertionError(found)))
         return None
+
+    def _explained(self, check: Check, failure: CheckFailure) -> str:
+        """Return the message of a failure; the first ones have their likely cause, which takes dozens of runs."""
+        self._failures += 1
+        return str(check.explained(self.factory, failure) if self._failures <= EXPLAINED else failure)
 
 
 def load_own_model(
