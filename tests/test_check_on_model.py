@@ -145,3 +145,21 @@ def test_command_names_the_heads_of_a_wrong_hook(folder: Path) -> None:
 def test_unknown_folder_is_refused_at_once(capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["check", "hooks:Right", "--model", "nowhere/"]) == 2
     assert "cannot load a model from nowhere: it does not exist" in capsys.readouterr().err
+
+
+@pytest.mark.end_to_end
+def test_shown_findings_are_what_is_printed(tmp_path: Path) -> None:
+    """Numbers may differ by rounding; counts and heads may not."""
+    page, readme = ((ROOT / file).read_text(encoding="utf-8") for file in ("docs/checking.md", "README.md"))
+    (hook,) = re.findall(r"```python\n(# my_hook.py\n.*?)```", readme, re.DOTALL)
+    (tmp_path / "my_hook.py").write_text(hook)
+    ((arguments, shown),) = re.findall(
+        r"\$ ablation check ([^\n]* --model capitals [^\n]*)\n```\n\n```\n(every head .*?)```", page, re.DOTALL
+    )
+    status, output = check(tmp_path, *arguments.split())
+    assert status == 1
+
+    def rounded(text: str) -> str:
+        return re.sub(r"\d+\.\d+(e-\d+)?", lambda number: f"{float(number[0]):.0e}", text)
+
+    assert rounded(shown) in rounded(output)

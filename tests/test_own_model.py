@@ -317,7 +317,7 @@ def test_hooks_left_on_a_model_are_found_once() -> None:
     records = records_of(LeavesAHook, own(), "hygiene.restored", "oracle.zero")
     assert [record.outcome for record in records] == ["passed", "failed"]
     assert "not as it was found: the model._forward_hooks" in records[1].reason
-    assert "repeat with: -k hygiene.restored" in records[1].reason
+    assert "repeat: the same command with -k hygiene.restored" in records[1].reason
 
 
 def test_expected_failures_hold_on_a_model() -> None:

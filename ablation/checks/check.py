@@ -156,7 +156,7 @@ class Check:
     def _reproduction(self, expression: str, helpers: Iterable[str], case: Case) -> str:
         """Return the lines that repeat a failure."""
         if not isinstance(case.decoder, Decoder):  # a model cannot be written down
-            return f"  repeat with: -k {self.id}"
+            return f"  repeat: the same command with -k {self.id}"
         return (
             f"  reproduce: from ablation.checks import {', '.join(('Case', 'Decoder', *helpers, 'reproduce'))}\n"
             f"  reproduce({self.id!r}, {expression}, {case!r})"
