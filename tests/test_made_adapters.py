@@ -116,7 +116,7 @@ def test_cache_is_passed_by_the_name_that_the_code_has(name: str, given: str) ->
     names: dict[str, Any] = {}
     exec(f"def f(model, input_ids, heads, {name}):\n    got.update(locals())\n    return logits", locals(), names)  # noqa: S102
     adapter = adapter_from_function(names["f"])
-    empty: list[Any] = []  # false, as a cache without tokens is
+    empty: Any = []  # false, as a cache without tokens is
     assert adapter(CASE.model()).run(T, use_cache=True, **{given: empty}) is logits
     assert "cache" not in adapter.unsupported
     passed = got["inputs"][given] if name == "**inputs" else got[name]
@@ -196,7 +196,7 @@ async def asynchronous(model: Any, heads: Any) -> AsyncIterator[None]:
         ("model, heads", {"unsupported": {"gtp2": "?"}}, "`unsupported` names 'gtp2', which does not exist; did you"),
         ("model, heads", {"unsupported": ["gpt2"]}, "`unsupported` should be a dict, feature: reason"),
         (
-            of_pairs(None, [], "zero"),
+            of_pairs(CASE.model(), [], "zero"),
             {},
             "_GeneratorContextManager is one context manager: pass the function",
         ),
@@ -229,6 +229,20 @@ def test_function_that_returns_no_logits_fails_by_name(returned: Any, what: str)
     problem = re.escape(f"answer returned {what}, but should return logits, a tensor [rows, tokens, vocabulary]")
     with pytest.raises(CheckFailure, match=problem):
         reproduce("smoke", adapter_from_function(answer), CASE)
+
+
+class Suppresses(contextlib.AbstractContextManager[None]):
+    def __init__(self, model: Any, heads: Any) -> None:
+        pass
+
+    def __exit__(self, *error: object) -> bool:
+        return True
+
+
+def test_context_that_suppresses_errors_fails_by_name() -> None:
+    failing = Case(CASE.decoder, CASE.rows, (), steps=(("open",), ("fail", "before", 0, "ForwardError")))
+    with pytest.raises(CheckFailure, match="RuntimeError: Suppresses suppressed an error of the model"):
+        reproduce("hygiene.exception", adapter_from_context(Suppresses), failing)
 
 
 # ---- messages

@@ -85,6 +85,16 @@ class MadeAdapter:
         ]
         return type(self).code(*by_place, **arguments)
 
+    def run(self, input_ids: Tensor, attention_mask: Tensor | None = None, **inputs: Any) -> Tensor:
+        """Return the logits, [rows, tokens, vocabulary]. Code for one head is not called if no head is ablated."""
+        inputs = {"attention_mask": attention_mask, "use_cache": False} | inputs
+        logits: Tensor = self.model(input_ids, **inputs).logits if self.idle else self.logits(input_ids, inputs)
+        return logits
+
+    def logits(self, input_ids: Tensor, inputs: dict[str, Any]) -> Tensor:
+        """Run the model by the user's code, and return the logits."""
+        raise NotImplementedError
+
     def clear(self) -> None:
         """Name no heads in the following runs."""
         self.ablate([], self.settings["imputation"])
@@ -96,23 +106,21 @@ class MadeAdapter:
 class ContextAdapter(MadeAdapter):
     """Runs the model inside the user's context manager."""
 
-    def run(self, input_ids: Tensor, attention_mask: Tensor | None = None, **inputs: Any) -> Tensor:
-        """Return the logits of the model, [rows, tokens, vocabulary]."""
-        inputs = {"attention_mask": attention_mask, "use_cache": False} | inputs
-        if self.idle:
-            return self.model(input_ids, **inputs).logits  # type: ignore[no-any-return]
+    def logits(self, input_ids: Tensor, inputs: dict[str, Any]) -> Tensor:
+        """Return the logits of the model. Raises RuntimeError if the context manager suppresses an error."""
+        logits: Tensor | None = None
         with self.call({"input_ids": input_ids, **inputs}):
-            return self.model(input_ids, **inputs).logits  # type: ignore[no-any-return]
+            logits = self.model(input_ids, **inputs).logits
+        if logits is None:
+            raise RuntimeError(f"{type(self).__qualname__} suppressed an error of the model")
+        return logits
 
 
 class FunctionAdapter(MadeAdapter):
     """Returns what the user's function returns."""
 
-    def run(self, input_ids: Tensor, attention_mask: Tensor | None = None, **inputs: Any) -> Tensor:
-        """Return the logits of the function, [rows, tokens, vocabulary]. Raises TypeError if it returns none."""
-        inputs = {"attention_mask": attention_mask, "use_cache": False} | inputs
-        if self.idle:
-            return self.model(input_ids, **inputs).logits  # type: ignore[no-any-return]
+    def logits(self, input_ids: Tensor, inputs: dict[str, Any]) -> Tensor:
+        """Return the logits of the function. Raises TypeError if it returns none."""
         returned = self.call({"input_ids": input_ids, **inputs})
         logits = getattr(returned, "logits", returned)
         if not isinstance(logits, Tensor) or logits.ndim != 3:

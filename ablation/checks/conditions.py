@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
-from contextlib import suppress
 from dataclasses import replace
 from typing import Any
 
@@ -13,7 +12,7 @@ from ablation.checks.cases import Case
 from ablation.checks.driving import ablate, made
 from ablation.checks.observe import hooks
 from ablation.checks.protocol import Factory
-from ablation.checks.simulation import NOTHING, RIGHT, Setting, observed, simulated
+from ablation.checks.simulation import NOTHING, RIGHT, Attempt, Setting, observed, simulated
 from ablation.heads import find_heads
 
 FAMILY_FACTS = {
@@ -34,7 +33,7 @@ def no_effect(factory: Factory, case: Case) -> str | None:
     if _acts_in_second_run(factory, case):
         return "nothing is ablated in the first run: the heads take effect only from the second run on"
     for where, other in _exchanged(case):
-        with suppress(Exception):
+        with Attempt():
             if _is_right(factory, other):
                 return f"nothing is ablated {where}"
     return _lost(factory, case)
@@ -107,8 +106,8 @@ def _lost(factory: Factory, case: Case) -> str | None:
     layer = case.heads[0][0]
     mine = [name for name in mine if name in called and f".{layer}." in f".{name}."] or [n for n in mine if n in called]
     return (
-        f"the hook on {mine[0]} is called, but its edit is lost: it edits a copy that is not returned, or a tensor "
-        "that nothing reads afterwards"
+        f"the hook on {mine[0]} is called, but changes nothing that is read afterwards: it edits a copy that is not "
+        "returned, its slice is empty, or it skips this head"
     )
 
 

@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import warnings
 from collections.abc import Callable, Iterator
-from contextlib import suppress
 from dataclasses import replace
 from functools import partial
 from typing import TYPE_CHECKING, Any
@@ -22,7 +21,7 @@ from ablation.checks.decoders import GROUPED, VOCABULARY, Decoder
 from ablation.checks.histories import History
 from ablation.checks.masks import MASK_DTYPES, PLACES, forms_of_row, with_empty_row
 from ablation.checks.protocol import IMPUTATIONS, Factory
-from ablation.checks.simulation import NOTHING, RIGHT, Mistake, Outcome, Setting, observed, simulated
+from ablation.checks.simulation import NOTHING, RIGHT, Attempt, Mistake, Outcome, Setting, observed, simulated
 from ablation.checks.wrong_heads import WRONG_HEADS
 from ablation.checks.wrong_places import WRONG_PLACES
 from ablation.checks.wrong_values import WRONG_VALUES
@@ -41,7 +40,7 @@ def diagnosis(factory: Factory, check: Check, case: Case, error: BaseException |
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
         for experiment in _experiments(factory, check, case, error):
-            with suppress(Exception):
+            with Attempt():
                 if cause := experiment():
                     return cause
     return None
@@ -57,8 +56,8 @@ def _experiments(
     for of_chapter in (histories.EXPERIMENTS, surroundings.EXPERIMENTS, side_effects.EXPERIMENTS):
         for experiment in of_chapter.get(check.id, ()):
             yield partial(experiment, History(factory, case))
-    if error is not None and not isinstance(error, AssertionError) and "dtype" in str(error):
-        yield lambda: _in_default_dtype(factory, check, case)
+    if error is not None and not isinstance(error, AssertionError):
+        yield lambda: _in_default_dtype(factory, check, case) if "dtype" in str(error) else None
     if isinstance(error, AssertionError):
         yield lambda: next(filter(None, findings.from_finding(History(factory, case), check.id, str(error))), None)
 
@@ -78,16 +77,21 @@ def _wrong_ablation(factory: Factory, check: Check, case: Case) -> str | None:
         for other in _similar(factory, failing):
             if not found:
                 break
-            with suppress(Exception):
+            with Attempt():
                 setting = Setting(other, other.model(), inputs(other))
                 got = observed(factory, other, inputs(other))
                 found = _explanations(got, setting, found)
                 if not got.fits(simulated(setting, NOTHING)):
                     confirmed |= set(found)
         causes = {mistake.cause for mistake in found if mistake in confirmed}
-        if len(causes) == len({mistake.cause for mistake in found}) == 1:
-            return f"{when}{causes.pop()}"
+        if len(causes) == len({mistake.cause for mistake in found}) <= _allowed(case):
+            return when + "; or ".join(sorted(causes)) if causes else None
     return None
+
+
+def _allowed(case: Case) -> int:
+    """Return how many causes are named if they cannot be told apart: two for a model of the user's, which is fixed."""
+    return 1 if isinstance(case.decoder, Decoder) else 2
 
 
 def _in_default_dtype(factory: Factory, check: Check, case: Case) -> str | None:
@@ -101,7 +105,7 @@ def _explanations(got: Outcome, setting: Setting, mistakes: tuple[Mistake, ...])
     """Return the mistakes that give an outcome."""
     found = []
     for mistake in mistakes:
-        with suppress(Exception):  # of a simulation that differs, or of a mistake that this model does not allow
+        with Attempt():  # of a simulation that differs, or of a mistake that this model does not allow
             if got.fits(simulated(setting, mistake, got)):
                 found.append(mistake)
     return tuple(found)

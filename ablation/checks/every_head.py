@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass, field, replace
 from typing import Any
@@ -98,25 +98,30 @@ def padded_case(factory: Factory, own: OwnModel) -> tuple[Case, int]:
 
 
 def try_every_head(
-    factory: Factory, own: OwnModel, deadline: float = float("inf"), progress: Progress | None = None
+    factory: Factory,
+    own: OwnModel,
+    imputations: Iterable[str] | None = None,
+    *,
+    found: EveryHead | None = None,
+    deadline: float = float("inf"),
+    progress: Progress | None = None,
 ) -> EveryHead:
-    """Ablate every head, one at a time, by every imputation that an implementation offers.
+    """Ablate every head, one at a time, by imputations that an implementation offers: by default, by all of them.
 
-    deadline: a time of `time.monotonic`, after which no further layer begins. Errors of the implementation are
-    outcomes; a KeyboardInterrupt propagates.
+    found: outcomes of other imputations, to which these are added. deadline: a time of `time.monotonic`, after which no
+    further layer begins. Errors of the implementation are outcomes; a KeyboardInterrupt propagates.
     """
-    base, prompts = padded_case(factory, own)
-    found, heads = EveryHead(base, prompts), own.heads()
+    found, heads = found or EveryHead(*padded_case(factory, own)), own.heads()
     with torch.no_grad():
-        look = _Look(factory, own, base)
-        for name in offered_imputations(factory):
+        look = _Look(factory, own, found.case)
+        for name in offered_imputations(factory) if imputations is None else imputations:
             outcomes, left = found.outcomes.setdefault(name, []), list[int]()
             for layer in _spread(sorted(dict(heads))):
                 if time.monotonic() > deadline:
                     left.append(layer)
                     continue
                 pairs = [pair for pair in heads if pair[0] == layer]
-                outcomes += look.at(replace(base, imputation=with_factor(name)), pairs)
+                outcomes += look.at(replace(found.case, imputation=with_factor(name)), pairs)
                 if progress is not None:
                     progress(name, len(outcomes), len(heads))
             outcomes.sort(key=lambda each: each.pair)

@@ -4,14 +4,13 @@ from __future__ import annotations
 
 import re
 from collections.abc import Iterator
-from contextlib import suppress
 from typing import Any
 
 from ablation.checks.driving import ablate
 from ablation.checks.histories import History
 from ablation.checks.lifecycle import Place
 from ablation.checks.side_effects import PLACES
-from ablation.checks.simulation import RIGHT, Setting, same_logits, simulated
+from ablation.checks.simulation import RIGHT, Attempt, Setting, same_logits, simulated
 
 Said = tuple[str, str, str]
 """A check, a pattern in what it found, and the cause of it."""
@@ -74,7 +73,8 @@ SAID: tuple[Said, ...] = (
     (
         "hygiene.later_patch",
         "that the user replaced later",
-        "a `forward` of the projection is called that was kept from the start, not the one that is in its place now",
+        "the `forward` that the user has put in the place of the projection's is not called: another one was kept, or "
+        "the output is computed from the weights",
     ),
     ("hygiene.global_state", "^gradient mode", "the gradient mode is set and not restored: use `with torch.no_grad()`"),
     ("hygiene.global_state", "^the default dtype", "torch's default dtype is set, and not restored"),
@@ -203,7 +203,7 @@ def accepted_heads(history: History, found: str) -> str | None:
 
 
 def _is_accepted(history: History, heads: list[tuple[int, int]]) -> bool:
-    with suppress(Exception), history.made() as implementation:
+    with Attempt(), history.made() as implementation:
         ablate(implementation, history.case, heads)
         return True
     return False

@@ -27,7 +27,7 @@ class History:
         self.every = sorted(case.heads, reverse=True)
         self.first = self.every[:1]
         self.inputs = case.inputs()
-        self.other_inputs = {"input_ids": other_ids(case), "use_cache": False}
+        self.other_inputs: dict[str, Any] = {"input_ids": other_ids(case), "use_cache": False}
 
     @property
     def another(self) -> list[Pair]:
@@ -42,7 +42,8 @@ class History:
         """Return the logits of a new implementation that has not run before. changes: to the keywords of `ablate`."""
         with self.made() as implementation:
             ablate(implementation, self.case, heads, **changes)
-            return implementation.run(**inputs or self.inputs).detach().clone()
+            logits: Tensor = implementation.run(**inputs or self.inputs).detach().clone()
+            return logits
 
     @contextmanager
     def made(self) -> Iterator[Any]:
@@ -155,7 +156,7 @@ def interrupted(history: History) -> str | None:
         raise Interruption
 
     model = history.case.model()
-    layer, bare = find_heads(model).layers[history.first[0][0]], run(model, history.other_inputs)
+    layer, bare = find_heads(model).layer(history.first[0][0]), run(model, history.other_inputs)
     with made(history.factory, model) as implementation:
         ablate(implementation, history.case, history.every)
         want = implementation.run(**history.other_inputs).detach().clone()

@@ -110,9 +110,9 @@ def table(found: EveryHead | None) -> str:
     return text.getvalue()
 
 
-def wrong_logits(own: OwnModel, found: EveryHead, name: str) -> str | None:
-    """Return what is wrong with the logits under an imputation, in one sentence, or None."""
-    wrong, outcomes = found.wrong(name, own.tolerance), found.outcomes.get(name, [])
+def wrong_logits(tolerance: float, found: EveryHead, name: str) -> str | None:
+    """Return what is wrong with the logits under an imputation, in one sentence, or None. tolerance: in logits."""
+    wrong, outcomes = found.wrong(name, tolerance), found.outcomes.get(name, [])
     if not wrong:
         return None
     if wrong[0].raised:
@@ -120,7 +120,7 @@ def wrong_logits(own: OwnModel, found: EveryHead, name: str) -> str | None:
     shown, rest = wrong[:SHOWN], len(wrong) - SHOWN
     return (
         f"{len(wrong)} of {len(outcomes)} heads are wrong: {', '.join(map(_error, shown))}"
-        f"{f' and {rest} more' if rest > 0 else ''} (tolerance {own.tolerance:.1e})"
+        f"{f' and {rest} more' if rest > 0 else ''} (tolerance {tolerance:.1e})"
     )
 
 

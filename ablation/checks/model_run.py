@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import time
 import warnings
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
+from functools import partial
 
 import torch
 
@@ -82,6 +83,8 @@ ON_SOME_HEADS = (
 )
 """Checks that need one model at a time and change no weight. The others ask nothing that depends on the model."""
 
+EXPLAINED = 3
+"""Failures for which a likely cause is looked for."""
 NO_PADDING = "the model itself gives other logits if a prompt is padded"
 DAMAGED = "not tried, since the weights of the model are no longer as they were found"
 FAILED_AT_ALL = "not tried, since `smoke` fails"
@@ -109,14 +112,24 @@ class ModelRun:
         validate_ids(self.expected_failures)
         self.minutes, self.progress = minutes, progress
         self._found: EveryHead | None = None
-        self._stopped = ""
+        self._spent = 0.0  # seconds, on every head
+        self._stopped, self._failures = "", 0
 
-    @property
-    def every_head(self) -> EveryHead:
-        """The comparison of every head, which is made when it is first asked for."""
-        if self._found is None:
-            deadline = time.monotonic() + 60 * self.minutes
-            self._found = try_every_head(self.factory, self.own, deadline, self.progress)
+    def every_head(self, imputations: Sequence[str]) -> EveryHead:
+        """Return the comparison of every head, after these imputations are compared, too."""
+        missing = [name for name in imputations if self._found is None or name not in self._found.outcomes]
+        if missing:
+            started = time.monotonic()
+            self._found = try_every_head(
+                self.factory,
+                self.own,
+                missing,
+                found=self._found,
+                deadline=started + 60 * self.minutes - self._spent,
+                progress=self.progress,
+            )
+            self._spent += time.monotonic() - started
+        assert self._found is not None
         return self._found
 
     def findings(self) -> list[str]:
@@ -160,29 +173,33 @@ class ModelRun:
         """Return the message of a failure, or None."""
         try:
             if check.id == EVERY_Z:
-                return self._wrong(
-                    check, lambda name: wrong_z(self.every_head, name), offered_imputations(self.factory)
-                )
+                return self._wrong(check, wrong_z, offered_imputations(self.factory))
             if check.id in EVERY_HEAD:
-                names = [EVERY_HEAD[check.id]]
-                return self._wrong(check, lambda name: wrong_logits(self.own, self.every_head, name), names)
+                return self._wrong(check, partial(wrong_logits, self.own.tolerance), [EVERY_HEAD[check.id]])
             for case in self.own.cases(check.cases_for(self.factory)):
                 _on_model(check).run_case(self.factory, case)
         except CheckFailure as failure:
-            return str(check.explained(self.factory, failure))
+            return self._explained(check, failure)
         except Exception as error:  # of the model or of the comparison, not of the implementation
             return f"{check.id} could not be run: {one_line(f'{type(error).__name__}: {error}')}"
         return None
 
-    def _wrong(self, check: Check, problem_of: Callable[[str], str | None], names: Iterable[str]) -> str | None:
+    def _wrong(
+        self, check: Check, problem_of: Callable[[EveryHead, str], str | None], imputations: Sequence[str]
+    ) -> str | None:
         """Return the message of a failure in the comparison of every head, with the head that is most wrong."""
-        for name in names:
-            if found := problem_of(name):
-                worst = self.every_head.worst(name)
-                case = replace(self.every_head.case, heads=(worst.pair,), imputation=with_factor(name))
-                failure = check.failure(self.factory, case, AssertionError(found))
-                return str(check.explained(self.factory, failure))
+        every_head = self.every_head(imputations)
+        for name in imputations:
+            if found := problem_of(every_head, name):
+                worst = every_head.worst(name)
+                case = replace(every_head.case, heads=(worst.pair,), imputation=with_factor(name))
+                return self._explained(check, check.failure(self.factory, case, AssertionError(found)))
         return None
+
+    def _explained(self, check: Check, failure: CheckFailure) -> str:
+        """Return the message of a failure; the first ones have their likely cause, which takes dozens of runs."""
+        self._failures += 1
+        return str(check.explained(self.factory, failure) if self._failures <= EXPLAINED else failure)
 
 
 def load_own_model(

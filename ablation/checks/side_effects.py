@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import re
-from contextlib import suppress
 from typing import Any
 
 import torch
@@ -13,7 +12,7 @@ from transformers import PreTrainedModel
 from ablation.checks.driving import ablate, discard, made, run
 from ablation.checks.histories import Experiment, History
 from ablation.checks.observe import changes, hooks, state
-from ablation.checks.simulation import same_logits
+from ablation.checks.simulation import Attempt, same_logits
 
 
 def residue(history: History) -> str | None:
@@ -183,7 +182,7 @@ def rejected(history: History) -> str | None:
     for name in ("zero", "mean"):
         with history.made() as implementation:
             history.ablated(implementation, every)
-            with suppress(Exception):
+            with Attempt():
                 implementation.ablate([*beside, missing], name)
             got = implementation.run(**history.inputs).detach()
         if same_logits(got, want):

@@ -65,6 +65,15 @@ def _outcome(logits: Tensor, calls: dict[int, list[Tensor]], real: Tensor) -> Ou
     return Outcome(logits.detach()[real], z, {layer: len(z) for layer, z in calls.items()})
 
 
+class Attempt:
+    """Context manager: what an experiment raises, even SystemExit, is ignored; but a KeyboardInterrupt is the user's."""
+
+    def __enter__(self) -> None: ...
+
+    def __exit__(self, kind: type[BaseException] | None, *_: object) -> bool:
+        return kind is not None and not issubclass(kind, KeyboardInterrupt)
+
+
 def real_tokens(inputs: dict[str, Any]) -> Tensor:
     """Return which tokens are not padding, bool [rows, tokens]."""
     mask = inputs.get("attention_mask")

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import ExitStack, suppress
+from contextlib import ExitStack
 from dataclasses import replace
 from functools import partial
 from typing import Any
@@ -16,7 +16,18 @@ from ablation.checks.decoders import VOCABULARY
 from ablation.checks.driving import ablate, decode_with_cache, made, run
 from ablation.checks.histories import Experiment, History
 from ablation.checks.protocol import CACHE
-from ablation.checks.simulation import NOTHING, RIGHT, Mistake, Setting, hooked, same_logits, simulated, while_ablated
+from ablation.checks.simulation import (
+    NOTHING,
+    RIGHT,
+    Attempt,
+    Mistake,
+    Setting,
+    hooked,
+    real_tokens,
+    same_logits,
+    simulated,
+    while_ablated,
+)
 from ablation.heads import find_heads
 
 
@@ -76,7 +87,7 @@ def _pieces(history: History) -> str | None:
     }
     wanted = {
         cause: decoded_with(lambda names=names, **p: run(model, _without(p, *names))) for cause, names in lost.items()
-    }  # type: ignore[misc]
+    }
     right = decoded_with(lambda **piece: run(model, piece))
     with history.made() as implementation:
         got = decoded_with(implementation.run)
@@ -226,7 +237,7 @@ def _mistakes_in_decoding(history: History) -> set[str]:
             here = slice(after - tokens, after)
             setting.real, setting.position = mask[:, here], position[:, here]
             at = {"at": _at(case, position, mask)[:, here]}
-            vars(setting).update(at, whole=mask, frozen={pair: value[:, here] for pair, value in frozen.items()})
+            vars(setting).update(at, frozen={pair: value[:, here] for pair, value in frozen.items()})
             with while_ablated(setting, mistake if acts(after - tokens, tokens) else NOTHING):
                 return run(setting.model, piece)
 
@@ -243,7 +254,7 @@ def _mistakes_in_decoding(history: History) -> set[str]:
 
 
 def _fits(got: Tensor, simulate: Callable[[], Tensor]) -> bool:
-    with suppress(Exception):
+    with Attempt():
         return same_logits(got, simulate())
     return False
 
@@ -278,7 +289,7 @@ RESTARTS = (
     (RESTARTED, Mistake("", value=_values_restarted)),
     (
         "the first columns of the mask are used for the tokens that are decoded, not its last ones",
-        Mistake("", tokens=lambda site, _: site.setting.whole[:, : site.x.shape[1]]),
+        Mistake("", tokens=lambda site, _: real_tokens(site.setting.inputs)[:, : site.x.shape[1]]),
     ),
 )
 

@@ -117,7 +117,7 @@ OTHER_HEADS: tuple[tuple[str, Renamed], ...] = (
     *(
         (
             f"only the first {count} layers are ablated",
-            lambda layer, head, setting, count=count: [(layer, head)] * (layer < count),  # type: ignore[misc]
+            lambda layer, head, setting, count=count: [(layer, head)] * (layer < count),
         )
         for count in (1, 2, 3, 4, 6, 8, 10, 12)
     ),

@@ -103,7 +103,7 @@ TOKENS: tuple[tuple[str, Tokens], ...] = (
     *(
         (
             f"only the first {count} tokens are ablated, however long the prompt is",
-            lambda site, _, count=count: _of_columns(site, lambda at: at < count),  # type: ignore[misc]
+            lambda site, _, count=count: _of_columns(site, lambda at: at < count),
         )
         for count in (2, 3, 4, 5, 6, 7, 8, 16, 32, 64)
     ),
@@ -112,7 +112,7 @@ TOKENS: tuple[tuple[str, Tokens], ...] = (
     *(
         (
             f"only the first {count} rows of a batch are ablated",
-            lambda site, _, count=count: _of_rows(site, lambda at: at < count),  # type: ignore[misc]
+            lambda site, _, count=count: _of_rows(site, lambda at: at < count),
         )
         for count in (2, 4, 8, 16)
     ),
@@ -206,7 +206,8 @@ def _minus_bias(site: Site, out: Tensor, *, shared: bool) -> Tensor:
     bias: Any = site.layer.projection.bias
     if bias is None:
         return out
-    return out - bias / site.layer.num_heads if shared else out - bias
+    without: Tensor = out - (bias / site.layer.num_heads if shared else bias)
+    return without
 
 
 def _others_rescaled(site: Site, edited: Tensor) -> Tensor:

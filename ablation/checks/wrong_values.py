@@ -118,6 +118,7 @@ MEANS: tuple[tuple[str, Value], ...] = (
     ),
     ("z is replaced by a mean over the rows of the batch", lambda site, own, pair: own.mean(dim=0, keepdim=True)),
     ("z is replaced by one mean over all rows of the batch", lambda site, own, pair: own[site.setting.real].mean()),
+    ("z is replaced by one mean over all rows of the batch, padding included", lambda site, own, pair: own.mean()),
     ("the mean of the first row is used for all rows", lambda site, own, pair: _mean(site, own)[:1]),
     ("the mean is divided by the number of all tokens, padding included", _padding_in_count),
     *(
@@ -152,7 +153,7 @@ MEANS: tuple[tuple[str, Value], ...] = (
     *(
         (
             f"the mean is rounded to {name}",
-            lambda site, own, pair, dtype=dtype: _mean(site, own).to(dtype),  # type: ignore[misc]
+            lambda site, own, pair, dtype=dtype: _mean(site, own).to(dtype),
         )
         for name, dtype in (("float16", torch.float16), ("bfloat16", torch.bfloat16), ("float32", torch.float32))
     ),

@@ -9,7 +9,7 @@ NAMES_OF: dict[str, str] = {
     # ---- where
     "downstream of the projection": "PseudoHeads",
     "upstream of the heads": "ResidualSlice",
-    "nothing reads afterwards": "AttentionWeights CopyLost ForgotReturn",
+    "changes nothing that is read afterwards": "AttentionWeights CopyLost ForgotReturn",
     r"axes of W_O are swapped": "TransposedWeight",
     "computed from its weights": "Bypassed",
     "bias of the projection is lost": "BiasGone",
@@ -189,7 +189,7 @@ NAMES_OF: dict[str, str] = {
     "computed again, after the user's hooks": "LaterHookOverruled",
     "registered in the meantime": "LaterHooksRemoved",
     "although the user has replaced it": "LaterPatchDeleted",
-    "kept from the start": "LaterPatchSkipped",
+    "another one was kept": "LaterPatchSkipped",
     # ---- the model and the process
     "attribute is left": "AttributeLeft",
     "another object": "CopyLeft",

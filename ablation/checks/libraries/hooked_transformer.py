@@ -1,8 +1,7 @@
-"""HookedTransformer of TransformerLens 1 and 2: converted weights of the model, with functions on `hook_z`.
+"""HookedTransformer of TransformerLens 2: converted weights of the model, with functions on `hook_z`.
 
 It is made as `HookedTransformer.from_pretrained_no_processing` makes it, but from the configuration of the given model
-instead of one that is downloaded by name. Version 3 and newer have a bridge instead: `transformer_lens.py` beside this
-file.
+instead of one that is downloaded by name. Version 4 has a bridge instead: see `transformer_lens.py` beside this file.
 
 It takes no `position_ids`: it counts positions by the attention mask (HookedTransformer.py:417, `get_residual`).
 """
