@@ -87,7 +87,7 @@ class Runner:
     def versions(self) -> str:
         """Return what is installed, apart from this package and from tools that build packages."""
         others = [f"--exclude={name}" for name in ("head-ablation", "pip", "setuptools", "wheel")]
-        command = [self.python, "-m", "pip", "list", "--format=freeze", *others]
+        command = [str(self.python), "-m", "pip", "list", "--format=freeze", *others]
         return subprocess.run(command, capture_output=True, text=True, check=True).stdout
 
     def evaluated(self, text: str, inputs: dict[str, str]) -> str:

@@ -156,14 +156,6 @@ def test_options_write_files_also_if_checks_fail(out: Path, run_plugin: Run) -> 
     assert written == {"schemaVersion": 1, "label": "head ablation", "message": "1 of 64", "color": "red"}
 
 
-def test_files_are_written_where_the_run_began(out: Path, run_plugin: Run) -> None:  # noqa: F811
-    Path("moves.py").write_text(
-        "import os, my_hook\nclass Moves(my_hook.KnockOut):\n    def close(self):\n        os.chdir('/')\n"
-    )
-    run_plugin("moves:Moves", "-k", "smoke", *FILES)
-    assert {path.name for path in out.iterdir()} == {"summary.md", "badge.json"}
-
-
 @pytest.mark.parametrize(
     "arguments", [("my_hook:Nowhere",), ("my_hook:KnockOut", "-k", "nonsense"), ("my_hook:KnockOut", "--collect-only")]
 )

@@ -138,15 +138,12 @@ def _load_adapter(config: pytest.Config) -> Any:
 
 
 def _writable_files(config: pytest.Config) -> dict[str, Path]:
-    """Return the files that options name, as absolute paths, since code under test may change the folder.
-
-    Raises UsageError.
-    """
+    """Return the files that options name: option -> path. Raises UsageError."""
     files = {}
     for option in ("summary", "badge", "table"):
         if (name := config.getoption(f"--ablation-{option}")) is None:
             continue
-        file = config.invocation_params.dir / name
+        file = Path(name)  # pytest returns to the first folder before it finishes
         try:
             is_new = not file.exists()
             with file.open("a"):
