@@ -7,13 +7,16 @@ from types import ModuleType
 from typing import Any
 
 import pytest
+import torch
 from hypothesis import settings
 from torch import Tensor
+from transformers import PreTrainedModel
 
 from ablation.checks import CHECKS
 from ablation.checks.cases import Case
 from ablation.checks.decoders import Decoder
 from ablation.checks.diagnosis import diagnosis
+from ablation.checks.observe import changes, state
 from tests.mutants import GROUPS, MUTANTS, Mutant
 from tests.mutants.diagnoses import NAMES_OF, PATTERNS_OF
 from tests.mutants.reference import Reference
@@ -82,6 +85,63 @@ def test_right_implementation_has_no_diagnosis() -> None:
     for id in ("locality", "oracle.zero", "smoke", "identity", "hygiene.restored", "hygiene.user_hooks"):
         check = next(check for check in CHECKS if check.id == id)
         assert diagnosis(Reference, check, CASE, AssertionError("a finding")) is None
+
+
+class PreviousLayer(Mutant):
+    """Counts layers from 1."""
+
+    def targets(self, layer: int) -> list[int]:
+        return super().targets(layer + 1)
+
+
+class LastTokenLeft(Mutant):
+    """Leaves out the last token."""
+
+    def replace_heads(self, z: Tensor, heads: list[int]) -> Tensor:
+        return torch.cat([super().replace_heads(z, heads)[:, :-1], z[:, -1:]], dim=1)
+
+
+class HalfOff(Mutant):
+    """Halves z."""
+
+    def zero(self, z: Tensor) -> Tensor:
+        return z / 2
+
+
+class FourHeads(Mutant):
+    """Assumes that every model has four heads."""
+
+    def head_dim(self, z: Tensor) -> int:
+        return z.shape[-1] // 4
+
+
+@pytest.mark.parametrize(
+    ("factory", "pattern"),
+    [
+        (PreviousLayer, "counts layers from 1"),
+        (LastTokenLeft, "the last token is not ablated"),
+        (HalfOff, "replaces half of z"),
+        (FourHeads, "number of heads is taken as 4"),
+    ],
+    ids=lambda given: getattr(given, "__name__", ""),
+)
+def test_mistake_that_no_mutant_makes_is_named(factory: type[Mutant], pattern: str) -> None:
+    check = next(check for check in CHECKS if check.id == "locality")
+    assert re.search(pattern, diagnosis(factory, check, CASE) or "")
+
+
+def test_diagnosis_leaves_a_given_model_as_it_was() -> None:
+    """A case may always give one model: experiments remove their own hooks from it."""
+
+    class Same(Case):
+        def model(self) -> PreTrainedModel:
+            return self.decoder.shared()
+
+    case = Same(**vars(CASE))
+    before = state(case.model())
+    check = next(check for check in CHECKS if check.id == "locality")
+    assert diagnosis(PreviousLayer, check, case)
+    assert not changes(case.model(), before)
 
 
 def test_unknown_mistake_has_no_diagnosis() -> None:

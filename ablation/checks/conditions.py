@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable, Iterator
 from dataclasses import replace
 from typing import Any
@@ -104,7 +105,10 @@ def _lost(factory: Factory, case: Case) -> str | None:
     if not called:
         return f"the hooks are on modules that the forward pass does not call, such as {mine[0]}"
     layer = case.heads[0][0]
-    mine = [name for name in mine if name in called and f".{layer}." in f".{name}."] or [n for n in mine if n in called]
+    here = [name for name in mine if f".{layer}." in f".{name}."]
+    if not here and any(re.search(r"\.\d+(\.|$)", name) for name in mine):
+        return f"no hook is registered in layer {layer}, only in others, such as on {mine[0]}"
+    mine = [name for name in here or mine if name in called]
     return (
         f"the hook on {mine[0]} is called, but changes nothing that is read afterwards: it edits a copy that is not "
         "returned, its slice is empty, or it skips this head"

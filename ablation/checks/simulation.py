@@ -66,7 +66,7 @@ def _outcome(logits: Tensor, calls: dict[int, list[Tensor]], real: Tensor) -> Ou
 
 
 class Attempt:
-    """Context manager: what an experiment raises, even SystemExit, is ignored; but a KeyboardInterrupt is the user's."""
+    """Context manager: ignore what an experiment raises, even SystemExit, but not the user's KeyboardInterrupt."""
 
     def __enter__(self) -> None: ...
 

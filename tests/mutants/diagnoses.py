@@ -230,7 +230,7 @@ NAMES_OF: dict[str, str] = {
     "under 'eager'": "EagerOnly",
     "if query heads share key/value heads": "GroupedLeft",
     "mixture of experts": "ExpertsLeft",
-    "first 2 layers": "ThirdLayerLeft",
+    "first 2 layers|no hook is registered in layer 2": "ThirdLayerLeft",
     "inside the wrapper": "InsideTheWrapper",
     "layers without heads count": "LayersByOrder",
     "in its text decoder": "LayersByNumber",
