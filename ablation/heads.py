@@ -14,6 +14,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass, field
 from typing import Any
 
+import numpy as np
 import torch
 from torch import nn
 from transformers import PretrainedConfig, PreTrainedModel
@@ -110,7 +111,8 @@ def as_index(value: Any) -> int:
 
     Raises TypeError for any other value, also for a bool and for a tensor that has dimensions.
     """
-    if isinstance(value, bool) or getattr(value, "dtype", None) == torch.bool or getattr(value, "ndim", 0):
+    # operator.index accepts np.bool_ in numpy 1.
+    if isinstance(value, bool | np.bool_) or getattr(value, "dtype", None) == torch.bool or getattr(value, "ndim", 0):
         raise TypeError
     return operator.index(value)
 

@@ -345,9 +345,8 @@ def _backward_task() -> int | None:
 def _is_recorded_for_recomputing() -> bool:
     """Whether the forward pass is inside of a non-reentrant `torch.utils.checkpoint`."""
     if not hasattr(torch._C._autograd, "_top_saved_tensors_default_hooks"):  # torch 2.5
-        return any(
-            frame.f_globals.get("__name__") == "torch.utils.checkpoint" for frame, _ in traceback.walk_stack(None)
-        )
+        callers = (frame.f_globals.get("__name__") for frame, _ in traceback.walk_stack(None))
+        return "torch.utils.checkpoint" in callers
     hooks = torch._C._autograd._top_saved_tensors_default_hooks(True)
     return hooks is not None and hooks[0].__module__ == "torch.utils.checkpoint"
 

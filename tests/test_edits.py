@@ -111,6 +111,7 @@ def test_mean_of_packed_rows_is_refused(inputs: dict[str, Any]) -> None:
         mean_logits([ONE + TWO], **tensors)
 
 
+@pytest.mark.skipif(not hasattr(torch, "accelerator"), reason="with torch 2.5, transformers lets packed rows mix")
 def test_zero_of_packed_rows_is_that_of_each_alone() -> None:
     model, positions = LLAMA.shared(), torch.tensor([[0, 1, 2, 3, 4, 0, 1, 2]])
     with HeadAblation(model) as ablation:

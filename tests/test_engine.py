@@ -312,11 +312,12 @@ def test_no_row_or_token_is_computed_in_vain(family: str, monkeypatch: pytest.Mo
     if "logits_to_keep" not in inspect.signature(model.forward).parameters:  # OPT in transformers 4
         shapes.pop()
     # Four rows that verify the model; the clean run with two probes; four passes of the clean row and three ablations.
-    assert shapes == [
+    expected = [
         [(4, 5), (3, 5), (4, 5), (4, 5), (1, 5), (1, 5)],
         [(4, 5), (3, 5), (4, 1), (4, 1), (4, 1), (4, 1)],
         [(4, 5), (3, 1), (4, 1), (4, 1), (4, 1), (4, 1)],
-    ][: len(shapes)]
+    ]
+    assert shapes == expected[: len(shapes)]
 
 
 def test_users_hook_on_the_unembedding_sees_all_tokens() -> None:

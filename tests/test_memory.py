@@ -20,6 +20,12 @@ CPU, GPU = torch.device("cpu"), torch.device("cuda", 0)
 ERRORS = [torch.OutOfMemoryError("CUDA out of memory"), RuntimeError("DefaultCPUAllocator: can't allocate memory")]
 
 
+TELLS = pytest.mark.skipif(
+    not hasattr(getattr(torch, "accelerator", None), "get_memory_info"), reason="an older torch tells no free memory"
+)
+
+
+@TELLS
 def test_pass_on_an_accelerator_fits_into_free_memory(monkeypatch: pytest.MonkeyPatch) -> None:
     free = {"cuda:0": (60, 80), "cuda:1": (10, 80)}
     monkeypatch.setattr(torch.accelerator, "get_memory_info", lambda device: free[str(device)])
@@ -31,6 +37,7 @@ def test_pass_on_an_accelerator_fits_into_free_memory(monkeypatch: pytest.Monkey
     assert memory.measuring_bytes(GPU) == int(memory.MEASURING_SHARE * 80)
 
 
+@TELLS
 def test_device_that_cannot_tell_counts_as_a_cpu(monkeypatch: pytest.MonkeyPatch) -> None:
     def refuse(device: Any) -> None:
         raise RuntimeError("not supported")

@@ -8,6 +8,7 @@ import shutil
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -254,6 +255,7 @@ def gguf_file(tmp_path: Path) -> Path:
     writer.add_token_types([3, *[1] * (len(words) - 1)])
     writer.add_token_merges(["a b", "Ġ a"])
     writer.add_eos_token_id(0)
+    writer.add_add_bos_token(False)
     random = np.random.RandomState(0)
     shapes = {
         "token_embd.weight": (len(words), hidden),
@@ -282,6 +284,12 @@ def test_gguf_file_of_another_family_is_swept(gguf_file: Path) -> None:
     result = sweep(loaded.model, prompt_ids(loaded.tokenizer, "ab ab c"))
     assert result.grid(result.ablated["margin"]).shape == (1, 2, 3, 4)
     assert (result.replaced == len(result.prompts[0].token_ids) * 8).all()
+
+
+def test_gguf_file_decides_whether_texts_begin_with_bos(gguf_file: Path) -> None:
+    tokenizer: Any = SimpleNamespace(add_bos_token=True)  # as transformers 4 makes it, whatever the file says
+    models._set_bos(tokenizer, gguf_file)
+    assert tokenizer.add_bos_token is False
 
 
 def test_damaged_gguf_file_is_refused(gguf_file: Path) -> None:

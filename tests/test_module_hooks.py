@@ -67,6 +67,10 @@ def compiled_forward(model: PreTrainedModel) -> Callable[[Tensor], Tensor]:
     return lambda ids: model(ids, use_cache=False).logits
 
 
+STANCE = pytest.mark.skipif(not hasattr(torch.compiler, "set_stance"), reason="torch 2.5 cannot switch it off")
+
+
+@STANCE
 @pytest.mark.slow
 @pytest.mark.parametrize("warm", [True, False], ids=["warm", "cold"])
 @pytest.mark.parametrize("compiled", [compiled_function, compiled_module, module_compiled_in_place, compiled_forward])
@@ -86,6 +90,7 @@ def test_compiled_code_around_the_model_is_ablated(compiled: Any, warm: bool) ->
         torch.testing.assert_close(step(IDS), clean)
 
 
+@STANCE
 @pytest.mark.slow
 def test_nested_ablations_leave_the_compiler_as_it_was() -> None:
     from torch._dynamo import eval_frame
