@@ -73,7 +73,7 @@ class MLPOracle:
 
     def __init__(self, case: Case, layers: list[int], name: str, positions: list[int] | None) -> None:
         self.case, self.layers, self.name = case, layers, name
-        self.oracle = Oracle(case.decoder, case.heads, name, positions)
+        self.oracle = Oracle(case.random_decoder, case.heads, name, positions)
 
     def logits(self, inputs: Any) -> Tensor:
         mask = inputs["attention_mask"].tolist()
@@ -89,7 +89,7 @@ class MLPOracle:
         return found
 
     def replaced(self, layer: int, output: Tensor, mask: list[list[int]]) -> Tensor:
-        value, found = kind(self.name, self.case.decoder).value, output.clone()
+        value, found = kind(self.name, self.case.random_decoder).value, output.clone()
         for row, of_row in enumerate(mask):
             columns = [column for column, real in enumerate(of_row) if real]
             own = output[row, columns].double()
@@ -104,7 +104,7 @@ class MLPOracle:
 def test_mlps_and_heads_equal_an_edited_model(name: str, data: st.DataObject) -> None:
     """A padded batch, at some positions or all."""
     case, positions = data.draw(cases(tuple(MLPS), ("float32", "float64")))
-    decoder, inputs = case.decoder, case.inputs()
+    decoder, inputs = case.random_decoder, case.inputs()
     layers = data.draw(st.lists(st.integers(0, decoder.num_layers - 1), min_size=1, unique=True))
     mlps: list[Pair] = [(layer, "mlp") for layer in layers]
     pairs = data.draw(st.permutations([*case.heads, *mlps]))

@@ -124,7 +124,8 @@ def test_model_without_editable_weights_is_refused(kind: str) -> None:
     model = GPT2.fresh()
     layer = find_heads(model).layers[1]
     if kind == "quantised":
-        layer.projection.weight = nn.Parameter(layer.projection.weight.to(torch.int8), requires_grad=False)
+        projection: Any = layer.projection
+        projection.weight = nn.Parameter(projection.weight.to(torch.int8), requires_grad=False)
     else:
 
         class Wrapper(nn.Module):

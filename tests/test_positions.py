@@ -70,7 +70,7 @@ def test_imputations_in_layouts_equal_surgery(name: str, data: st.DataObject) ->
 
 def assert_equals_surgery(name: str, case: Case, positions: list[int] | None) -> None:
     """Assert that the projections receive the expected z, and, except in bfloat16, that the logits are the expected."""
-    decoder, inputs = case.decoder, case.inputs()
+    decoder, inputs = case.random_decoder, case.inputs()
     model, mask = decoder.shared(), inputs["attention_mask"].tolist()
     oracle, imputation = Oracle(decoder, case.heads, name, positions), kind(name, decoder).imputation
     own: dict[int, Tensor] = {}

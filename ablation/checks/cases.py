@@ -67,6 +67,13 @@ class Case:
         return model
 
     @property
+    def random_decoder(self) -> Decoder:
+        """The decoder, whose shape can be exchanged. Raises TypeError for a model of the user's, which is fixed."""
+        if not isinstance(self.decoder, Decoder):
+            raise TypeError(f"{self.decoder!r} is no random decoder")
+        return self.decoder
+
+    @property
     def kind(self) -> str:
         """The imputation without a factor, as `protocol.IMPUTATIONS` names it."""
         return self.imputation.partition(":")[0]

@@ -10,6 +10,7 @@ from typing import Any
 import torch
 
 from ablation.checks.cases import Case
+from ablation.checks.decoders import Decoder
 from ablation.checks.driving import ablate, made
 from ablation.checks.observe import hooks
 from ablation.checks.protocol import Factory
@@ -60,17 +61,18 @@ def _acts_in_second_run(factory: Factory, case: Case) -> bool:
 def _exchanged(case: Case) -> Iterator[tuple[str, Case]]:
     """Yield the case with one property exchanged, and the name of the property that it had."""
     decoder = case.decoder
-    other = "eager" if decoder.attention == "sdpa" else "sdpa"
-    yield (
-        f"under the attention implementation {decoder.attention!r}, but it is under {other!r}",
-        replace(case, decoder=decoder._replace(attention=other)),
-    )
-    if decoder.num_key_value_groups > 1:
-        without = replace(case, decoder=decoder._replace(num_key_value_groups=1))
-        yield "if query heads share key/value heads", without
-    if decoder.family in FAMILY_FACTS:
-        family, where = FAMILY_FACTS[decoder.family]
-        yield where, replace(case, decoder=decoder._replace(family=family))
+    if isinstance(decoder, Decoder):
+        other = "eager" if decoder.attention == "sdpa" else "sdpa"
+        yield (
+            f"under the attention implementation {decoder.attention!r}, but it is under {other!r}",
+            replace(case, decoder=decoder._replace(attention=other)),
+        )
+        if decoder.num_key_value_groups > 1:
+            without = replace(case, decoder=decoder._replace(num_key_value_groups=1))
+            yield "if query heads share key/value heads", without
+        if decoder.family in FAMILY_FACTS:
+            family, where = FAMILY_FACTS[decoder.family]
+            yield where, replace(case, decoder=decoder._replace(family=family))
     if len(case.rows) > 1:
         yield "in a batch of several rows", replace(case, rows=case.rows[:1])
 

@@ -17,7 +17,7 @@ from ablation.checks import findings, histories, side_effects, surroundings
 from ablation.checks.cases import Case
 from ablation.checks.check import unsupported_features
 from ablation.checks.conditions import no_effect
-from ablation.checks.decoders import GROUPED, VOCABULARY, Decoder
+from ablation.checks.decoders import GROUPED, VOCABULARY, Decoder, Subject
 from ablation.checks.histories import History
 from ablation.checks.masks import MASK_DTYPES, PLACES, forms_of_row, with_empty_row
 from ablation.checks.protocol import IMPUTATIONS, Factory
@@ -95,7 +95,7 @@ def _allowed(case: Case) -> int:
 
 
 def _in_default_dtype(factory: Factory, check: Check, case: Case) -> str | None:
-    in_float32 = replace(case, decoder=case.decoder._replace(dtype="float32"))
+    in_float32 = replace(case, decoder=case.random_decoder._replace(dtype="float32"))
     if case.decoder.dtype == "float32" or not check.passes(factory, in_float32):
         return None
     return "a tensor is made in float32, torch's default dtype, whatever the dtype of z"
@@ -203,7 +203,7 @@ def _several(decoder: Decoder) -> tuple[tuple[int, int], ...]:
     return (layers[-1], 0), (layers[-2], decoder.num_heads - 1), (layers[-2], 0)
 
 
-def _moved(case: Case, decoder: Decoder) -> tuple[tuple[int, int], ...]:
+def _moved(case: Case, decoder: Subject) -> tuple[tuple[int, int], ...]:
     """Return other heads than those of a case, as many, each in the layer after its own."""
     every, layers = decoder.heads(), sorted(dict(decoder.heads()))
     after = dict(zip(layers, [*layers[1:], layers[0]], strict=True))

@@ -59,20 +59,21 @@ def _conclusions(found: EveryHead, outcomes: Sequence[Outcome]) -> Iterator[str]
     """Yield what a study would report with the implementation, and with right ablations."""
     if not outcomes:
         return
-    runs = [number for each in outcomes for number in range(found.prompts)]
-    theirs, right = (
-        sum(kept[number] for kept in answers for number in range(found.prompts))
-        for answers in ([each.kept for each in outcomes], [each.right_kept for each in outcomes])
-    )
-    yield f"  the answer is kept in {theirs} of {len(runs)} runs; right: {right}"
-    strongest = [
-        sorted(outcomes, key=lambda each: -abs(sum(change(each)[: found.prompts])))[:STRONGEST]
-        for change in (lambda each: each.change, lambda each: each.right_change)
-    ]
-    mine, correct = ([head(each) for each in heads] for heads in strongest)
+    prompts = range(found.prompts)
+    kept = sum(each.kept[prompt] for each in outcomes for prompt in prompts)
+    right_kept = sum(each.right_kept[prompt] for each in outcomes for prompt in prompts)
+    yield f"  the answer is kept in {kept} of {len(outcomes) * len(prompts)} runs; right: {right_kept}"
+    mine = _strongest(outcomes, [sum(each.change[prompt] for prompt in prompts) for each in outcomes])
+    correct = _strongest(outcomes, [sum(each.right_change[prompt] for prompt in prompts) for each in outcomes])
     common = len(set(mine) & set(correct))
     yield f"  strongest heads (by the probability of the answer): {' '.join(mine)}"
     yield f"  right:                                              {' '.join(correct)}; {common} in common"
+
+
+def _strongest(outcomes: Sequence[Outcome], changes: Sequence[float]) -> list[str]:
+    """Return the names of the heads with the largest changes."""
+    order = sorted(range(len(outcomes)), key=lambda place: -abs(changes[place]))
+    return [head(outcomes[place]) for place in order[:STRONGEST]]
 
 
 COLUMNS = (
@@ -99,7 +100,9 @@ def table(found: EveryHead | None) -> str:
     text = io.StringIO()
     writer = csv.writer(text, lineterminator="\n")
     writer.writerow(COLUMNS)
-    for name, outcomes in {} if found is None else found.outcomes.items():
+    if found is None:
+        return text.getvalue()
+    for name, outcomes in found.outcomes.items():
         for each in outcomes:
             means = [
                 sum(values[: found.prompts]) / found.prompts

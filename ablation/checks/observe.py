@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
-from ablation.checks.decoders import Decoder
+from ablation.checks.decoders import Subject
 from ablation.heads import find_heads
 
 
@@ -55,7 +55,7 @@ WITH_VALUE_PROJECTION = ("llama", "qwen3", "opt", "mixtral")
 
 
 def spoil_values(
-    model: PreTrainedModel, decoder: Decoder, layer: int, group: int, value: float
+    model: PreTrainedModel, decoder: Subject, layer: int, group: int, value: float
 ) -> tuple[tuple[int, int], ...]:
     """Make the values of one key/value head NaN or infinite, and so the z of its query heads. Returns these heads."""
     size, dim = decoder.num_key_value_groups, decoder.head_dim
@@ -112,7 +112,7 @@ def state(model: nn.Module) -> dict[str, Any]:
 def digest(tensor: Tensor) -> str:
     """Return a digest of the bytes of a tensor."""
     on_cpu = tensor.detach().cpu().contiguous().flatten().view(torch.uint8)
-    return hashlib.blake2b(memoryview(on_cpu.numpy()), digest_size=16).hexdigest()
+    return hashlib.blake2b(on_cpu.numpy().data, digest_size=16).hexdigest()
 
 
 def changes(model: nn.Module, before: dict[str, Any], look: Callable[[nn.Module], dict[str, Any]] = state) -> list[str]:

@@ -8,12 +8,12 @@ from typing import Any
 from ablation.checks.assertions import assert_identical
 from ablation.checks.cases import Case, CaseSpec
 from ablation.checks.check import check, unsupported_features
-from ablation.checks.decoders import Decoder
+from ablation.checks.decoders import Subject
 from ablation.checks.driving import ablate, discard, made, run
 from ablation.checks.observe import assert_state_equals, state
 from ablation.checks.protocol import Factory
 
-MISSING_HEADS: dict[str, Callable[[Decoder], Any]] = {
+MISSING_HEADS: dict[str, Callable[[Subject], Any]] = {
     "head too large": lambda decoder: (0, decoder.num_heads),
     "head negative": lambda decoder: (0, -1),
     "layer too large": lambda decoder: (decoder.num_layers, 0),

@@ -51,7 +51,7 @@ def _square(passes: Callable[[Case], bool], case: Case) -> Iterator[str]:
 
 def _longer(case: Case, axis: str) -> tuple[Case, int]:
     """Return a case that is longer along one axis, and its length."""
-    decoder = case.decoder
+    decoder = case.random_decoder
     match axis:
         case "tokens":
             rows = tuple((*row, (row[-1] + 1) % VOCABULARY) for row in case.rows)

@@ -126,7 +126,7 @@ def _features(case: Case) -> list[str]:
 
 def _exchanged(case: Case, feature: str, restricted: Factory) -> Case:
     """Return a case without a feature, in which nothing else differs; the same case if nothing can replace it."""
-    decoder, unsupported = case.decoder, unsupported_features(restricted)
+    decoder, unsupported = case.random_decoder, unsupported_features(restricted)
     if feature in FAMILIES:
         return replace(case, decoder=decoder._replace(family=next(f for f in FAMILIES if f not in unsupported)))
     if feature in DTYPES:
