@@ -14,7 +14,7 @@ from tokenizers import Tokenizer, models, pre_tokenizers
 from transformers import PreTrainedTokenizerFast
 
 from ablation.checks.decoders import VOCABULARY, Decoder
-from ablation.checks.model_run import load_own_model
+from ablation.checks.on_model.run import load_own_model
 from ablation.cli import main
 from ablation.errors import InvalidPrompt, ModelUnavailable
 

@@ -14,8 +14,8 @@ from transformers import PreTrainedModel
 
 from ablation.checks import CHECKS
 from ablation.checks.cases import Case
+from ablation.checks.causes.diagnosis import diagnosis
 from ablation.checks.decoders import Decoder
-from ablation.checks.diagnosis import diagnosis
 from ablation.checks.observe import changes, state
 from tests.mutants import GROUPS, MUTANTS, Mutant
 from tests.mutants.diagnoses import NAMES_OF, PATTERNS_OF

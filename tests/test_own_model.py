@@ -14,12 +14,12 @@ from torch import Tensor, nn
 from ablation.checks.check import CheckFailure
 from ablation.checks.decoders import Decoder
 from ablation.checks.driving import run
-from ablation.checks.every_head import EveryHead, _spread, padded_case, try_every_head
-from ablation.checks.model_report import findings, listed
-from ablation.checks.model_run import DAMAGED, EVERY_HEAD, FAILED_AT_ALL, ModelRun
 from ablation.checks.observe import changes, state
+from ablation.checks.on_model.every_head import EveryHead, _spread, padded_case, try_every_head
+from ablation.checks.on_model.own_model import NOISE_FACTOR, OwnModel
+from ablation.checks.on_model.report import findings, listed
+from ablation.checks.on_model.run import DAMAGED, EVERY_HEAD, FAILED_AT_ALL, ModelRun
 from ablation.checks.oracles import surgery_logits
-from ablation.checks.own_model import NOISE_FACTOR, OwnModel
 from ablation.checks.protocol import IMPUTATIONS
 from ablation.checks.runner import CHECKS, Record
 from ablation.errors import UnsupportedModel

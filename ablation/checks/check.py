@@ -164,7 +164,7 @@ class Check:
 
     def explained(self, factory: Factory, failure: CheckFailure, *, is_flaky: bool = False) -> CheckFailure:
         """Return a failure with its diagnosis and with remarks, for which the check runs on similar cases."""
-        from ablation.checks.diagnosis import diagnosis  # here, since its experiments use what needs checks
+        from ablation.checks.causes.diagnosis import diagnosis  # here, since its experiments use what needs checks
 
         if is_flaky:
             return self.failure(factory, failure.case, failure.error, [NOT_DETERMINISTIC])

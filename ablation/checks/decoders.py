@@ -35,7 +35,7 @@ ROTARY: Any = {"rope_type": "default", "rope_theta": 10000.0, "partial_rotary_fa
 
 
 class Subject(Protocol):
-    """The model of a case: a random decoder (`Decoder`), or a model of the user's (`own_model.OwnModel`)."""
+    """The model of a case: a random decoder (`Decoder`), or a model of the user's (`on_model.own_model.OwnModel`)."""
 
     @property
     def family(self) -> str:

@@ -19,7 +19,7 @@ from ablation.errors import AblationError, InvalidDeclaration
 
 if TYPE_CHECKING:
     from ablation.checks.check import Check
-    from ablation.checks.model_run import ModelRun
+    from ablation.checks.on_model.run import ModelRun
     from ablation.checks.runner import CheckRun, Record
 
 RUN: pytest.StashKey[CheckRun | ModelRun] = pytest.StashKey()
@@ -89,7 +89,7 @@ def _on_model(config: pytest.Config, adapter: Any, expected: dict[str, str]) -> 
     name = config.getoption("--ablation-model")
     if name is None:
         return None
-    from ablation.checks.model_run import ModelRun, load_own_model
+    from ablation.checks.on_model.run import ModelRun, load_own_model
     from ablation.terminal import silence_transformers, status_line
 
     try:

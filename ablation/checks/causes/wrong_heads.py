@@ -5,8 +5,8 @@ from __future__ import annotations
 from collections.abc import Callable
 from functools import partial
 
+from ablation.checks.causes.simulation import Mistake, Setting
 from ablation.checks.imputed import Pair
-from ablation.checks.simulation import Mistake, Setting
 
 Renamed = Callable[[int, int, Setting], list[Pair]]
 """(layer, head, setting) -> the heads that are ablated for this one."""

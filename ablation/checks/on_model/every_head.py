@@ -17,8 +17,8 @@ from ablation.checks.driving import ablate, made, run
 from ablation.checks.imputed import Pair, frozen_values
 from ablation.checks.locality import assert_replaced
 from ablation.checks.observe import recorded_inputs
+from ablation.checks.on_model.own_model import OwnModel, shorter
 from ablation.checks.oracles import row_means, surgery_logits
-from ablation.checks.own_model import OwnModel, shorter
 from ablation.checks.protocol import IMPUTATIONS, Factory, Implementation
 from ablation.errors import one_line
 from ablation.heads import find_heads

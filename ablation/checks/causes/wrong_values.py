@@ -9,8 +9,8 @@ import torch
 from torch import Tensor
 
 from ablation.checks.cases import Case
+from ablation.checks.causes.simulation import Mistake, Site, channel_means, row_means
 from ablation.checks.imputed import Pair
-from ablation.checks.simulation import Mistake, Site, channel_means, row_means
 
 Value = Callable[[Site, Tensor, Pair], Any]
 

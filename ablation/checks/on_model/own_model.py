@@ -13,9 +13,9 @@ from transformers import PreTrainedModel
 from transformers.pytorch_utils import Conv1D
 
 from ablation.checks.cases import Case, CaseSpec, with_factor
+from ablation.checks.causes.simulation import RIGHT, Setting, simulated
 from ablation.checks.driving import run
 from ablation.checks.oracles import surgery_logits
-from ablation.checks.simulation import RIGHT, Setting, simulated
 from ablation.errors import UnsupportedModel
 from ablation.forward import embedding_weight
 from ablation.heads import find_heads

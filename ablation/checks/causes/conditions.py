@@ -10,11 +10,11 @@ from typing import Any
 import torch
 
 from ablation.checks.cases import Case
+from ablation.checks.causes.simulation import NOTHING, RIGHT, Attempt, Setting, observed, simulated
 from ablation.checks.decoders import Decoder
 from ablation.checks.driving import ablate, made
 from ablation.checks.observe import hooks
 from ablation.checks.protocol import Factory
-from ablation.checks.simulation import NOTHING, RIGHT, Attempt, Setting, observed, simulated
 from ablation.heads import find_heads
 
 FAMILY_FACTS = {

@@ -11,11 +11,11 @@ import torch
 from torch import Tensor
 
 from ablation.checks.cases import Case
+from ablation.checks.causes.simulation import Mistake, Setting, row_means, same_logits, simulated
 from ablation.checks.check import offered_imputations
 from ablation.checks.driving import ablate, discard, made, other_ids, other_keywords, run
 from ablation.checks.imputed import Pair, recorded_z
 from ablation.checks.protocol import Factory
-from ablation.checks.simulation import Mistake, Setting, row_means, same_logits, simulated
 from ablation.heads import find_heads
 
 

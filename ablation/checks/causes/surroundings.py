@@ -12,11 +12,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ablation.checks.decoders import VOCABULARY
-from ablation.checks.driving import ablate, decode_with_cache, made, run
-from ablation.checks.histories import Experiment, History
-from ablation.checks.protocol import CACHE
-from ablation.checks.simulation import (
+from ablation.checks.causes.histories import Experiment, History
+from ablation.checks.causes.simulation import (
     NOTHING,
     RIGHT,
     Attempt,
@@ -28,6 +25,9 @@ from ablation.checks.simulation import (
     simulated,
     while_ablated,
 )
+from ablation.checks.decoders import VOCABULARY
+from ablation.checks.driving import ablate, decode_with_cache, made, run
+from ablation.checks.protocol import CACHE
 from ablation.heads import find_heads
 
 

@@ -9,10 +9,10 @@ import torch
 from torch import nn
 from transformers import PreTrainedModel
 
+from ablation.checks.causes.histories import Experiment, History
+from ablation.checks.causes.simulation import Attempt, same_logits
 from ablation.checks.driving import ablate, discard, made, run
-from ablation.checks.histories import Experiment, History
 from ablation.checks.observe import changes, hooks, state
-from ablation.checks.simulation import Attempt, same_logits
 
 
 def residue(history: History) -> str | None:

@@ -9,8 +9,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from ablation.checks.causes.simulation import Mistake, Places, Setting, Site
 from ablation.checks.imputed import Pair
-from ablation.checks.simulation import Mistake, Places, Setting, Site
 from ablation.heads import AttentionLayer
 
 

@@ -13,18 +13,18 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
-from ablation.checks import findings, histories, side_effects, surroundings
 from ablation.checks.cases import Case
+from ablation.checks.causes import findings, histories, side_effects, surroundings
+from ablation.checks.causes.conditions import no_effect
+from ablation.checks.causes.histories import History
+from ablation.checks.causes.simulation import NOTHING, RIGHT, Attempt, Mistake, Outcome, Setting, observed, simulated
+from ablation.checks.causes.wrong_heads import WRONG_HEADS
+from ablation.checks.causes.wrong_places import WRONG_PLACES
+from ablation.checks.causes.wrong_values import WRONG_VALUES
 from ablation.checks.check import unsupported_features
-from ablation.checks.conditions import no_effect
 from ablation.checks.decoders import GROUPED, VOCABULARY, Decoder, Subject
-from ablation.checks.histories import History
 from ablation.checks.masks import MASK_DTYPES, PLACES, forms_of_row, with_empty_row
 from ablation.checks.protocol import IMPUTATIONS, Factory
-from ablation.checks.simulation import NOTHING, RIGHT, Attempt, Mistake, Outcome, Setting, observed, simulated
-from ablation.checks.wrong_heads import WRONG_HEADS
-from ablation.checks.wrong_places import WRONG_PLACES
-from ablation.checks.wrong_values import WRONG_VALUES
 
 if TYPE_CHECKING:
     from ablation.checks.check import Check

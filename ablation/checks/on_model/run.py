@@ -21,11 +21,11 @@ from ablation.checks.check import (
     unsupported_features,
 )
 from ablation.checks.driving import ablate, discard
-from ablation.checks.every_head import EveryHead, Progress, try_every_head
-from ablation.checks.model_report import findings, table, wrong_logits, wrong_z
 from ablation.checks.observe import assert_state_equals, state
+from ablation.checks.on_model.every_head import EveryHead, Progress, try_every_head
+from ablation.checks.on_model.own_model import OwnModel
+from ablation.checks.on_model.report import findings, table, wrong_logits, wrong_z
 from ablation.checks.oracles import LONG_PROMPT
-from ablation.checks.own_model import OwnModel
 from ablation.checks.protocol import Factory
 from ablation.checks.runner import CHECKS, Record, validate_ids
 from ablation.errors import InvalidPrompt, one_line

@@ -6,8 +6,8 @@ import csv
 import io
 from collections.abc import Iterable, Iterator, Sequence
 
-from ablation.checks.every_head import EveryHead, Outcome
-from ablation.checks.own_model import NOISE_FACTOR, OwnModel
+from ablation.checks.on_model.every_head import EveryHead, Outcome
+from ablation.checks.on_model.own_model import NOISE_FACTOR, OwnModel
 
 SHOWN = 3
 """Heads in a message of a failure."""

@@ -6,11 +6,11 @@ import re
 from collections.abc import Iterator
 from typing import Any
 
+from ablation.checks.causes.histories import History
+from ablation.checks.causes.side_effects import PLACES
+from ablation.checks.causes.simulation import RIGHT, Attempt, Setting, same_logits, simulated
 from ablation.checks.driving import ablate
-from ablation.checks.histories import History
 from ablation.checks.lifecycle import Place
-from ablation.checks.side_effects import PLACES
-from ablation.checks.simulation import RIGHT, Attempt, Setting, same_logits, simulated
 
 Said = tuple[str, str, str]
 """A check, a pattern in what it found, and the cause of it."""

@@ -1,0 +1,1 @@
+"""The specification on a model of the user's: `ablation check --model`."""
