@@ -118,6 +118,7 @@ def test_off_by_one_hook_learns_which_head_it_ablates() -> None:
         "OffByOne breaks locality (MUST): Up to and including the layer of the ablated head, the input of each "
         "projection equals its input in the clean run, except for the slice of the ablated head, which holds the "
         "imputed value.\n"
+        "  likely cause: the head after the named one is ablated: heads are counted from another number than 0\n"
         "  found: head 0 of layer 1 should be ablated, but head 1 was changed\n"
         "  in: gpt2, layer 1 head 0, zero imputation\n"
         "  reproduce: from ablation.checks import Case, Decoder, reproduce\n"

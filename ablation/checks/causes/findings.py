@@ -174,7 +174,7 @@ def after_failure(history: History, found: str) -> str | None:
     return FAILED_REGISTRATION if failures[-1][1] == Place.REGISTERING else LEFT_BY_EXCEPTION
 
 
-def replaced_in_turn(history: History, steps: tuple[tuple[Any, ...], ...]) -> str | None:
+def replaced_in_turn(steps: tuple[tuple[Any, ...], ...]) -> str | None:
     """Return the cause if a second implementation fails after the first one is closed."""
     return CLOSED_IN_TURN if steps and steps[-1][0] in ("replace_implementation", "nest") else None
 
@@ -233,7 +233,7 @@ def from_finding(history: History, check_id: str, found: str) -> Iterator[str | 
     if check_id == "hygiene.exception":
         yield after_failure(history, found)
     if check_id == "hygiene.lifecycle":
-        yield replaced_in_turn(history, history.steps)
+        yield replaced_in_turn(history.steps)
     if check_id == "refusal.head":
         if "not as it was found" in found and "_hooks" in found:
             yield "the hooks of the first heads remain if a later head is rejected: validate all heads first"
