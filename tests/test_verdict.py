@@ -42,6 +42,22 @@ def records_of(factory: Any, *ids: str) -> list[Record]:
 # ---- one cause of many failures
 
 
+def test_likely_cause_of_several_failures_is_named_once() -> None:
+    records = [
+        Record("smoke", "passed"),
+        *(
+            Record(id, "failed", f"broken\n  likely cause: the next head\n  found: {id}")
+            for id in ("locality", "identity")
+        ),
+        Record("oracle.zero", "failed", "broken\n  likely cause: another\n  found: x"),
+        Record("oracle.mean", "failed", "broken\n  found: y"),
+        Record("oracle.scale", "expected failure", "\n  likely cause: another"),
+    ]
+    first, second, *_ = verdict(Ours, records)
+    assert first == "2 of the 4 failures have one likely cause: the next head"
+    assert second.startswith("1 of 6 requirements hold")
+
+
 class WithoutFamily(Ours):
     """Cannot be made from one family, and does not say so."""
 
@@ -98,7 +114,7 @@ class IgnoresPadding(Ours):
 def test_verdict_names_the_cause_that_failures_share(factory: Any, ids: list[str], features: str, gone: int) -> None:
     records = records_of(factory, *ids)
     assert {record.outcome for record in records} == {"failed"}
-    first, second, *_ = verdict(factory, records)
+    first, second, *_ = [line for line in verdict(factory, records) if "have one likely cause" not in line]
     named = re.fullmatch(r"if you declare unsupported = {(.*)}, (\d) of the (\d) failures go away", first)
     assert named and set(named[1].split(", ")) == set(features.split(", "))
     assert (int(named[2]), int(named[3])) == (gone, len(ids))
@@ -120,9 +136,11 @@ class OnlyZeroAndWrong(NextHead):
 
 
 @pytest.mark.parametrize("factory", [NextHead, OnlyZeroAndWrong])
-def test_verdict_names_no_cause_of_a_general_bug(factory: Any) -> None:
+def test_verdict_names_no_feature_for_a_general_bug(factory: Any) -> None:
     ids = ("locality", "locality.sets", "oracle.zero", "oracle.zero_deep", "refusal.head")
-    assert verdict(factory, records_of(factory, *ids))[0].endswith("were not run")
+    first, second, *_ = verdict(factory, records_of(factory, *ids))
+    assert re.match(r"\d of the 5 failures have one likely cause: the head after the named one is ablated", first)
+    assert second.endswith("were not run")
 
 
 def test_verdict_on_a_correct_implementation_has_one_line() -> None:

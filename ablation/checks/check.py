@@ -33,6 +33,8 @@ LONGEST_FINDING = 1000
 """Characters of what was found, in a message: exceptions may print whole tensors."""
 
 
+LIKELY_CAUSE = "  likely cause: "
+"""Begins the line of a message that names the cause."""
 NOT_DETERMINISTIC = "the same case passed when it was run again, so the implementation is not deterministic"
 
 
@@ -144,7 +146,7 @@ class Check:
         helper = [name for name in ADAPTER_HELPERS if expression.startswith(f"{name}(")]
         return CheckFailure(
             f"{name} breaks {self.id} ({self.level}): {self.requirement}\n"
-            f"{f'  likely cause: {cause}{chr(10)}' if cause else ''}"
+            f"{f'{LIKELY_CAUSE}{cause}{chr(10)}' if cause else ''}"
             f"  found: {_finding(error)}\n"
             f"  in: {case}\n"
             f"{''.join(f'  note: {note}{chr(10)}' for note in notes)}"

@@ -6,6 +6,7 @@ import re
 from collections.abc import Iterable, Iterator, Sequence
 from typing import Any
 
+from ablation.checks.check import LIKELY_CAUSE
 from ablation.checks.runner import CHECKS, Record
 from ablation.checks.summary import LABELS, held, how_many_hold
 from ablation.errors import one_line
@@ -59,7 +60,7 @@ def _rows(records: Sequence[Record]) -> Iterator[str]:
 def headline(record: Record) -> str:
     """Return the line of a failure that helps most: the likely cause, or else the finding, or else its first line."""
     lines = record.reason.split("\n")
-    for start in ("  likely cause: ", "  found: "):
+    for start in (LIKELY_CAUSE, "  found: "):
         if found := next((line for line in lines if line.startswith(start)), None):
             return found.strip()
     return lines[0]

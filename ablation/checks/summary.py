@@ -9,7 +9,7 @@ from functools import partial
 from typing import Any
 
 from ablation.checks.cases import Case, with_factor
-from ablation.checks.check import Check, adapter_name, offered_imputations, unsupported_features
+from ablation.checks.check import LIKELY_CAUSE, Check, adapter_name, offered_imputations, unsupported_features
 from ablation.checks.decoders import DTYPES, FAMILIES
 from ablation.checks.protocol import IMPUTATIONS, Factory
 from ablation.checks.runner import CHECKS, Record, run_check, tries_nothing
@@ -60,20 +60,32 @@ def _lines(outcome: str, records: Sequence[Record]) -> Iterator[str]:
 
 
 def shared_cause(factory: Factory, records: Sequence[Record]) -> list[str]:
-    """Say which features an adapter could declare as unsupported, so that several failures go away; or say nothing.
+    """Say what several failures have in common: a likely cause, and features that could be declared as unsupported.
 
     A feature that at least two failing cases need is a cause if most of them pass when that feature alone is exchanged.
     A failure goes away if the check then passes, or cannot be tried, when it runs again without the feature.
     """
-    left = {record.id: record.case for record in records if record.outcome == "failed" and record.case is not None}
+    failed = [record for record in records if record.outcome == "failed"]
+    left = {record.id: record.case for record in failed if record.case is not None}
     total, declared = len(left), dict[str, str]()
     while found := _best_feature(factory, declared, left):
         feature, left = found
         declared[feature] = "..."
-    if not declared:
-        return []
-    names = ", ".join(f"{feature!r}: ..." for feature in declared)
-    return [f"if you declare unsupported = {{{names}}}, {total - len(left)} of the {total} failures go away"]
+    lines = [
+        f"{count} of the {len(failed)} failures have one likely cause: {cause}"
+        for cause, count in Counter(filter(None, map(_likely_cause, records))).most_common(1)
+        if count > 1
+    ]
+    if declared:
+        names = ", ".join(f"{feature!r}: ..." for feature in declared)
+        lines.append(f"if you declare unsupported = {{{names}}}, {total - len(left)} of the {total} failures go away")
+    return lines
+
+
+def _likely_cause(record: Record) -> str | None:
+    """Return the likely cause that the message of a failure names."""
+    _, found, rest = record.reason.partition(f"\n{LIKELY_CAUSE}")
+    return rest.partition("\n")[0] if found and record.outcome == "failed" else None
 
 
 def _best_feature(
