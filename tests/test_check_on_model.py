@@ -87,6 +87,14 @@ def test_options_of_a_model_need_a_model(option: str, capsys: pytest.CaptureFixt
     assert f"{option} needs --model" in capsys.readouterr().err
 
 
+@pytest.mark.parametrize("value", ["0", "-1", "nan", "inf", "soon"])
+def test_minutes_are_a_positive_number(value: str, capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit) as exit:
+        main(["check", "my_hook:Mine", "--model", "capitals", "--minutes", value])
+    assert exit.value.code == 2
+    assert f"'{value}' is not a positive number of minutes" in capsys.readouterr().err
+
+
 def test_model_is_loaded_with_its_prompts(folder: Path) -> None:
     mine = load_own_model(str(folder / "model"), str(folder / "prompts.jsonl"), device="cpu", dtype="bfloat16")
     assert mine.rows == ((3, 14, 15, 9), (2, 6, 5, 3, 5, 8))

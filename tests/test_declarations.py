@@ -92,6 +92,7 @@ def test_own_imputation_must_not_change_other_heads() -> None:
         (("zero", "zero"), "names an imputation twice"),
         (("channel_mean",), "names 'channel_mean', which does not exist; did you mean 'channel-mean'"),
         (("Zero",), "did you mean 'zero'"),
+        (("zeros",), "did you mean 'zero'"),
         (("scale:0.5",), "did you mean 'scale'"),
     ],
 )

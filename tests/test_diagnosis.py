@@ -144,6 +144,18 @@ def test_diagnosis_leaves_a_given_model_as_it_was() -> None:
     assert not changes(case.model(), before)
 
 
+@pytest.mark.parametrize("id", ["locality.sets", "oracle.zero_sets", "layouts.hybrid"])
+def test_late_binding_over_heads_is_named(id: str) -> None:
+    class LateHead(Mutant):
+        """Its hooks see the last head of the loop."""
+
+        def targets(self, layer: int) -> list[int]:
+            return [self.heads[-1][1] for index, _ in self.heads if index == layer]
+
+    rejected, cause = diagnosed(LateHead, id)
+    assert rejected and cause is not None and "act as that of the last one" in cause
+
+
 def test_unknown_mistake_has_no_diagnosis() -> None:
     class Cubed(Mutant):
         """Writes the cube of z."""

@@ -206,6 +206,19 @@ def test_errors_of_the_implementation_are_outcomes() -> None:
     assert "L2H1 raised RuntimeError: no such head here" in "\n".join(findings(mine, found))
 
 
+class SkipsOne(ZeroAndMean):
+    """Does not ablate one head."""
+
+    def ablate(self, heads: Sequence[tuple[int, int]], imputation: str, **keywords: Any) -> None:
+        super().ablate([pair for pair in heads if pair != (2, 1)], imputation, **keywords)
+
+
+def test_head_that_is_left_out_is_the_likely_cause() -> None:
+    (record,) = records_of(SkipsOne, own(QWEN3), "oracle.zero")
+    assert "found: 1 of 12 heads are wrong: L2H1" in record.reason
+    assert "likely cause: nothing is ablated for head 1 of layer 2, but other heads are" in record.reason
+
+
 class CannotBeMade(ZeroAndMean):
     def __init__(self, model: Any) -> None:
         raise OSError("the hub cannot be reached")
@@ -248,6 +261,14 @@ def test_batch_is_what_the_implementation_supports() -> None:
     assert padded_case(NoPadding, mine)[0].rows == (PROMPT, (6, 5, 4, 3, 2, 1))
     case, prompts = padded_case(ZeroAndMean, mine)
     assert case.rows == mine.rows and prompts == 3 and case.is_padded
+
+
+def test_check_without_time_is_not_tried() -> None:
+    identity, locality, zero = records_of(ZeroAndMean, own(QWEN3), "identity", "locality", "oracle.zero", minutes=1e-9)
+    assert identity.outcome == "passed"
+    for record in (locality, zero):
+        assert record.outcome == "skipped"
+        assert record.reason.startswith("no time was left for 3 of 3 layers: give more --minutes")
 
 
 def test_layers_left_out_for_lack_of_time_are_named() -> None:

@@ -305,8 +305,8 @@ def _named_imputations(factory: Factory) -> tuple[str, ...]:
         raise InvalidDeclaration("`imputations` names an imputation twice")
     for name in names:
         meant = name.lower().replace("_", "-").partition(":")[0]
-        if name != meant and meant in IMPUTATIONS:
-            raise InvalidDeclaration(f"`imputations` names {name!r}, which does not exist; did you mean {meant!r}?")
+        if name not in IMPUTATIONS and (close := difflib.get_close_matches(meant, IMPUTATIONS, n=1, cutoff=0.85)):
+            raise InvalidDeclaration(f"`imputations` names {name!r}, which does not exist; did you mean {close[0]!r}?")
     return tuple(names)
 
 

@@ -16,13 +16,24 @@ OF_MODEL = ("prompts", "minutes", "device", "dtype", "table")
 DTYPES = ("float32", "float64", "bfloat16", "float16")
 
 
+def minutes(text: str) -> float:
+    """Return a time in minutes. Raises argparse's error unless it is a positive number."""
+    try:
+        value = float(text)
+    except ValueError:
+        value = 0.0
+    if not 0 < value < float("inf"):
+        raise argparse.ArgumentTypeError(f"{text!r} is not a positive number of minutes")
+    return value
+
+
 def add_command(commands: Any) -> None:
     """Add `check` to the subparsers of the command line. Imports nothing heavy."""
     parser = commands.add_parser(
         "check",
         help="is my hook right? run the specification on an adapter",
         description="Run the specification of head ablation on an adapter (see docs/checking.md). The exit status is "
-        "that of pytest: 0 if no check fails, 1 if one fails, 4 if an option is wrong, 5 if -k selects no check.",
+        "that of pytest: 0 if no check fails, 1 if one fails, 2 or 4 if an option is wrong, 5 if -k selects no check.",
     )
     parser.add_argument(
         "implementation", nargs="?", metavar="MODULE:CLASS", help="the adapter, in this folder or installed"
@@ -42,7 +53,7 @@ def add_command(commands: Any) -> None:
         "--prompts", metavar="FILE", help="prompts for the model: a .jsonl or .csv file with the column prompt"
     )
     parser.add_argument(
-        "--minutes", type=float, metavar="N", help="time for the comparison of every head of the model (default: 10)"
+        "--minutes", type=minutes, metavar="N", help="time for the comparison of every head of the model (default: 10)"
     )
     parser.add_argument(
         "--table", metavar="FILE", type=Path, help="write what was found for every head of the model, as CSV"
@@ -94,6 +105,7 @@ def _check(arguments: argparse.Namespace) -> int:
         "no:warnings",
         "-q",
         "-rN",
+        "--show-capture=no",  # warnings of transformers would read like findings
     ]
     if arguments.k:
         options += ["-k", arguments.k]

@@ -7,7 +7,7 @@ from collections.abc import Iterable, Iterator, Sequence
 from typing import Any
 
 from ablation.checks.check import LIKELY_CAUSE
-from ablation.checks.runner import CHECKS, Record
+from ablation.checks.runner import CHECKS, NO_TIME, Record
 from ablation.checks.summary import LABELS, held, how_many_hold
 from ablation.errors import one_line
 
@@ -79,6 +79,7 @@ def badge(records: Sequence[Record], total: int, *, run_fails: bool) -> dict[str
     It is red if the run fails, yellow if a failure is known or not all checks were run, and green otherwise.
     """
     is_whole = len(records) == total and held(records) > 0
+    is_whole &= not any(record.reason.startswith(NO_TIME) for record in records)
     has_known_failures = any(record.outcome == "expected failure" for record in records)
     return {
         "schemaVersion": 1,

@@ -145,7 +145,8 @@ def assert_replaced(
         if layer.index <= first:
             changed = different(old, new).any(dim=-1).flatten(0, 1).any(dim=0)  # [heads]
             others = [head for head in range(layer.num_heads) if changed[head] and head not in targets]
-            assert not others, f"{what}, but head {others[0]} was changed"
+            too = ", too" if any(changed[head] for head in targets) else ""
+            assert not others, f"{what}, but head {others[0]} was changed{too}"
         unchanged = layer.index == first and not different(old, new).any()
         for head in targets:
             for row in range(len(real)):  # padding may hold anything

@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING, Any
 
 import pytest
 
+from ablation.checks.command import minutes
 from ablation.errors import AblationError, InvalidDeclaration
 
 if TYPE_CHECKING:
@@ -55,7 +56,7 @@ def pytest_addoption(parser: pytest.Parser) -> None:
     )
     add("--ablation-badge", metavar="FILE", help="write the data of a badge, as JSON for an endpoint of shields.io")
     add("--ablation-prompts", metavar="FILE", help="prompts for the model: a .jsonl or .csv file with a column prompt")
-    add("--ablation-minutes", type=float, default=10.0, help="time for the comparison of every head (default: 10)")
+    add("--ablation-minutes", type=minutes, default=10.0, help="time for the comparison of every head (default: 10)")
     add("--ablation-table", metavar="FILE", help="write what was found for every head of the model, as CSV")
     add("--ablation-device", help="the device of the model (default: a GPU if there is one)")
     add(
@@ -125,9 +126,12 @@ def _load_adapter(config: pytest.Config) -> Any:
             adapter = getattr(adapter, part)
     except InvalidDeclaration as error:  # of a helper that makes adapters
         raise pytest.UsageError(f"implementation {name}: {error}") from None
-    except Exception as error:  # the user's module may raise any error when it is imported
-        problem = f"{type(error).__name__}: {error}" if not isinstance(error, ImportError | AttributeError) else error
-        raise pytest.UsageError(f"implementation {name}: {problem}; it should be MODULE:CLASS") from None
+    except KeyboardInterrupt:
+        raise
+    except BaseException as error:  # the user's module may raise anything when it is imported, SystemExit included
+        problem = str(error) if isinstance(error, ImportError | AttributeError) else f"{type(error).__name__}: {error}"
+        form = "" if attribute else "; it should be MODULE:CLASS"
+        raise pytest.UsageError(f"implementation {name}: {problem}{form}") from None
     if not callable(adapter):
         raise pytest.UsageError(f"implementation {name}: it is no class; it should be MODULE:CLASS")
     from ablation.checks.signature import adapter_problem

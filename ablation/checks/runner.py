@@ -89,6 +89,9 @@ of the projection at each token.
     )
 )
 
+NO_TIME = "no time was left"
+"""Begins the reason of a check that was tried in part, or not at all, since its time was over."""
+
 Outcome = Literal["passed", "failed", "skipped", "expected failure", "unexpected pass"]
 
 

@@ -51,6 +51,11 @@ def signature_problem(factory: Factory) -> str | None:
     InvalidDeclaration if `unsupported` names something that does not exist.
     """
     unsupported = unsupported_features(factory)
+    if inspect.isfunction(factory) and _call_problem(factory, "it", ("model",), ()):
+        return (
+            "it is a function, not an adapter: make one with adapter_from_context or adapter_from_function of "
+            "ablation.checks"
+        )
     if problem := _call_problem(factory, "__init__", ("model",), ()):
         return problem
     families = [name for name in FAMILIES if name not in unsupported]

@@ -52,7 +52,8 @@ def _lines(outcome: str, records: Sequence[Record]) -> Iterator[str]:
     """Yield a line for each check with this outcome; one for all checks that were skipped for the same reason."""
     found = [record for record in records if record.outcome == outcome]
     if outcome == "failed":
-        yield from (f"{LABELS[outcome]}: {record.id}" for record in found)
+        should = {check.id for check in CHECKS if check.level == "SHOULD"}
+        yield from (f"{LABELS[outcome]}: {record.id}{' (should)' * (record.id in should)}" for record in found)
         return
     for reason in dict.fromkeys(record.reason for record in found):
         ids = [record.id for record in found if record.reason == reason]

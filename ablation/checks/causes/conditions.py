@@ -38,6 +38,12 @@ def no_effect(factory: Factory, case: Case) -> str | None:
         with Attempt():
             if _is_right(factory, other):
                 return f"nothing is ablated {where}"
+    layer, head = case.heads[0]
+    for pair in [pair for pair in case.decoder.heads() if pair not in case.heads][
+        :: max(1, len(case.decoder.heads()) // 4)
+    ]:
+        if _is_right(factory, replace(case, heads=(pair,))):
+            return f"nothing is ablated for head {head} of layer {layer}, but other heads are: the code leaves it out"
     return _lost(factory, case)
 
 

@@ -200,7 +200,7 @@ def _similar(factory: Factory, case: Case) -> Iterator[Case]:
 def _several(decoder: Decoder) -> tuple[tuple[int, int], ...]:
     """Return several heads of an inner layer, neither in order nor neighbours, and one of another layer."""
     layers = sorted(dict(decoder.heads()))
-    return (layers[-1], 0), (layers[-2], decoder.num_heads - 1), (layers[-2], 0)
+    return (layers[-2], decoder.num_heads - 1), (layers[-2], 0), (layers[-1], 1)
 
 
 def _moved(case: Case, decoder: Subject) -> tuple[tuple[int, int], ...]:

@@ -125,11 +125,12 @@ SAID: tuple[Said, ...] = (
     ),
     (
         "refusal.type",
-        "True|False",
+        r"^(?!.*(0\.0|'0')).*(True|False)",
         "True and False are accepted as numbers: they are integers in Python (`isinstance`)",
     ),
-    ("refusal.type", r"0\.0", "a float is accepted as the number of a head or layer"),
-    ("refusal.type", "'0'", "a string is accepted as the number of a head or layer"),
+    ("refusal.type", r"^(?!.*(True|False|'0')).*0\.0", "a float is accepted as the number of a head or layer"),
+    ("refusal.type", r"^(?!.*(True|False|0\.0)).*'0'", "a string is accepted as the number of a head or layer"),
+    ("refusal.type", ".", "the types of layers and heads are not checked, or not before the forward pass"),
     (
         "refusal.no_side_effect",
         "so was the valid",

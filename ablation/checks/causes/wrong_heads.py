@@ -167,7 +167,28 @@ SETS: tuple[tuple[str, Callable[[list[Pair], Pair], bool]], ...] = (
 )
 
 
+LATE_HEAD = (
+    "the hooks of all heads act as that of the last one: a function that is created in a loop sees the last value of "
+    "the loop's variable"
+)
+
+
+def _late_head(setting: Setting) -> list[tuple[Pair, Pair]]:
+    """Each named head's layer ablates the head that is named last."""
+    last, known = setting.case.heads[-1][1], set(setting.found)
+    return [((layer, head), (layer, last)) for layer, head in setting.case.heads if (layer, last) in known]
+
+
+def _late_heads(setting: Setting) -> list[tuple[Pair, Pair]]:
+    """Each named layer ablates the heads of the layer that is named last."""
+    heads, known = setting.case.heads, set(setting.found)
+    of_last = [head for layer, head in heads if layer == heads[-1][0]]
+    first = {layer: (layer, head) for layer, head in reversed(heads)}
+    return [(first[layer], (layer, head)) for layer in first for head in of_last if (layer, head) in known]
+
+
 WRONG_HEADS = (
+    *(Mistake(LATE_HEAD, pairs=pairs, needs=lambda case: len(case.heads) > 1) for pairs in (_late_head, _late_heads)),
     *(Mistake(cause, pairs=_pairs(renamed)) for cause, renamed in OTHER_HEADS),
     *(Mistake(cause, pairs=partial(_only, kept=kept), needs=lambda case: len(case.heads) > 1) for cause, kept in SETS),
 )
