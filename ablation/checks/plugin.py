@@ -107,8 +107,8 @@ def _on_model(config: pytest.Config, adapter: Any, expected: dict[str, str]) -> 
     finally:
         status_line("")
 
-    def progress(imputation: str, done: int, total: int) -> None:
-        status_line(f"{imputation}: {done} of {total} heads" if done < total else "")
+    def progress(done: int, total: int) -> None:
+        status_line(f"every head: {done} of {total} ablations" if done < total else "")
 
     return ModelRun(adapter, own, expected, minutes=config.getoption("--ablation-minutes"), progress=progress)
 

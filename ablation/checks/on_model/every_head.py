@@ -19,12 +19,12 @@ from ablation.checks.locality import assert_replaced
 from ablation.checks.observe import recorded_inputs
 from ablation.checks.on_model.own_model import OwnModel, shorter
 from ablation.checks.oracles import row_means, surgery_logits
-from ablation.checks.protocol import IMPUTATIONS, Factory, Implementation
+from ablation.checks.protocol import IMPUTATIONS, KEYWORDS, Factory, Implementation
 from ablation.errors import one_line
 from ablation.heads import find_heads
 
-Progress = Callable[[str, int, int], object]
-"""Called with the imputation, the number of heads that were tried, and the number of all heads."""
+Progress = Callable[[int, int], object]
+"""Called with the number of ablations that were tried, and the number of all."""
 
 
 @dataclass(frozen=True)
@@ -112,21 +112,21 @@ def try_every_head(
     further layer begins. Errors of the implementation are outcomes; a KeyboardInterrupt propagates.
     """
     found, heads = found or EveryHead(*padded_case(factory, own)), own.heads()
+    names = list(offered_imputations(factory) if imputations is None else imputations)
+    found.outcomes |= {name: [] for name in names}
     with torch.no_grad():
         look = _Look(factory, own, found.case)
-        for name in offered_imputations(factory) if imputations is None else imputations:
-            outcomes, left = found.outcomes.setdefault(name, []), list[int]()
-            for layer in _spread(sorted(dict(heads))):
-                if time.monotonic() > deadline:
-                    left.append(layer)
-                    continue
-                pairs = [pair for pair in heads if pair[0] == layer]
-                outcomes += look.at(replace(found.case, imputation=with_factor(name)), pairs)
-                if progress is not None:
-                    progress(name, len(outcomes), len(heads))
-            outcomes.sort(key=lambda each: each.pair)
-            if left:
-                found.left_out[name] = sorted(left)
+        for number, layer in enumerate(layers := _spread(sorted(dict(heads)))):
+            if time.monotonic() > deadline:
+                found.left_out |= {name: sorted(layers[number:]) for name in names}
+                break
+            pairs = [pair for pair in heads if pair[0] == layer]
+            for name, outcomes in look.at(names, pairs):
+                found.outcomes[name] += outcomes
+            if progress is not None:
+                progress(sum(len(found.outcomes[name]) for name in names), len(heads) * len(names))
+    for name in names:
+        found.outcomes[name].sort(key=lambda each: each.pair)
     return found
 
 
@@ -142,30 +142,65 @@ class _Look:
     def __init__(self, factory: Factory, own: OwnModel, base: Case) -> None:
         self.factory, self.own = factory, own
         self.observable = not {"observable", "single_forward"} & set(unsupported_features(factory))
-        self.inputs, self.real = inputs_for(factory, base), base.replaced()
+        self.base, self.inputs, self.real = base, inputs_for(factory, base), base.replaced()
         model = own.fresh()
         with recorded_inputs(model) as calls:
             logits = run(model, self.inputs)
             self.clean_z = [layer.pop() for layer in calls.values()]
         self.layers = find_heads(model).layers
         self.clean = logits[self.real]  # [real tokens, vocabulary]
-        ends = self.real.sum(dim=1).cumsum(dim=0) - 1  # of each row, in the list of real tokens
-        self.last = ends
-        self.answer = self.clean[ends].argmax(dim=-1)  # [rows]
+        self.last = self.real.sum(dim=1).cumsum(dim=0) - 1  # of each row, in the list of real tokens
+        self.answer = self.clean[self.last].argmax(dim=-1)  # [rows]
 
-    def at(self, case: Case, pairs: Sequence[Pair]) -> Iterator[Outcome]:
-        """Yield the outcomes of some heads of one layer. case: with the imputation."""
-        values = self._values(case, pairs)
-        known = case.kind in IMPUTATIONS
-        cases = [replace(case, heads=(pair,)) for pair in pairs]
-        right = [surgery_logits(each, values)[self.real] if known else self.clean for each in cases]
-        frozen = {} if case.kind in ("zero", "scale") or case.reads_row else values
+    def at(self, names: Sequence[str], pairs: Sequence[Pair]) -> Iterator[tuple[str, list[Outcome]]]:
+        """Yield the outcomes of some heads of one layer for each imputation."""
+        cases = {name: replace(self.base, heads=tuple(pairs), imputation=with_factor(name)) for name in names}
+        values = {name: self._values(case) for name, case in cases.items() if name in IMPUTATIONS}
+        right = {pair: self._right(pair, values) for pair in pairs}
+        for name, case in cases.items():
+            frozen = values[name] if name in KEYWORDS else {}
+            yield name, list(self._outcomes(name, case, frozen, right))
+
+    def _values(self, case: Case) -> Mapping[Pair, Tensor]:
+        """Return what replaces z in each head of a case, float64 [rows, tokens, head_dim]. The heads are of one layer.
+
+        In their layer, their z is that of the clean run.
+        """
+        if case.kind in KEYWORDS:
+            return frozen_values(case, self.own.fresh())
+        number = [layer.index for layer in self.layers].index(case.heads[0][0])
+        z = self.clean_z[number].unflatten(-1, (-1, self.own.head_dim)).double()
+        of_heads = {pair: z[:, :, pair[1]] for pair in case.heads}
+        if case.reads_row:
+            return {pair: row_means(case, own) for pair, own in of_heads.items()}
+        return {
+            pair: own * float(case.factor or 0) for pair, own in of_heads.items()
+        }  # scale; zero is without a factor
+
+    def _right(self, pair: Pair, values: Mapping[str, Mapping[Pair, Tensor]]) -> dict[str, Tensor]:
+        """Return the logits that each imputation of a head should give, {name: [real tokens, vocabulary]}.
+
+        One forward pass has the rows of all imputations: a large model takes hardly longer for more rows.
+        """
+        if not values:
+            return {}
+        imputation = with_factor(next(iter(values))) if len(values) == 1 else "values"
+        case = replace(self.base, rows=self.base.rows * len(values), heads=(pair,), imputation=imputation)
+        logits = surgery_logits(case, {pair: torch.cat([of_heads[pair] for of_heads in values.values()])})
+        of_each = logits.unflatten(0, (len(values), -1))
+        return {name: of_each[number][self.real] for number, name in enumerate(values)}
+
+    def _outcomes(
+        self, name: str, case: Case, frozen: Mapping[Pair, Tensor], right: Mapping[Pair, Mapping[str, Tensor]]
+    ) -> Iterator[Outcome]:
+        """Yield the outcome of each head of a case, by one implementation."""
         model, calls = self.own.fresh(), dict[int, list[Tensor]]()
         with ExitStack() as stack:
             implementation: Implementation | None = None
             if self.observable:  # a copy of the model would copy the recorder, too
                 calls = stack.enter_context(recorded_inputs(model))
-            for each, want in zip(cases, right, strict=True):
+            for pair in case.heads:
+                each, want = replace(case, heads=(pair,)), right[pair].get(name)
                 try:
                     if implementation is None:
                         implementation = stack.enter_context(made(self.factory, model))
@@ -176,18 +211,10 @@ class _Look:
                 except KeyboardInterrupt:
                     raise
                 except BaseException as error:
-                    yield Outcome(each.heads[0], raised=one_line(f"{type(error).__name__}: {error}"))
+                    yield Outcome(pair, raised=one_line(f"{type(error).__name__}: {error}"))
                     continue
                 problem = self._z_problem(each, list(calls.values()), frozen, logits) if self.observable else None
-                yield self._outcome(each.heads[0], logits, want, problem, known)
-
-    def _values(self, case: Case, pairs: Sequence[Pair]) -> Mapping[Pair, Tensor]:
-        """Return what replaces z in each head, float64 [rows, tokens, head_dim]; empty if surgery needs no values."""
-        if case.reads_row:
-            z = dict(zip((layer.index for layer in self.layers), self.clean_z, strict=True))[pairs[0][0]]
-            of_heads = z.unflatten(-1, (-1, self.own.head_dim))
-            return {pair: row_means(case, of_heads[:, :, pair[1]]) for pair in pairs}
-        return frozen_values(replace(case, heads=tuple(pairs)), self.own.fresh())
+                yield self._outcome(pair, logits, want, problem)
 
     def _z_problem(
         self, case: Case, calls: Sequence[Sequence[Tensor]], frozen: Mapping[Pair, Tensor], logits: Tensor
@@ -199,27 +226,33 @@ class _Look:
             return str(error)
         return None
 
-    def _outcome(self, pair: Pair, logits: Tensor, want: Tensor, problem: str | None, known: bool) -> Outcome:
-        if logits.shape != want.shape:
-            return Outcome(pair, raised=f"run returned logits of shape {tuple(logits.shape)}, not {tuple(want.shape)}")
-        theirs, right, clean = (
-            each[self.last].float().softmax(dim=-1).gather(1, self.answer[:, None])[:, 0]
-            for each in (logits, want, self.clean)
-        )
+    def _outcome(self, pair: Pair, logits: Tensor, want: Tensor | None, problem: str | None) -> Outcome:
+        """Return the outcome of one head. want: the right logits, if they are known."""
+        if logits.shape != self.clean.shape:
+            shapes = f"{tuple(logits.shape)}, not {tuple(self.clean.shape)}"
+            return Outcome(pair, raised=f"run returned logits of real tokens of shape {shapes}")
+        right = logits if want is None else want
 
         def kept(each: Tensor) -> tuple[bool, ...]:
             return tuple((each[self.last].argmax(dim=-1) == self.answer).tolist())
 
+        def change(each: Tensor) -> tuple[float, ...]:
+            return tuple((self._probability(each) - self._probability(self.clean)).tolist())
+
         return Outcome(
             pair,
-            effect=_largest(want - self.clean),
-            error=_largest(logits - want) if known else 0.0,
+            effect=_largest(right - self.clean),
+            error=_largest(logits - right),
             kept=kept(logits),
-            right_kept=kept(want),
-            change=tuple((theirs - clean).tolist()),
-            right_change=tuple((right - clean).tolist()),
+            right_kept=kept(right),
+            change=change(logits),
+            right_change=change(right),
             z_problem=problem,
         )
+
+    def _probability(self, logits: Tensor) -> Tensor:
+        """Return the probability of the answer of the clean run, [rows]."""
+        return logits[self.last].float().softmax(dim=-1).gather(1, self.answer[:, None])[:, 0]
 
 
 def _largest(difference: Any) -> float:

@@ -83,6 +83,15 @@ ON_SOME_HEADS = (
 )
 """Checks that need one model at a time and change no weight. The others ask nothing that depends on the model."""
 
+ONE_IMPUTATION = (
+    "identity",
+    "identity.padded",
+    "masks.dtype",
+    "hygiene.restored",
+    "hygiene.user_hooks",
+    "hygiene.global_state",
+)
+"""Checks that are tried with one imputation only, to save time."""
 EXPLAINED = 3
 """Failures for which a likely cause is looked for."""
 NO_PADDING = "the model itself gives other logits if a prompt is padded"
@@ -187,7 +196,10 @@ class ModelRun:
                 return self._wrong(check, wrong_z, offered_imputations(self.factory))
             if check.id in EVERY_HEAD:
                 return self._wrong(check, partial(wrong_logits, self.own.tolerance), [EVERY_HEAD[check.id]])
-            for case in self.own.cases(check.cases_for(self.factory)):
+            spec = check.cases_for(self.factory)
+            if check.id in ONE_IMPUTATION:
+                spec = replace(spec, imputations=(spec.imputations or ())[:1])
+            for case in self.own.cases(spec):
                 _on_model(check).run_case(self.factory, case)
         except CheckFailure as failure:
             return self._explained(check, failure)
