@@ -14,9 +14,12 @@ from tokenizers import Tokenizer, models, pre_tokenizers
 from transformers import PreTrainedTokenizerFast
 
 from ablation.checks.decoders import VOCABULARY, Decoder
+from ablation.checks.on_model.every_head import try_every_head
+from ablation.checks.on_model.report import findings
 from ablation.checks.on_model.run import load_own_model
 from ablation.cli import main
 from ablation.errors import InvalidPrompt, ModelUnavailable
+from tests.implementations.ours import Ours
 
 ROOT = Path(__file__).parent.parent
 
@@ -98,7 +101,17 @@ def test_minutes_are_a_positive_number(value: str, capsys: pytest.CaptureFixture
 def test_model_is_loaded_with_its_prompts(folder: Path) -> None:
     mine = load_own_model(str(folder / "model"), str(folder / "prompts.jsonl"), device="cpu", dtype="bfloat16")
     assert mine.rows == ((3, 14, 15, 9), (2, 6, 5, 3, 5, 8))
+    assert mine.left_out == 0
     assert mine.dtype == "bfloat16" and mine.model_type == "llama" and mine.device == torch.device("cpu")
+
+
+def test_prompts_after_the_eighth_are_left_out(folder: Path) -> None:
+    file = folder / "many.csv"
+    file.write_text("prompt\n" + "".join(f"w{number} w1 w2\n" for number in range(3, 14)))
+    mine = load_own_model(str(folder / "model"), str(file), device="cpu")
+    assert len(mine.rows) == 8 and mine.left_out == 3
+    found = try_every_head(type("Zero", (Ours,), {"imputations": ("zero",)}), mine)
+    assert next(findings(mine, found)).endswith("times the noise of the model); 3 prompts were left out")
 
 
 @pytest.mark.parametrize(

@@ -53,8 +53,8 @@ class Outcome:
 class EveryHead:
     """The outcomes of all heads, for each imputation.
 
-    has_logits: imputations that surgery knows; for those of the implementation's own, z alone is compared. left_out:
-    imputation -> layers for which there was no time.
+    case: the batch. prompts: how many of its rows, the first ones, are the user's. left_out: imputation -> layers for
+    which there was no time.
     """
 
     case: Case
@@ -63,7 +63,7 @@ class EveryHead:
     left_out: dict[str, list[int]] = field(default_factory=dict)
 
     def has_logits(self, imputation: str) -> bool:
-        """Whether the logits were compared."""
+        """Whether the logits were compared: for an imputation of the implementation's own, only z is."""
         return imputation in IMPUTATIONS
 
     def wrong(self, imputation: str, tolerance: float) -> list[Outcome]:

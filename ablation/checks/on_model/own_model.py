@@ -31,12 +31,14 @@ class OwnModel:
     """One model. Each case restores it to the state in which it was found: modules, hooks, flags and configuration.
 
     Its weights are not copied: whoever changes them restores them. family: its name. rows: the token ids of its
-    prompts, at least two tokens each. Raises UnsupportedModel if its projections cannot be edited, or if its heads
-    differ in size.
+    prompts, at least two tokens each. left_out: how many other prompts there are. Raises UnsupportedModel if its
+    projections cannot be edited, or if its heads differ in size.
     """
 
-    def __init__(self, model: PreTrainedModel, family: str, rows: Sequence[Sequence[int]]) -> None:
-        self._model, self.family = model, family
+    def __init__(
+        self, model: PreTrainedModel, family: str, rows: Sequence[Sequence[int]], *, left_out: int = 0
+    ) -> None:
+        self._model, self.family, self.left_out = model, family, left_out
         self.rows = tuple(map(tuple, rows))
         self._heads = find_heads(model)
         for layer in self._heads.layers:

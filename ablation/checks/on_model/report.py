@@ -23,6 +23,7 @@ def findings(own: OwnModel, found: EveryHead) -> Iterator[str]:
     yield (
         f"every head of {own.family}, one at a time, on {rows}; logits count as equal within {own.tolerance:.1e} "
         f"({NOISE_FACTOR:g} times the noise of the model)"
+        + (f"; {own.left_out} prompts were left out" if own.left_out else "")
     )
     for name, outcomes in found.outcomes.items():
         if outcomes:

@@ -236,16 +236,16 @@ def load_own_model(
     """
     if prompts is None:
         known = NAMED_MODELS.get(name.partition("=")[0])
-        questions = [known.question.prompt if known else DEFAULT_PROMPT]
+        questions, left_out = [known.question.prompt if known else DEFAULT_PROMPT], 0
     else:
         rows, _ = valid_rows(read_rows(prompts, columns=PROMPTS_ONLY), skip_bad=False)
-        questions = [row.question.prompt for row in rows[:MOST_PROMPTS]]
+        questions, left_out = [row.question.prompt for row in rows[:MOST_PROMPTS]], len(rows[MOST_PROMPTS:])
     loaded = load(name, device=device, dtype=getattr(torch, dtype))
     ids = [prompt_ids(loaded.tokenizer, question) for question in questions]
     for question, row in zip(questions, ids, strict=True):
         if len(row) < LEAST_TOKENS:
             raise InvalidPrompt(f"the prompt {question!r} has {len(row)} tokens, but {LEAST_TOKENS} are needed")
-    return OwnModel(loaded.model, loaded.name, ids)
+    return OwnModel(loaded.model, loaded.name, ids, left_out=left_out)
 
 
 def _on_model(check: Check) -> Check:
