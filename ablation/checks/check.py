@@ -197,10 +197,15 @@ def first_error(error: BaseException) -> BaseException:
     return error
 
 
+def message_of(error: BaseException) -> str:
+    """Return the text of an error, without the assertion that pytest appends in packages that have a plugin."""
+    return str(error).partition("\nassert ")[0]
+
+
 def _finding(error: BaseException) -> str:
     """Return what an error says, in one short paragraph."""
     try:
-        text = str(error).partition("\nassert ")[0]  # pytest appends the assertion in packages that have a plugin
+        text = message_of(error)
     except Exception:  # of the implementation's own class of exceptions
         text = ""
     if not isinstance(error, AssertionError) or not text:

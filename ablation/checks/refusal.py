@@ -7,7 +7,7 @@ from typing import Any
 
 from ablation.checks.assertions import assert_identical
 from ablation.checks.cases import Case, CaseSpec
-from ablation.checks.check import check, unsupported_features
+from ablation.checks.check import check, message_of, unsupported_features
 from ablation.checks.decoders import Subject
 from ablation.checks.driving import ablate, discard, made, run
 from ablation.checks.observe import assert_state_equals, state
@@ -88,7 +88,7 @@ def _assert_each(calls: Calls, assert_call: Callable[[list[Any], Any], None]) ->
         try:
             assert_call(*call)
         except AssertionError as error:
-            findings.append(f"{what}: {error}")
+            findings.append(f"{what}: {message_of(error)}")
     assert not findings, "; ".join(findings)
 
 

@@ -21,7 +21,7 @@ from ablation.checks.causes.simulation import NOTHING, RIGHT, Attempt, Mistake, 
 from ablation.checks.causes.wrong_heads import WRONG_HEADS
 from ablation.checks.causes.wrong_places import WRONG_PLACES
 from ablation.checks.causes.wrong_values import WRONG_VALUES
-from ablation.checks.check import unsupported_features
+from ablation.checks.check import message_of, unsupported_features
 from ablation.checks.decoders import GROUPED, VOCABULARY, Decoder, Subject
 from ablation.checks.masks import MASK_DTYPES, PLACES, forms_of_row, with_empty_row
 from ablation.checks.protocol import IMPUTATIONS, Factory
@@ -59,7 +59,9 @@ def _experiments(
     if error is not None and not isinstance(error, AssertionError):
         yield lambda: _in_default_dtype(factory, check, case) if "dtype" in str(error) else None
     if isinstance(error, AssertionError):
-        yield lambda: next(filter(None, findings.from_finding(History(factory, case), check.id, str(error))), None)
+        yield lambda: next(
+            filter(None, findings.from_finding(History(factory, case), check.id, message_of(error))), None
+        )
 
 
 def _wrong_ablation(factory: Factory, check: Check, case: Case) -> str | None:

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from ablation.checks.cases import Case, with_factor
-from ablation.checks.check import inputs_for, offered_imputations, unsupported_features
+from ablation.checks.check import inputs_for, message_of, offered_imputations, unsupported_features
 from ablation.checks.driving import ablate, made, run
 from ablation.checks.imputed import Pair, frozen_values
 from ablation.checks.locality import assert_replaced
@@ -223,7 +223,7 @@ class _Look:
         try:
             assert_replaced(case, self.layers, self.clean_z, calls, frozen, logits_moved=moved)
         except AssertionError as error:
-            return str(error)
+            return message_of(error)
         return None
 
     def _outcome(self, pair: Pair, logits: Tensor, want: Tensor | None, problem: str | None) -> Outcome:
