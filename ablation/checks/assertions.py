@@ -49,9 +49,7 @@ def assert_close(got: Tensor, want: Tensor, what: str) -> None:
     """Assert that two tensors are equal up to rounding, within TOLERANCE_EPS. what: the subject of the message."""
     __tracebackhide__ = True
     _assert_same_shape(got, want, what)
-    measured, finite = _MEASURED.get(), want[want.isfinite()]
-    largest = finite.abs().max().item() if finite.numel() else 0.0
-    atol = tolerance(want, want.dtype) if measured is None else measured * largest
+    atol = tolerance(want, want.dtype)
     wrong = ~((got - want).abs() <= atol) & different(got, want)
     if wrong.any():
         raise AssertionError(f"{what}: {_describe_difference(got, want, wrong)} (tolerance {atol:.1e})")
@@ -88,6 +86,11 @@ def _assert_rounded(got: Tensor, want: Tensor, what: str) -> None:
 _MEASURED: ContextVar[float | None] = ContextVar("measured tolerance", default=None)
 
 
+def is_measured() -> bool:
+    """Whether the tolerance was measured on the model."""
+    return _MEASURED.get() is not None
+
+
 @contextmanager
 def measured_tolerance(value: float) -> Iterator[None]:
     """Context manager: compare within a tolerance that was measured on the model, relative to the largest logit."""
@@ -99,9 +102,12 @@ def measured_tolerance(value: float) -> Iterator[None]:
 
 
 def tolerance(want: Tensor, dtype: torch.dtype) -> float:
-    """Return the absolute tolerance for numbers as large as these, rounded in a dtype."""
+    """Return the absolute tolerance for numbers as large as these, rounded in a dtype, or as it was measured."""
     info, finite = torch.finfo(dtype), want[want.isfinite()]
-    size = max(1.0, finite.abs().max().item()) if finite.numel() else 1.0
+    largest = finite.abs().max().item() if finite.numel() else 0.0
+    if (measured := _MEASURED.get()) is not None:
+        return measured * largest
+    size = max(1.0, largest)
     return (TOLERANCE_EPS_16_BITS if info.bits == 16 else TOLERANCE_EPS) * info.eps * size
 
 
