@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from functools import cache
 from typing import Any, ClassVar
 
@@ -11,6 +12,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
+from ablation.checks import adapter_from_context
 from ablation.checks.check import CheckFailure
 from ablation.checks.decoders import Decoder
 from ablation.checks.driving import run
@@ -206,15 +208,27 @@ def test_errors_of_the_implementation_are_outcomes() -> None:
     assert "L2H1 raised RuntimeError: no such head here" in "\n".join(findings(mine, found))
 
 
-class SkipsOne(ZeroAndMean):
-    """Does not ablate one head."""
+@contextmanager
+def skips_one(model: Any, heads: Sequence[tuple[int, int]]) -> Iterator[None]:
+    """Register a hook for each head but one."""
+    handles = []
+    for index, head in heads:
+        layer = find_heads(model).layer(index)
 
-    def ablate(self, heads: Sequence[tuple[int, int]], imputation: str, **keywords: Any) -> None:
-        super().ablate([pair for pair in heads if pair != (2, 1)], imputation, **keywords)
+        def zeroed(module: Any, args: Any, channels: slice = layer.channels(head)) -> tuple[Tensor]:
+            z = args[0].clone()
+            z[..., channels] = 0
+            return (z,)
+
+        if (index, head) != (2, 1):
+            handles.append(layer.projection.register_forward_pre_hook(zeroed))
+    yield
+    for handle in handles:
+        handle.remove()
 
 
 def test_head_that_is_left_out_is_the_likely_cause() -> None:
-    (record,) = records_of(SkipsOne, own(QWEN3), "oracle.zero")
+    (record,) = records_of(adapter_from_context(skips_one, imputations=["zero"]), own(QWEN3), "oracle.zero")
     assert "found: 1 of 12 heads are wrong: L2H1" in record.reason
     assert "likely cause: nothing is ablated for head 1 of layer 2, but other heads are" in record.reason
 
