@@ -214,8 +214,9 @@ def skips_one(model: Any, heads: Sequence[tuple[int, int]]) -> Iterator[None]:
     handles = []
     for index, head in heads:
         layer = find_heads(model).layer(index)
+        channels = layer.channels(head)
 
-        def zeroed(module: Any, args: Any, channels: slice = layer.channels(head)) -> tuple[Tensor]:
+        def zeroed(module: Any, args: Any, channels: slice = channels) -> tuple[Tensor]:
             z = args[0].clone()
             z[..., channels] = 0
             return (z,)
