@@ -1,4 +1,4 @@
-"""What an implementation leaves behind in a model, does to the hooks of the user, or changes in the process."""
+"""What an implementation leaves in a model, does to the hooks of the user, or changes in the process."""
 
 from __future__ import annotations
 

@@ -19,7 +19,7 @@ from ablation.checks.assertions import is_measured, tolerance
 from ablation.checks.cases import Case
 from ablation.checks.check import unsupported_features
 from ablation.checks.driving import ablate, made, run
-from ablation.checks.imputed import Pair, frozen_values
+from ablation.checks.imputed import Pair, frozen_values, recorded_z
 from ablation.checks.observe import recorded_inputs
 from ablation.checks.protocol import FROM_REFERENCE, KEYWORDS, Factory
 from ablation.heads import AttentionLayer, HeadMap, find_heads
@@ -151,17 +151,7 @@ class Setting:
     @cached_property
     def reference(self) -> list[tuple[dict[int, Tensor], Tensor]]:
         """The z of the reference, batch by batch, {layer: [rows, tokens, heads, head_dim]}, and its mask."""
-        batches = []
-        for batch in self.case.reference():
-            mask = batch["attention_mask"].bool()
-            with recorded_inputs(self.model) as calls:
-                run(self.model, {**batch, "position_ids": (mask.cumsum(dim=1) - 1).clamp(min=0)})
-            z = {
-                layer.index: calls[layer.index][0].unflatten(-1, (layer.num_heads, layer.head_dim))
-                for layer in self.found.layers
-            }
-            batches.append((z, mask))
-        return batches
+        return [(recorded_z(self.model, batch), batch["attention_mask"].bool()) for batch in self.case.reference()]
 
 
 @dataclass

@@ -8,6 +8,7 @@ from collections.abc import Iterable, Iterator, Sequence
 
 from ablation.checks.on_model.every_head import EveryHead, Outcome
 from ablation.checks.on_model.own_model import NOISE_FACTOR, OwnModel
+from ablation.units import pair_label
 
 SHOWN = 3
 """Heads in a message of a failure."""
@@ -51,7 +52,7 @@ def _of_imputation(own: OwnModel, found: EveryHead, name: str, outcomes: Sequenc
     if ran:
         yield f"  largest errors: {', '.join(map(_error, ran[:SHOWN]))}"
     for each in [each for each in wrong if each.raised][:1]:
-        yield f"  {head(each)} raised {each.raised}"
+        yield f"  {pair_label(each.pair)} raised {each.raised}"
     if wrong:
         yield from _conclusions(found, [each for each in outcomes if not each.raised])
 
@@ -74,7 +75,7 @@ def _conclusions(found: EveryHead, outcomes: Sequence[Outcome]) -> Iterator[str]
 def _strongest(outcomes: Sequence[Outcome], changes: Sequence[float]) -> list[str]:
     """Return the names of the heads with the largest changes."""
     order = sorted(range(len(outcomes)), key=lambda place: -abs(changes[place]))
-    return [head(outcomes[place]) for place in order[:STRONGEST]]
+    return [pair_label(outcomes[place].pair) for place in order[:STRONGEST]]
 
 
 COLUMNS = (
@@ -120,7 +121,8 @@ def wrong_logits(tolerance: float, found: EveryHead, name: str) -> str | None:
     if not wrong:
         return None
     if wrong[0].raised:
-        return f"{len(wrong)} of {len(outcomes)} heads are wrong: ablating {head(wrong[0])} raised {wrong[0].raised}"
+        first = f"ablating {pair_label(wrong[0].pair)} raised {wrong[0].raised}"
+        return f"{len(wrong)} of {len(outcomes)} heads are wrong: {first}"
     shown, rest = wrong[:SHOWN], len(wrong) - SHOWN
     return (
         f"{len(wrong)} of {len(outcomes)} heads are wrong: {', '.join(map(_error, shown))}"
@@ -144,16 +146,10 @@ def listed(outcomes: Iterable[Outcome], own: OwnModel) -> str:
     for layer in sorted(dict(every)):
         here = [pair for pair in every if pair[0] == layer]
         wrong = [pair for pair in here if pair in pairs]
-        names += [f"L{layer}"] if len(wrong) == len(here) else [f"L{layer}H{number}" for _, number in wrong]
+        names += [f"L{layer}"] if len(wrong) == len(here) else list(map(pair_label, wrong))
     rest = len(names) - LISTED
     return " ".join(names[:LISTED]) + (f" and {rest} more" if rest > 0 else "")
 
 
-def head(outcome: Outcome) -> str:
-    """Return the name of a head."""
-    layer, number = outcome.pair
-    return f"L{layer}H{number}"
-
-
 def _error(outcome: Outcome) -> str:
-    return f"{head(outcome)} by {outcome.error:.3g} logits (its effect is {outcome.effect:.3g})"
+    return f"{pair_label(outcome.pair)} by {outcome.error:.3g} logits (its effect is {outcome.effect:.3g})"
