@@ -68,7 +68,7 @@ class Case:
 
     @property
     def random_decoder(self) -> Decoder:
-        """The decoder, whose shape can be exchanged. Raises TypeError for a model of the user's, whose shape is fixed."""
+        """The decoder, whose shape can be exchanged. Raises TypeError for a model of the user's."""
         if not isinstance(self.decoder, Decoder):
             raise TypeError(f"{self.decoder!r} is no random decoder")
         return self.decoder
