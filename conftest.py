@@ -38,9 +38,9 @@ settings.load_profile("ci" if os.environ.get("CI") else "quick")
 
 from ablation import models, provenance  # noqa: E402
 from ablation.errors import ModelUnavailable  # noqa: E402
-from ablation.experiment import sweep_prompts  # noqa: E402
 from ablation.results import Result  # noqa: E402
 from ablation.sources import NAMED_MODELS  # noqa: E402
+from ablation.studies.experiment import sweep_prompts  # noqa: E402
 from tests.golden import FOLDER, Golden  # noqa: E402
 from tests.kernels import batch_dependent_kernels  # noqa: E402
 

@@ -9,50 +9,50 @@ import importlib
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from ablation.curves import Curve, rank_heads
     from ablation.edits import Ablation
     from ablation.engine import run, run_sequential
     from ablation.errors import AblationError
-    from ablation.experiment import sweep_prompts
-    from ablation.generation import Generation, generate
     from ablation.heads import HeadMap, find_heads
     from ablation.hook import HeadAblation
     from ablation.imputation import Imputation, Values
     from ablation.models import LoadedModel, load
-    from ablation.pairs import Pairs, strongest_heads
     from ablation.reference import Reference, record_z
     from ablation.results import Result
-    from ablation.sampling import Sampling
-    from ablation.set_studies import greedy_order, removal_curve, sweep_pairs
+    from ablation.studies.curves import Curve, rank_heads
+    from ablation.studies.experiment import sweep_prompts
+    from ablation.studies.generation import Generation, generate
+    from ablation.studies.pairs import Pairs, strongest_heads
+    from ablation.studies.sampling import Sampling
+    from ablation.studies.sets import greedy_order, removal_curve, sweep_pairs
     from ablation.sweeps import sweep, sweep_sequential
 
 _MODULES = {
     "Ablation": "edits",
     "AblationError": "errors",
-    "Curve": "curves",
-    "Generation": "generation",
+    "Curve": "studies.curves",
+    "Generation": "studies.generation",
     "HeadAblation": "hook",
     "HeadMap": "heads",
     "Imputation": "imputation",
     "LoadedModel": "models",
-    "Pairs": "pairs",
+    "Pairs": "studies.pairs",
     "Reference": "reference",
     "Result": "results",
-    "Sampling": "sampling",
+    "Sampling": "studies.sampling",
     "Values": "imputation",
     "find_heads": "heads",
-    "generate": "generation",
-    "greedy_order": "set_studies",
+    "generate": "studies.generation",
+    "greedy_order": "studies.sets",
     "load": "models",
-    "rank_heads": "curves",
+    "rank_heads": "studies.curves",
     "record_z": "reference",
-    "removal_curve": "set_studies",
+    "removal_curve": "studies.sets",
     "run": "engine",
     "run_sequential": "engine",
-    "strongest_heads": "pairs",
+    "strongest_heads": "studies.pairs",
     "sweep": "sweeps",
-    "sweep_pairs": "set_studies",
-    "sweep_prompts": "experiment",
+    "sweep_pairs": "studies.sets",
+    "sweep_prompts": "studies.experiment",
     "sweep_sequential": "sweeps",
 }
 

@@ -8,18 +8,10 @@ import sys
 from collections.abc import Sequence
 
 import ablation
-from ablation import (
-    curve_command,
-    diff_command,
-    generate_command,
-    pairs_command,
-    set_command,
-    sources,
-    sweep_command,
-)
+from ablation import sources
 from ablation.checks import command as check_command
-from ablation.errors import AblationError, one_line
-from ablation.terminal import (
+from ablation.commands import curve, diff, generate, pairs, sets, sweep
+from ablation.commands.terminal import (
     Interruptions,
     discard_output,
     prepare_streams,
@@ -29,6 +21,7 @@ from ablation.terminal import (
     status_line,
     warnings_as_notes,
 )
+from ablation.errors import AblationError, one_line
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -80,7 +73,7 @@ def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(prog="ablation", description="Switch off attention heads of a language model.")
     parser.add_argument("--version", action=_Version, nargs=0, help="print the version and exit")
     commands = parser.add_subparsers(required=True, metavar="command")
-    for command in (sweep_command, set_command, curve_command, pairs_command):
+    for command in (sweep, sets, curve, pairs):
         command.add_command(commands)
     heads = commands.add_parser(
         "heads",
@@ -90,8 +83,8 @@ def _parser() -> argparse.ArgumentParser:
     heads.add_argument("--model", default="capitals", help=sources.MODEL_HELP)
     heads.add_argument("--json", action="store_true", help="print the map as JSON, layer by layer")
     heads.set_defaults(run=_heads)
-    generate_command.add_command(commands)
-    diff_command.add_command(commands)
+    generate.add_command(commands)
+    diff.add_command(commands)
     check_command.add_command(commands)
     return parser
 
@@ -99,8 +92,9 @@ def _parser() -> argparse.ArgumentParser:
 def _heads(arguments: argparse.Namespace) -> int:
     sources.resolve(arguments.model)
     status_line(f"reading {arguments.model} ...")
-    from ablation import models, report
+    from ablation import models
     from ablation.heads import find_heads
+    from ablation.reports import report
 
     silence_transformers()
     with warnings_as_notes():

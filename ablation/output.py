@@ -20,7 +20,7 @@ from ablation.errors import InvalidOutput, one_line
 
 MANIFEST = "sweep.json"
 UNFINISHED = "unfinished"
-"""The folder, in that of a result, for the finished prompts of an unfinished run; see `ablation.checkpoint`."""
+"""The folder, in that of a result, for the finished prompts of an unfinished run; see `ablation.studies.checkpoint`."""
 REFERENCE = "reference.npz"
 FILES = (
     MANIFEST,

@@ -10,7 +10,7 @@ from numpy.typing import NDArray
 from ablation.prompt_files import read_rows, valid_rows
 from ablation.prompts import Question
 from ablation.results import Result
-from ablation.statistics import bootstrap_interval
+from ablation.studies.statistics import bootstrap_interval
 
 PREFIX = "all_"
 """Of the names of the pinned arrays."""

@@ -8,7 +8,7 @@ from typing import Any
 
 import numpy as np
 
-from ablation.report import Decode, flips, trend
+from ablation.reports.report import Decode, flips, trend
 from ablation.results import Result
 from tests.golden import FOLDER, agreement_arrays, probability_change
 

@@ -13,7 +13,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from ablation.report import trend
+from ablation.reports.report import trend
 from ablation.results import Result
 
 FOLDER = Path(__file__).parent.parent / "golden"

@@ -7,13 +7,13 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from ablation.curves import Heads
 from ablation.heads import find_heads
 from ablation.models import LoadedModel
-from ablation.pairs import Pairs
 from ablation.results import Result
-from ablation.set_studies import removal_curve, sweep_pairs
 from ablation.sources import NAMED_MODELS
+from ablation.studies.curves import Heads
+from ablation.studies.pairs import Pairs
+from ablation.studies.sets import removal_curve, sweep_pairs
 from tests.all_capitals import questions
 from tests.golden import FOLDER
 

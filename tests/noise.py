@@ -25,9 +25,9 @@ import numpy as np
 import torch
 
 from ablation import models, provenance
-from ablation.experiment import sweep_prompts
 from ablation.results import Result
 from ablation.sources import NAMED_MODELS
+from ablation.studies.experiment import sweep_prompts
 from tests import all_capitals, golden_sets, other_imputations
 from tests.golden import FOLDER, agreement_arrays, head_mean_arrays, robustness_arrays, sensitivity_arrays
 

@@ -10,9 +10,9 @@ from ablation.engine import run
 from ablation.models import LoadedModel
 from ablation.prompts import continuation_ids, prompt_ids
 from ablation.reference import Reference
-from ablation.replacements import Replacements
 from ablation.results import Result
 from ablation.sources import NAMED_MODELS
+from ablation.studies.replacements import Replacements
 from ablation.sweeps import one_head_ablations
 from tests.all_capitals import questions
 from tests.golden import robustness_arrays, sensitivity_arrays

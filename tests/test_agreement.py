@@ -12,8 +12,10 @@ import pytest
 from matplotlib.figure import Figure
 from scipy import stats
 
-from ablation import agreement, figures, report, statistics, summary
-from ablation.figure_texts import NO_BREAK
+from ablation.figures import of_sweeps
+from ablation.figures.labels import NO_BREAK
+from ablation.reports import report, summary
+from ablation.studies import agreement, statistics
 from tests.synthetic import CLEAN, WORDS, synthetic
 from tests.test_figures import (  # noqa: F401 (fixture)
     IMPUTATIONS,
@@ -176,7 +178,7 @@ def test_figures_of_any_imputations_have_no_overlaps(
     tmp_path: Path,
     drawn: list[Figure],  # noqa: F811
 ) -> None:
-    paths = figures.draw(random_result(*grid, prompts, imputations), tmp_path, title="capitals", decode=decode)
+    paths = of_sweeps.draw(random_result(*grid, prompts, imputations), tmp_path, title="capitals", decode=decode)
     assert (tmp_path / "agreement.png") in paths
     for figure in drawn:
         assert_composed(figure)

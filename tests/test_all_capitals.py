@@ -5,8 +5,8 @@ from __future__ import annotations
 import numpy as np
 import pytest
 
-from ablation.experiment import sweep_prompts
 from ablation.models import LoadedModel
+from ablation.studies.experiment import sweep_prompts
 from tests.all_capitals import arrays, questions
 from tests.golden import Golden, atol_of
 

@@ -5,8 +5,8 @@ from __future__ import annotations
 import pytest
 from scipy.stats import binom
 
-from ablation.answers import change, changes, contains_answer, flags, is_exact
-from ablation.statistics import share
+from ablation.studies.answers import change, changes, contains_answer, flags, is_exact
+from ablation.studies.statistics import share
 
 
 @pytest.mark.parametrize(

@@ -13,11 +13,11 @@ from ablation.checks.decoders import Decoder
 from ablation.edits import Ablation
 from ablation.engine import run, run_sequential
 from ablation.errors import InvalidAblation, InvalidPrompt, UnknownImputation, UnsupportedModel
-from ablation.experiment import sweep_prompts
 from ablation.imputation import IMPUTATIONS
 from ablation.models import LoadedModel
 from ablation.prompts import Question, prompt_ids
 from ablation.results import PromptRecord
+from ablation.studies.experiment import sweep_prompts
 from ablation.sweeps import sweep, sweep_sequential
 from tests.comparing import IDS, assert_results_equal
 

@@ -13,13 +13,14 @@ import numpy as np
 import pytest
 import torch
 
-from ablation import experiment, output
+from ablation import output
 from ablation.errors import InvalidOutput, InvalidPrompt, InvalidResult
-from ablation.experiment import sweep_prompts
 from ablation.models import LoadedModel
 from ablation.passes import Progress
 from ablation.prompts import Question
 from ablation.results import RECEIPTS, Result
+from ablation.studies import experiment
+from ablation.studies.experiment import sweep_prompts
 from tests.test_cli import Run, run  # noqa: F401 (fixture)
 from tests.test_output import contents, quick  # noqa: F401 (fixture)
 

@@ -20,7 +20,7 @@ from ablation.errors import InvalidAblation
 from ablation.imputation import IMPUTATIONS as OF_ONE_PROMPT
 from ablation.imputation import as_imputation
 from ablation.reference import MEAN, MEAN_BY_POSITION
-from ablation.replacements import RESAMPLE as RESAMPLED
+from ablation.studies.replacements import RESAMPLE as RESAMPLED
 
 
 def test_names_are_those_of_the_package() -> None:
@@ -121,7 +121,7 @@ def test_number_that_is_none_is_refused(text: str) -> None:
 
 
 def test_choices_import_no_torch() -> None:
-    code = "import sys, ablation.choices, ablation.sweep_arguments; print({'torch', 'numpy'} & {*sys.modules})"
+    code = "import sys, ablation.choices, ablation.commands.arguments; print({'torch', 'numpy'} & {*sys.modules})"
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
     assert done.stdout == "set()\n", done.stderr
 

@@ -14,13 +14,13 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from ablation.curve_command import _take_over
-from ablation.curves import Curve, random_orders, rank_heads
+from ablation.commands.curve import _take_over
 from ablation.edits import Ablation
 from ablation.engine import run_sequential
 from ablation.models import LoadedModel
 from ablation.results import AblationKey, Result
-from ablation.set_studies import greedy_order
+from ablation.studies.curves import Curve, random_orders, rank_heads
+from ablation.studies.sets import greedy_order
 from tests.comparing import ATOL
 from tests.test_checkpoint import assert_same_bits
 from tests.test_set_commands import CITIES, RECORDS, Run, files, odd, result, rows, run, swept_cities, write_cities  # noqa: F401
@@ -51,8 +51,8 @@ def test_curve_takes_the_order_of_a_result(run: Run, result: str, swept_cities: 
 def test_curve_takes_over_how_the_result_was_made(run: Run, capitals: LoadedModel) -> None:
     sweep = ["sweep", "--prompt", "Rome is the capital of", "--imputation", "mean", "--positions", "0,-1"]
     with pytest.MonkeyPatch.context() as patched:
-        patched.setattr("ablation.figures.draw", lambda *_, **__: None)
-        patched.setattr("ablation.html_report.write_html", lambda _, path, **__: path.write_text(""))
+        patched.setattr("ablation.figures.of_sweeps.draw", lambda *_, **__: None)
+        patched.setattr("ablation.reports.html_report.write_html", lambda _, path, **__: path.write_text(""))
         assert run(*sweep, "--dtype", "float64", "--out", "swept64")[0] == 0
     status, out, err = run("curve", "swept64", "--k", "1", "--random", "0", "--out", "out")
     assert (status, err) == (0, "") and "by mean imputation in swept64, on 1 prompt" in out

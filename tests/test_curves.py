@@ -11,11 +11,22 @@ from hypothesis import given
 from hypothesis import strategies as st
 from scipy import stats
 
-from ablation import statistics
 from ablation.choices import BY
-from ablation.curves import BAND, METRICS, ORDERED, RANDOM, Curve, Series, curve_rows, random_orders, rank_heads, split
 from ablation.errors import InvalidAblation, InvalidResult
 from ablation.results import AblationKey, Result
+from ablation.studies import statistics
+from ablation.studies.curves import (
+    BAND,
+    METRICS,
+    ORDERED,
+    RANDOM,
+    Curve,
+    Series,
+    curve_rows,
+    random_orders,
+    rank_heads,
+    split,
+)
 from ablation.units import Pair, pair_order
 from tests.synthetic import synthetic, synthetic_sets, with_maps
 

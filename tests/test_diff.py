@@ -12,9 +12,9 @@ from typing import Any
 import numpy as np
 import pytest
 
-from ablation import diff
 from ablation.cli import main
 from ablation.errors import InvalidResult
+from ablation.reports import diff
 from ablation.results import Result
 from tests.synthetic import synthetic
 

@@ -12,9 +12,11 @@ import pytest
 from matplotlib.figure import Figure
 from matplotlib.patches import Rectangle
 
-from ablation import figures, statistics, summary
-from ablation.drawn import Drawn
-from ablation.figure_texts import MINUS, NO_BREAK, STYLE, add_title, name_heads, width, wrapped
+from ablation.figures import of_sweeps
+from ablation.figures.drawn import Drawn
+from ablation.figures.labels import MINUS, NO_BREAK, STYLE, add_title, name_heads, width, wrapped
+from ablation.reports import summary
+from ablation.studies import statistics
 from tests.test_figures import (  # noqa: F401 (fixture)
     TITLE,
     decode,
@@ -78,7 +80,7 @@ def test_finding_names_a_head_that_differs_from_zero() -> None:
 def test_intervals_have_signs_and_are_not_broken() -> None:
     result = random_result(3, 4, prompts=20)
     result.ablated["target_probability"][:, 5] -= 0.2
-    with figures.style.context(["default", STYLE]):
+    with of_sweeps.style.context(["default", STYLE]):
         drawings = [drawing_of(name, result) for name in ("sensitivity", "agreement")]
         for drawing in drawings:
             add_title(drawing.figure, drawing.finding, TITLE)
@@ -99,7 +101,7 @@ def test_margins_have_no_shares_if_nothing_flips() -> None:
 def test_positions_are_in_the_title(tmp_path: Path, drawn: list[Figure]) -> None:  # noqa: F811
     result = random_result(3, 4)
     keys = tuple(key._replace(positions="-1") for key in result.ablations)
-    figures.draw(replace(result, ablations=keys), tmp_path, title=TITLE, decode=decode)
+    of_sweeps.draw(replace(result, ablations=keys), tmp_path, title=TITLE, decode=decode)
     for figure in drawn:
         assert " ".join(title_of(figure)).endswith("Berlin is the capital of; heads ablated at the last token")
 
@@ -130,7 +132,7 @@ def test_strongest_shows_ten_heads_with_all_prompts() -> None:
 
 @pytest.mark.end_to_end
 def test_title_of_several_prompts_counts_them(tmp_path: Path, drawn: list[Figure]) -> None:  # noqa: F811
-    figures.draw(random_result(3, 4, prompts=5), tmp_path, title="capitals: ", decode=decode)
+    of_sweeps.draw(random_result(3, 4, prompts=5), tmp_path, title="capitals: ", decode=decode)
     assert len(drawn) == 6 and all(title_of(figure)[-1] == "capitals: 5 prompts" for figure in drawn)
 
 
@@ -139,7 +141,7 @@ def test_title_of_several_prompts_counts_them(tmp_path: Path, drawn: list[Figure
     [(3, 4), *(pytest.param(grid, marks=pytest.mark.end_to_end) for grid in ((12, 12), (2, 32), (40, 2), (32, 32)))],
 )
 def test_strongest_cells_are_named_where_they_are(grid: tuple[int, int]) -> None:
-    with figures.style.context(["default", STYLE]):
+    with of_sweeps.style.context(["default", STYLE]):
         drawing = drawing_of("sensitivity", random_result(*grid))
         add_title(drawing.figure, drawing.finding, TITLE)
         for axes, panel in drawing.maps:

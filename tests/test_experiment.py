@@ -9,11 +9,11 @@ from typing import Any
 import numpy as np
 import pytest
 
-from ablation import experiment
 from ablation.errors import InvalidPrompt
-from ablation.experiment import sweep_prompts
 from ablation.models import LoadedModel
 from ablation.prompts import Question
+from ablation.studies import experiment
+from ablation.studies.experiment import sweep_prompts
 
 BERLIN = "Berlin is the capital of"
 

@@ -18,9 +18,9 @@ from matplotlib.figure import Figure
 from matplotlib.legend import Legend
 from matplotlib.text import Text
 
-from ablation import figures, maps
-from ablation.drawn import Drawn
-from ablation.figure_texts import NAME, STYLE, rounded
+from ablation.figures import maps, of_sweeps
+from ablation.figures.drawn import Drawn
+from ablation.figures.labels import NAME, STYLE, rounded
 from ablation.results import METRICS, AblationKey, PromptRecord, Result
 
 IMPUTATIONS = ["zero", "mean", "channel-mean", "reference-mean", "reference-mean-by-position", "resample", "scale:0.5"]
@@ -75,8 +75,8 @@ def decode(*tokens: int) -> str:
 
 def drawing_of(name: str, result: Result) -> maps.Drawing:
     """A drawing before its title is added."""
-    with figures.style.context(["default", STYLE]):
-        drawing: maps.Drawing = getattr(figures, name)(Drawn(result, decode))
+    with of_sweeps.style.context(["default", STYLE]):
+        drawing: maps.Drawing = getattr(of_sweeps, name)(Drawn(result, decode))
     return drawing
 
 
@@ -171,7 +171,7 @@ def title_of(figure: Figure) -> list[str]:
 def test_figures_of_every_grid_have_no_overlaps(
     layers: int, heads: int, prompts: int, tmp_path: Path, drawn: list[Figure]
 ) -> None:
-    paths = figures.draw(random_result(layers, heads, prompts), tmp_path, title=TITLE, decode=decode)
+    paths = of_sweeps.draw(random_result(layers, heads, prompts), tmp_path, title=TITLE, decode=decode)
     assert [p.name for p in paths] == [*FILES, *(["strongest.png"] if prompts > 1 else [])]
     assert all(path.read_bytes().startswith(b"\x89PNG") for path in paths)
     for figure in drawn:
@@ -189,7 +189,7 @@ def test_figures_of_extreme_results_have_no_overlaps(
         "everything flips": random_result(6, 8, prompts, flips=1.0),
         "no heads in some layers": random_result(6, 4, prompts, holes=HOLES),
     }[kind]
-    figures.draw(result, tmp_path, title=TITLE, decode=decode)
+    of_sweeps.draw(result, tmp_path, title=TITLE, decode=decode)
     assert len(drawn) == 5 + (prompts > 1)
     for figure in drawn:
         assert_composed(figure)
@@ -201,7 +201,7 @@ def test_figures_of_extreme_results_have_no_overlaps(
     [*(random_result(*grid, imputations=1) for grid in SMALL), random_result(6, 4, imputations=1, holes=HOLES)],
 )
 def test_legends_of_small_figures_are_inside(result: Result, tmp_path: Path, drawn: list[Figure]) -> None:
-    figures.draw(result, tmp_path, title=TITLE, decode=decode)
+    of_sweeps.draw(result, tmp_path, title=TITLE, decode=decode)
     for figure in drawn:
         width, height = figure.canvas.get_width_height()
         for legend in figure.findobj(Legend):
@@ -223,13 +223,13 @@ def test_lines_of_head_means_skip_layers_without_heads() -> None:
     assert np.isnan(trend[[2, 5, 8], 1]).all()
     whole = drawing_of("head_means", with_trend(random_result(6, 4))).figure
     assert np.asarray(whole.axes[1].lines[-1].get_xydata())[:2, 1].tolist() == [-0.5, 5.5]
-    slope, _, r_squared = figures.trend(with_trend(random_result(6, 4)).head_mean[0])
+    slope, _, r_squared = of_sweeps.trend(with_trend(random_result(6, 4)).head_mean[0])
     assert f"trend {slope:+.2g} per layer (r² {r_squared:.2f})" in legend_of(whole)
 
 
 def test_trend_line_is_left_out_where_depth_explains_little() -> None:
     result = random_result(12, 12)
-    assert figures.trend(result.head_mean[0]).r_squared < figures.TREND_FROM
+    assert of_sweeps.trend(result.head_mean[0]).r_squared < of_sweeps.TREND_FROM
     drawing = drawing_of("head_means", result)
     assert not [line for line in drawing.figure.axes[1].lines if line.get_linestyle() == "--"]
     assert not any("trend" in label for label in legend_of(drawing.figure))
@@ -248,7 +248,7 @@ def test_few_layers_have_no_trend_line(layers: int) -> None:
 def test_tokens_of_one_text_are_told_apart(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     saved: list[Figure] = []
     monkeypatch.setattr(Figure, "savefig", lambda self, *_, **__: saved.append(self))
-    figures.draw(random_result(2, 3), tmp_path, title="x", decode=lambda *_: "\ufffd")
+    of_sweeps.draw(random_result(2, 3), tmp_path, title="x", decode=lambda *_: "\ufffd")
     words = " ".join(text.get_text().replace("\n", " ") for text in texts_of(saved[0]))
     assert "(token 0)" in words and "(token 2)" in words
 
@@ -262,7 +262,7 @@ def test_dashes_of_head_means_are_explained() -> None:
 @pytest.mark.end_to_end
 def test_any_token_and_title_can_be_drawn(tmp_path: Path, drawn: list[Figure]) -> None:
     texts = {0: "$\\frac{1}$\n incomprehensibilities", 1: "\t", 2: "日本"}
-    figures.draw(
+    of_sweeps.draw(
         random_result(12, 12), tmp_path, title="x" * 300 + "$y$", decode=lambda *ids: "".join(texts[i] for i in ids)
     )
     for figure in drawn:
@@ -274,7 +274,7 @@ def test_any_token_and_title_can_be_drawn(tmp_path: Path, drawn: list[Figure]) -
 
 
 def test_one_imputation_has_no_figure_of_agreement(tmp_path: Path) -> None:
-    paths = figures.draw(random_result(3, 4, imputations=1), tmp_path, title="x", decode=decode)
+    paths = of_sweeps.draw(random_result(3, 4, imputations=1), tmp_path, title="x", decode=decode)
     assert [path.name for path in paths] == ["sensitivity.png", "histograms.png", "head_means.png", "margins.png"]
 
 
@@ -342,7 +342,7 @@ def test_title_says_the_finding_and_keeps_both_ends_of_prompt(tmp_path: Path, dr
     result = random_result(3, 4, flips=0.0)
     result.ablated["target_probability"][0, 5] = 0.5 - 0.12
     result.ablated["argmax"][0, 7] = 1
-    figures.draw(result, tmp_path, title="capitals: " + "word " * 60 + "the last words", decode=decode)
+    of_sweeps.draw(result, tmp_path, title="capitals: " + "word " * 60 + "the last words", decode=decode)
     title = " ".join(title_of(drawn[0])).replace("\N{NO-BREAK SPACE}", " ")
     assert title.startswith(
         f"23 of 24 ablations keep “␣Germany”; L1H1 (zero) changes P(“␣Germany”) most, by {MINUS}12 pp "
@@ -361,7 +361,7 @@ def test_axes_choose_their_own_steps() -> None:
 @pytest.mark.parametrize("prompts", [1, 3])
 @pytest.mark.end_to_end
 def test_nothing_changes_is_said_in_words_without_a_scale(prompts: int, tmp_path: Path, drawn: list[Figure]) -> None:
-    figures.draw(without_changes(random_result(6, 8, prompts)), tmp_path, title=TITLE, decode=decode)
+    of_sweeps.draw(without_changes(random_result(6, 8, prompts)), tmp_path, title=TITLE, decode=decode)
     words = {"sensitivity": "no change", "agreement": "no difference", "histograms": "no change"}
     words |= {"head_means": "all 0", "margins": "no change", "strongest": "no change"}
     for figure, (name, said) in zip(drawn, words.items(), strict=False):
@@ -383,7 +383,7 @@ def test_statistic_of_histograms_has_a_unit(prompts: int) -> None:
 
 
 def test_importing_figures_does_not_import_torch() -> None:
-    program = "import sys; from ablation import figures; sys.exit('torch' in sys.modules)"
+    program = "import sys; import ablation.figures.of_sweeps; sys.exit('torch' in sys.modules)"
     subprocess.run([sys.executable, "-c", program], check=True)
 
 
@@ -391,8 +391,8 @@ def test_importing_figures_does_not_import_torch() -> None:
 def test_user_settings_are_neither_used_nor_changed(tmp_path: Path) -> None:
     with matplotlib.rc_context({"image.origin": "lower", "font.size": 40}):
         before = dict(matplotlib.rcParams)
-        (first, *_) = figures.draw(random_result(3, 4), tmp_path, title="x", decode=decode)
+        (first, *_) = of_sweeps.draw(random_result(3, 4), tmp_path, title="x", decode=decode)
         bold = first.read_bytes()
         assert dict(matplotlib.rcParams) == before
-    (first, *_) = figures.draw(random_result(3, 4), tmp_path, title="x", decode=decode)
+    (first, *_) = of_sweeps.draw(random_result(3, 4), tmp_path, title="x", decode=decode)
     assert first.read_bytes() == bold

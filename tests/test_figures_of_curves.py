@@ -10,11 +10,11 @@ import numpy as np
 import pytest
 from matplotlib.figure import Figure
 
-from ablation.curves import ORDERED, RANDOM, Curve, Series, random_orders
 from ablation.errors import InvalidResult
-from ablation.figure_texts import MINUS, NO_BREAK
-from ablation.figures_of_curves import draw_curve
+from ablation.figures.labels import MINUS, NO_BREAK
+from ablation.figures.of_curves import draw_curve
 from ablation.results import AblationKey, Result
+from ablation.studies.curves import ORDERED, RANDOM, Curve, Series, random_orders
 from tests.synthetic import synthetic, synthetic_sets
 from tests.test_figures import assert_composed, drawn, legend_of, title_of  # noqa: F401 (fixture)
 

@@ -11,10 +11,10 @@ import pytest
 from matplotlib.figure import Figure
 
 from ablation.errors import InvalidResult
-from ablation.figure_texts import MINUS, NO_BREAK
-from ablation.figures_of_pairs import draw_pairs
-from ablation.pairs import Pairs, sets_of_two
+from ablation.figures.labels import MINUS, NO_BREAK
+from ablation.figures.of_pairs import draw_pairs
 from ablation.results import AblationKey, Result
+from ablation.studies.pairs import Pairs, sets_of_two
 from tests.synthetic import synthetic, synthetic_sets
 from tests.test_figures import assert_composed, decode, drawn, legend_of, names_of_heads, title_of  # noqa: F401 (fixture)
 

@@ -11,12 +11,12 @@ import numpy as np
 import pytest
 from matplotlib.figure import Figure
 
-from ablation import statistics
 from ablation.errors import InvalidResult
-from ablation.figure_texts import MINUS, NO_BREAK
-from ablation.figures_of_pairs import draw_pairs
-from ablation.figures_of_sets import LABEL, draw_sets
+from ablation.figures.labels import MINUS, NO_BREAK
+from ablation.figures.of_pairs import draw_pairs
+from ablation.figures.of_sets import LABEL, draw_sets
 from ablation.results import LOSS, AblationKey, Result
+from ablation.studies import statistics
 from tests.synthetic import synthetic_sets
 from tests.test_figures import assert_composed, decode, drawn, legend_of, names_of_heads, title_of  # noqa: F401 (fixture)
 

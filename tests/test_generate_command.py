@@ -9,10 +9,11 @@ from typing import Any
 
 import pytest
 
-from ablation import generate, generation
+from ablation import generate
 from ablation.cli import main
 from ablation.models import LoadedModel
-from ablation.sampling import Sampling
+from ablation.studies import generation
+from ablation.studies.sampling import Sampling
 from tests.test_cli import modules_after
 
 Run = Callable[..., tuple[int, str, str]]

@@ -25,12 +25,12 @@ from ablation.errors import (
     UnknownImputation,
     UnsupportedModel,
 )
-from ablation.generation import Generation, continuation_text, generate
 from ablation.hook import HeadAblation
 from ablation.measure import tie_tolerance
 from ablation.models import LoadedModel
 from ablation.prompts import Question
-from ablation.sampling import Sampling
+from ablation.studies.generation import Generation, continuation_text, generate
+from ablation.studies.sampling import Sampling
 from tests.surgery import kind, reference
 from tests.test_hook import hooks_of, logits
 

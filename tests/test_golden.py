@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 
 from ablation.models import LoadedModel
-from ablation.report import trend
+from ablation.reports.report import trend
 from ablation.results import Result
 from tests import other_imputations
 from tests.golden import (

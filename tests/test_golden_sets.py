@@ -5,11 +5,11 @@ from __future__ import annotations
 import numpy as np
 import pytest
 
-from ablation.curves import Curve
 from ablation.heads import find_heads
 from ablation.models import LoadedModel
-from ablation.pairs import Pairs
 from ablation.sources import NAMED_MODELS
+from ablation.studies.curves import Curve
+from ablation.studies.pairs import Pairs
 from tests import golden_sets
 from tests.comparing import ATOL
 from tests.golden import Golden, atol_of, made_with

@@ -12,8 +12,9 @@ from typing import Any
 import numpy as np
 import pytest
 
-from ablation import html_report, statistics
+from ablation.reports import html_report
 from ablation.results import AblationKey, Result
+from ablation.studies import statistics
 from tests.synthetic import synthetic
 from tests.test_html_report import EVIL, decode, evil_result
 

@@ -16,9 +16,10 @@ from typing import Any
 import numpy as np
 import pytest
 
-from ablation import html_report, statistics
 from ablation.errors import AblationError, InvalidResult
+from ablation.reports import html_report
 from ablation.results import METRICS, AblationKey, Result
+from ablation.studies import statistics
 from tests.synthetic import synthetic
 
 pytest.importorskip("bokeh")
@@ -218,5 +219,7 @@ def test_missing_bokeh_is_reported(tmp_path: Path, monkeypatch: pytest.MonkeyPat
 @pytest.mark.slow
 @pytest.mark.end_to_end
 def test_import_loads_neither_bokeh_nor_torch() -> None:
-    code = "import sys, ablation.html_report; print([name for name in ('bokeh', 'torch') if name in sys.modules])"
+    code = (
+        "import sys, ablation.reports.html_report; print([name for name in ('bokeh', 'torch') if name in sys.modules])"
+    )
     assert subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout == "[]\n"

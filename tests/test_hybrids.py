@@ -15,12 +15,13 @@ from torch import Tensor
 from transformers import AutoModelForImageTextToText, Lfm2Config, PreTrainedModel
 from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 
-from ablation import figures, maps, report
 from ablation.checks.assertions import assert_close
 from ablation.checks.decoders import Decoder, randomised
 from ablation.errors import InvalidHead, UnsupportedModel
+from ablation.figures import maps, of_sweeps
 from ablation.heads import find_heads
 from ablation.hook import HeadAblation
+from ablation.reports import report
 from ablation.results import INTEGERS, METRICS, RECEIPTS, Result
 from ablation.sweeps import sweep, sweep_sequential
 from tests.comparing import ATOL, IDS, assert_falls_back, assert_results_equal
@@ -175,7 +176,7 @@ def test_findings_cover_existing_heads_only(family: str) -> None:
 @pytest.mark.end_to_end
 def test_figures_mark_missing_heads(tmp_path: Path, drawn: list[Figure]) -> None:  # noqa: F811
     result = swept(HYBRID)
-    paths = figures.draw(result, tmp_path, title="a hybrid", decode=lambda *_: "a")
+    paths = of_sweeps.draw(result, tmp_path, title="a hybrid", decode=lambda *_: "a")
     for path, figure in zip(paths, drawn, strict=True):
         assert_composed(figure)
         assert ("no heads" in {text.get_text() for text in texts_of(figure)}) == (

@@ -17,9 +17,9 @@ from ablation.errors import AblationNotApplied, InvalidAblation, InvalidResult
 from ablation.heads import find_heads
 from ablation.hook import HeadAblation
 from ablation.imputation import Imputation, Site
-from ablation.pairs import Pairs, sets_of_two
 from ablation.results import AblationKey, Result
-from ablation.set_studies import curve_sets
+from ablation.studies.pairs import Pairs, sets_of_two
+from ablation.studies.sets import curve_sets
 from ablation.tables import to_frame
 from ablation.units import each, parse_set
 from tests.comparing import IDS, assert_results_equal

@@ -9,15 +9,15 @@ from pathlib import Path
 import pytest
 import torch
 
-from ablation import moved
 from ablation.checks.decoders import Decoder
 from ablation.edits import Ablation
 from ablation.engine import MovedToken, moved_tokens
-from ablation.experiment import sweep_prompts
 from ablation.hook import HeadAblation
 from ablation.models import LoadedModel
 from ablation.prompts import Question
 from ablation.results import AblationKey
+from ablation.studies import moved
+from ablation.studies.experiment import sweep_prompts
 from tests.comparing import ATOL, IDS
 
 GPT2 = Decoder("gpt2", num_layers=2, num_heads=3, head_dim=2)

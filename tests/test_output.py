@@ -17,10 +17,12 @@ from typing import Any
 import numpy as np
 import pytest
 
-from ablation import cli, experiment, figures, output, sources, sweep_arguments
+from ablation import cli, output, sources
 from ablation.checks.decoders import Decoder
 from ablation.errors import InvalidOutput
+from ablation.figures import of_sweeps
 from ablation.results import Result
+from ablation.studies import experiment
 from ablation.sweeps import sweep
 from tests.comparing import IDS
 from tests.test_cli import FIGURES, FILES, Run, draw_small_files, run  # noqa: F401 (fixture)
@@ -38,7 +40,7 @@ def contents(place: Path | str) -> dict[str, bytes | None]:
 @pytest.fixture
 def quick(monkeypatch: pytest.MonkeyPatch) -> None:
     """Draws each figure as a small file, since drawing takes seconds."""
-    monkeypatch.setattr(figures, "draw", draw_small_files)
+    monkeypatch.setattr(of_sweeps, "draw", draw_small_files)
 
 
 pytestmark = pytest.mark.usefixtures("quick")
@@ -123,7 +125,7 @@ def test_default_folder_names_model_and_question(arguments: list[str], name: str
     parsed = cli._parser().parse_args(["sweep", *arguments])
     known = parsed.model.partition("=")[0]
     source = replace(sources.NAMED_MODELS["capitals"].source(), name=known, full=parsed.model)
-    found = sweep_arguments.default_folder(source, sweep_arguments.asking(parsed, source).asked)
+    found = arguments.default_folder(source, arguments.asking(parsed, source).asked)
     assert re.fullmatch(name + ("[0-9a-f]{8}" if name.endswith("-") else ""), found)
 
 
@@ -239,7 +241,7 @@ def test_result_is_saved_without_figures_that_fail(run: Run, monkeypatch: pytest
         (draft / "sensitivity.png").write_bytes(b"half")
         raise MemoryError("no memory\nfor it")
 
-    monkeypatch.setattr(figures, "draw", fail)
+    monkeypatch.setattr(of_sweeps, "draw", fail)
     status, out, err = run(*ZERO, "--out", "out")
     assert status == 2 and out.startswith("capitals: ")
     assert err == "ablation: the arrays are in out, but no figures: MemoryError: no memory for it\n"
@@ -333,8 +335,8 @@ def test_result_that_came_meanwhile_is_kept(run: Run, monkeypatch: pytest.Monkey
 def test_killed_process_leaves_no_part_of_a_result(tmp_path: Path) -> None:
     """It is killed while it draws."""
     code = (
-        "import os, signal, sys\nfrom ablation import cli, figures\n"
-        "figures.draw = lambda *_, **__: os.kill(os.getpid(), signal.SIGKILL)\n"
+        "import os, signal, sys\nfrom ablation import cli\nfrom ablation.figures import of_sweeps\n"
+        "of_sweeps.draw = lambda *_, **__: os.kill(os.getpid(), signal.SIGKILL)\n"
         "cli.main(['sweep', '--imputation', 'zero', '--out', 'out'])"
     )
     done = subprocess.run([sys.executable, "-c", code], cwd=tmp_path, capture_output=True, text=True)

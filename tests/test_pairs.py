@@ -10,11 +10,11 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from ablation import statistics
 from ablation.choices import BY
 from ablation.errors import InvalidAblation, InvalidResult
-from ablation.pairs import METRICS, Pairs, pair_rows, sets_of_two, strongest_heads
 from ablation.results import AblationKey, Result
+from ablation.studies import statistics
+from ablation.studies.pairs import METRICS, Pairs, pair_rows, sets_of_two, strongest_heads
 from ablation.units import MLP, Pair, pair_label
 from tests.synthetic import synthetic, synthetic_sets, with_maps
 

@@ -9,8 +9,8 @@ import json
 import numpy as np
 import pytest
 
-from ablation.pairs import Pairs, strongest_heads
 from ablation.results import Result
+from ablation.studies.pairs import Pairs, strongest_heads
 from tests.test_set_commands import Run, files, rows, run, swept_cities  # noqa: F401
 
 

@@ -14,11 +14,11 @@ import numpy as np
 import pytest
 
 from ablation.errors import InvalidPrompt
-from ablation.experiment import sweep_prompts
 from ablation.models import LoadedModel
 from ablation.prompt_files import COLUMNS, PROMPTS_ONLY, SHIPPED, Columns, Row, as_rows, read_rows, valid_rows
 from ablation.prompts import Question, continuation_ids, prompt_ids
 from ablation.results import Result
+from ablation.studies.experiment import sweep_prompts
 from tests.test_cli import Run, run  # noqa: F401 (fixture)
 from tests.test_output import quick  # noqa: F401 (fixture)
 

@@ -10,13 +10,13 @@ import pytest
 import torch
 
 from ablation.errors import InvalidAblation, InvalidPrompt, InvalidResult, UnknownImputation
-from ablation.experiment import Study, sweep_prompts
 from ablation.imputation import ChannelMean, Values
 from ablation.models import LoadedModel
-from ablation.plan import load_values
 from ablation.prompts import Question
 from ablation.reference import Reference, record_z
-from ablation.study import origin
+from ablation.studies.experiment import Study, sweep_prompts
+from ablation.studies.plan import load_values
+from ablation.studies.study import origin
 from tests.comparing import assert_results_equal
 from tests.test_studies import OTHERS, RECORDS, few_heads, ids_of
 

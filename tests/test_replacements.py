@@ -19,8 +19,8 @@ from ablation.engine import run
 from ablation.errors import InvalidAblation, InvalidPrompt, InvalidResult, UnknownImputation
 from ablation.hook import HeadAblation
 from ablation.imputation import Imputation, Scale, Site, Values
-from ablation.replacements import Replacements, needs_reference
 from ablation.results import RECEIPTS, AblationKey, Result
+from ablation.studies.replacements import Replacements, needs_reference
 from ablation.sweeps import one_head_ablations
 from tests.comparing import ATOL
 from tests.surgery import reference

@@ -12,9 +12,10 @@ from typing import Any
 import numpy as np
 import pytest
 
-from ablation import report, statistics, summary
 from ablation.errors import InvalidResult
+from ablation.reports import report, summary
 from ablation.results import Result
+from ablation.studies import statistics
 from tests.synthetic import CLEAN, WORDS, synthetic, with_maps
 from tests.test_cli import FILES, Run, run  # noqa: F401 (fixture)
 

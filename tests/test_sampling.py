@@ -13,9 +13,9 @@ from scipy.stats import chisquare
 from torch import Tensor
 
 from ablation.errors import InvalidAblation
-from ablation.generation import generate
 from ablation.models import LoadedModel
-from ablation.sampling import Sampling, seed_of_prompt
+from ablation.studies.generation import generate
+from ablation.studies.sampling import Sampling, seed_of_prompt
 from tests.test_generation import HEADS, LLAMA, loaded_of, looped, text_of
 
 

@@ -15,11 +15,15 @@ from typing import Any
 import numpy as np
 import pytest
 
-from ablation import curve_command, experiment, pairs_command, set_command, study_command
 from ablation.cli import main
-from ablation.experiment import sweep_prompts
+from ablation.commands import curve as curve_command
+from ablation.commands import pairs as pairs_command
+from ablation.commands import sets as set_command
+from ablation.commands import study as study_command
 from ablation.models import LoadedModel
 from ablation.results import AblationKey, Result
+from ablation.studies import experiment
+from ablation.studies.experiment import sweep_prompts
 from tests.comparing import ATOL
 from tests.synthetic import synthetic_sets
 from tests.test_checkpoint import assert_same_bits

@@ -10,17 +10,17 @@ from typing import Any
 import numpy as np
 import pytest
 
-from ablation.curves import Curve
 from ablation.errors import InvalidAblation, InvalidOutput
-from ablation.experiment import sweep_prompts
 from ablation.imputation import Values
 from ablation.models import LoadedModel
-from ablation.pairs import Pairs, sets_of_two
 from ablation.prompts import prompt_ids
 from ablation.reference import Reference, record_z
-from ablation.replacements import Replacements
 from ablation.results import Result
-from ablation.set_studies import removal_curve, sweep_pairs
+from ablation.studies.curves import Curve
+from ablation.studies.experiment import sweep_prompts
+from ablation.studies.pairs import Pairs, sets_of_two
+from ablation.studies.replacements import Replacements
+from ablation.studies.sets import removal_curve, sweep_pairs
 from ablation.sweeps import HeadSet
 from tests.comparing import ATOL, assert_results_equal
 from tests.test_checkpoint import Interrupted, assert_same_bits

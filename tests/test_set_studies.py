@@ -13,18 +13,18 @@ import torch
 from transformers import GPT2Config, GPT2LMHeadModel
 
 from ablation.choices import BY
-from ablation.curves import METRICS, ORDERED, RANDOM, Curve, Heads, random_orders
 from ablation.errors import InvalidAblation, InvalidHead, InvalidPrompt, UnknownImputation
-from ablation.experiment import sweep_prompts
 from ablation.heads import find_heads
 from ablation.hook import HeadAblation
 from ablation.imputation import Imputation
 from ablation.models import LoadedModel
-from ablation.pairs import Pairs
 from ablation.prompts import Question, continuation_ids, prompt_ids
 from ablation.reference import Reference
 from ablation.results import Result
-from ablation.set_studies import greedy_order, removal_curve, sweep_pairs
+from ablation.studies.curves import METRICS, ORDERED, RANDOM, Curve, Heads, random_orders
+from ablation.studies.experiment import sweep_prompts
+from ablation.studies.pairs import Pairs
+from ablation.studies.sets import greedy_order, removal_curve, sweep_pairs
 from ablation.units import MLP, Pair
 from tests.comparing import ATOL
 

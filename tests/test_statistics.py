@@ -11,10 +11,10 @@ import pytest
 from numpy.typing import NDArray
 from scipy import stats
 
-from ablation import statistics
 from ablation.errors import InvalidResult
 from ablation.results import Result
-from ablation.statistics import Effects, effects, groups, share
+from ablation.studies import statistics
+from ablation.studies.statistics import Effects, effects, groups, share
 from tests.synthetic import synthetic
 
 

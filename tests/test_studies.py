@@ -12,14 +12,14 @@ import pytest
 from ablation.edits import Ablation
 from ablation.engine import run_sequential
 from ablation.errors import InvalidOutput
-from ablation.experiment import Study, sweep_prompts
 from ablation.imputation import Imputation, Values
 from ablation.models import LoadedModel
-from ablation.moved import of_strongest
 from ablation.prompts import Question, prompt_ids
 from ablation.reference import Reference, record_z
-from ablation.replacements import Replacements
 from ablation.results import Result
+from ablation.studies.experiment import Study, sweep_prompts
+from ablation.studies.moved import of_strongest
+from ablation.studies.replacements import Replacements
 from tests.comparing import ATOL, arrays, assert_results_equal
 from tests.test_checkpoint import Interrupted, assert_same_bits
 

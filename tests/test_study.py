@@ -79,7 +79,7 @@ def test_study_goes_on_after_a_process_died(tmp_path: Path, rank: int) -> None:
     (tmp_path / "sitecustomize.py").write_text(
         "import os, signal\n"
         f"if os.environ.get('RANK') == '{rank}':\n"
-        "    from ablation.checkpoint import Checkpoint\n"
+        "    from ablation.studies.checkpoint import Checkpoint\n"
         "    save = Checkpoint.save\n"
         "    def killed(self, index, result):\n"
         "        save(self, index, result)\n"
@@ -102,7 +102,7 @@ def test_study_goes_on_after_a_process_died(tmp_path: Path, rank: int) -> None:
 def test_interrupted_study_says_so_and_goes_on(tmp_path: Path) -> None:
     (tmp_path / "sitecustomize.py").write_text(
         "import os, signal\n"
-        "from ablation.checkpoint import Checkpoint\n"
+        "from ablation.studies.checkpoint import Checkpoint\n"
         "save = Checkpoint.save\n"
         "def interrupted(self, index, result):\n"
         "    save(self, index, result)\n"

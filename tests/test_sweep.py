@@ -20,7 +20,6 @@ from ablation.checks.decoders import POSITIONS, VOCABULARY, Decoder, decoders, r
 from ablation.edits import Ablation
 from ablation.engine import run_sequential
 from ablation.errors import InvalidPrompt, InvalidResult, NonFiniteLogits
-from ablation.experiment import sweep_prompts
 from ablation.heads import find_heads
 from ablation.hook import HeadAblation
 from ablation.imputation import Imputation, Site
@@ -28,6 +27,7 @@ from ablation.measure import resolve_watched, tie_tolerance
 from ablation.models import LoadedModel
 from ablation.prompts import Question
 from ablation.results import AblationKey, Result
+from ablation.studies.experiment import sweep_prompts
 from ablation.sweeps import sweep, sweep_sequential
 from tests.comparing import ATOL, IDS, arrays, assert_results_equal
 from tests.synthetic import synthetic

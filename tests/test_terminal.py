@@ -15,9 +15,12 @@ from typing import Any
 
 import pytest
 
-from ablation import __main__, cli, experiment, figures, models, sweep_arguments
+from ablation import __main__, cli, models
+from ablation.commands import arguments
+from ablation.commands.terminal import Interruptions, print_json
+from ablation.figures import of_sweeps
 from ablation.results import Result
-from ablation.terminal import Interruptions, print_json
+from ablation.studies import experiment
 from tests.test_cli import FILES, Run, run  # noqa: F401 (fixture)
 from tests.test_output import contents, quick  # noqa: F401 (fixture)
 
@@ -26,7 +29,7 @@ SIGNALS = [signal.SIGINT, signal.SIGTERM, signal.SIGHUP]
 
 
 @pytest.mark.parametrize("number", SIGNALS)
-@pytest.mark.parametrize("where", [(experiment, "run"), (figures, "draw")])
+@pytest.mark.parametrize("where", [(experiment, "run"), (of_sweeps, "draw")])
 def test_signal_ends_a_sweep_and_leaves_nothing(
     run: Run,  # noqa: F811
     monkeypatch: pytest.MonkeyPatch,
@@ -37,7 +40,7 @@ def test_signal_ends_a_sweep_and_leaves_nothing(
     monkeypatch.setattr(*where, lambda *_, **__: os.kill(os.getpid(), number))
     status, out, err = run(*ZERO)
     assert (status, err) == (128 + number, "ablation: interrupted, nothing written\n")
-    assert bool(out) == (where == (figures, "draw")) and contents(".") == {}
+    assert bool(out) == (where == (of_sweeps, "draw")) and contents(".") == {}
     assert [signal.getsignal(each) for each in SIGNALS] == handlers
 
 
@@ -61,7 +64,7 @@ def test_swallowed_interrupt_ends_the_command(
     monkeypatch: pytest.MonkeyPatch,
     swallow: Callable[[], None],
 ) -> None:
-    monkeypatch.setattr(figures, "draw", lambda *_, **__: swallow())
+    monkeypatch.setattr(of_sweeps, "draw", lambda *_, **__: swallow())
     status, _, err = run(*ZERO)
     assert (status, err) == (130, "ablation: interrupted, nothing written\n") and contents(".") == {}
 
@@ -185,7 +188,7 @@ def test_json_is_valid_in_every_encoding(tmp_path: Path, monkeypatch: pytest.Mon
 def test_arguments_are_utf8_in_every_locale(monkeypatch: pytest.MonkeyPatch, locale: str) -> None:
     given = "Zürich".encode().decode(locale, "surrogateescape")
     monkeypatch.setattr(sys, "getfilesystemencoding", lambda: locale)
-    assert sweep_arguments._utf8(given, "--prompt") == "Zürich"
+    assert arguments._utf8(given, "--prompt") == "Zürich"
 
 
 def test_warning_is_a_note_at_once(
@@ -210,8 +213,8 @@ def test_warning_is_a_note_at_once(
 def test_terminated_process_leaves_nothing(tmp_path: Path) -> None:
     """The whole process, from the shell's side: SIGTERM comes while it draws."""
     code = (
-        "import os, signal, sys\nfrom ablation import cli, figures\n"
-        "figures.draw = lambda *_, **__: os.kill(os.getpid(), signal.SIGTERM)\n"
+        "import os, signal, sys\nfrom ablation import cli\nfrom ablation.figures import of_sweeps\n"
+        "of_sweeps.draw = lambda *_, **__: os.kill(os.getpid(), signal.SIGTERM)\n"
         "sys.exit(cli.main(['sweep', '--imputation', 'zero']))"
     )
     done = subprocess.run([sys.executable, "-c", code], cwd=tmp_path, capture_output=True, text=True)
@@ -255,7 +258,7 @@ def test_interrupt_in_a_destructor_ends_the_command_quietly(
         def __del__(self) -> None:
             os.kill(os.getpid(), signal.SIGINT)
 
-    monkeypatch.setattr(figures, "draw", lambda *_, **__: Dropped())
+    monkeypatch.setattr(of_sweeps, "draw", lambda *_, **__: Dropped())
     hook = sys.unraisablehook
     assert run(*ZERO)[::2] == (130, "ablation: interrupted, nothing written\n") and contents(".") == {}
     assert sys.unraisablehook is hook

@@ -21,8 +21,8 @@ from ablation.imputation import Imputation, Values
 from ablation.models import LoadedModel
 from ablation.reference import Reference, record_z
 from ablation.results import Result
+from ablation.studies.texts import TextStudy, Window, sweep_text, windows
 from ablation.sweeps import as_imputations, one_head_ablations
-from ablation.texts import TextStudy, Window, sweep_text, windows
 from tests.comparing import ATOL
 from tests.test_checkpoint import Interrupted, assert_same_bits
 

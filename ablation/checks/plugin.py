@@ -91,7 +91,7 @@ def _on_model(config: pytest.Config, adapter: Any, expected: dict[str, str]) -> 
     if name is None:
         return None
     from ablation.checks.on_model.run import ModelRun, load_own_model
-    from ablation.terminal import silence_transformers, status_line
+    from ablation.commands.terminal import silence_transformers, status_line
 
     try:
         silence_transformers()
