@@ -19,6 +19,7 @@ import pytest
 
 from ablation import cli, output, sources
 from ablation.checks.decoders import Decoder
+from ablation.commands.arguments import asking, default_folder
 from ablation.errors import InvalidOutput
 from ablation.figures import of_sweeps
 from ablation.results import Result
@@ -125,7 +126,7 @@ def test_default_folder_names_model_and_question(arguments: list[str], name: str
     parsed = cli._parser().parse_args(["sweep", *arguments])
     known = parsed.model.partition("=")[0]
     source = replace(sources.NAMED_MODELS["capitals"].source(), name=known, full=parsed.model)
-    found = arguments.default_folder(source, arguments.asking(parsed, source).asked)
+    found = default_folder(source, asking(parsed, source).asked)
     assert re.fullmatch(name + ("[0-9a-f]{8}" if name.endswith("-") else ""), found)
 
 
