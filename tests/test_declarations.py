@@ -7,10 +7,12 @@ from typing import Any, ClassVar
 
 import pytest
 import torch
+from transformers import GPT2Config
 
 from ablation.checks import CHECKS, Case, Decoder, Record, check_implementation, reproduce
 from ablation.checks.cases import CaseSpec, with_factor
 from ablation.checks.check import offered_imputations, unsupported_features
+from ablation.checks.decoders import ALL_FAMILIES, DTYPES
 from ablation.checks.imputed import frozen_values
 from ablation.checks.protocol import FROM_REFERENCE, IMPUTATIONS, KEYWORDS
 from ablation.checks.runner import NOTHING_TRIED
@@ -115,6 +117,60 @@ def test_unnamed_imputations_are_zero_and_mean() -> None:
     assert reasons["oracle.values"] == reasons["reference.clean"] == "offers only zero, mean"
     assert reasons["positions.cache"] == "`ablate` has no parameter `positions`"
     assert unsupported_features(Everything) == {}
+
+
+# ---- families
+
+
+class OnlyGPT2(Reference):
+    families = ("gpt2",)
+
+
+def test_families_that_are_not_named_are_left_out() -> None:
+    assert unsupported_features(OnlyGPT2).keys() - IMPUTATIONS.keys() - {"positions"} == set(ALL_FAMILIES) - {"gpt2"}
+    reasons = {check.id: check.skip_reason(OnlyGPT2) for check in CHECKS}
+    assert reasons["smoke"] is reasons["oracle.numpy"] is None
+    assert reasons["layouts.sliding_window"] == reasons["locality.non_finite"] == "supports only gpt2"
+    fewer: Any = type("Fewer", (OnlyGPT2,), {"unsupported": {"lfm2": "it has no attention"}})
+    assert unsupported_features(fewer)["lfm2"] == "it has no attention"
+
+
+@pytest.mark.parametrize(
+    ("families", "problem"),
+    [
+        ("gpt2", "`families` is 'gpt2', but should be a tuple of names"),
+        ((), r"`families` is \(\), but should be a tuple of names"),
+        ((GPT2Config,), "`families` is .*, but should be a tuple of names"),
+        (("gpt-2",), "`families` names 'gpt-2', which does not exist; did you mean 'gpt2'"),
+        (("pythia",), "`families` names 'pythia', which does not exist; there are gpt2, llama, "),
+    ],
+)
+def test_wrong_families_are_an_invalid_declaration(families: Any, problem: str) -> None:
+    factory: Any = type("Misnamed", (Reference,), {"families": families})
+    with pytest.raises(InvalidDeclaration, match=problem):
+        unsupported_features(factory)
+
+
+# ---- reasons
+
+
+def test_reason_names_only_what_leaves_no_case() -> None:
+    """`locality.non_finite` needs one imputation of several, and a family without GPT-2's mask."""
+    fewer: Any = type("Fewer", (OnlyGPT2,), {"unsupported": {"mean": "not written"}})
+    reasons = {check.id: check.skip_reason(fewer) for check in CHECKS}
+    assert reasons["locality.non_finite"] == "supports only gpt2"
+    assert reasons["oracle.mean"] == "does not support 'mean': not written"
+
+
+def test_reason_that_features_share_is_given_once() -> None:
+    dtypes = dict.fromkeys(DTYPES, "never tried")
+    fewer: Any = type("Fewer", (Reference,), {"unsupported": dtypes})
+    reasons = {check.id: check.skip_reason(fewer) for check in CHECKS}
+    assert reasons["smoke"] == "does not support 'float32': never tried"
+    assert reasons["locality.non_finite"] == "does not support 'float32', 'float64': never tried"
+
+
+# ---- signatures
 
 
 class TakesNoValues(Ours):

@@ -254,34 +254,38 @@ def does_nothing(model: Any, heads: Any, imputation: str) -> Iterator[None]:
 
 
 Mine = adapter_from_context(does_nothing)
+WithoutName = adapter_from_context(lambda model, heads: contextlib.nullcontext())
 
 
 @pytest.mark.parametrize(
-    ("factory", "expression"),
+    ("factory", "name", "expression"),
     [
-        (Mine, "Mine"),
-        (adapter_from_context(does_nothing), "adapter_from_context(does_nothing)"),
+        (Mine, "Mine", "Mine"),
+        (adapter_from_context(does_nothing), "does_nothing", "adapter_from_context(does_nothing)"),
         (
-            adapter_from_context(does_nothing, imputations=("zero",), unsupported={"gpt2": "old"}),
-            "adapter_from_context(does_nothing, imputations=('zero',), unsupported={'gpt2': 'old'})",
+            adapter_from_context(does_nothing, imputations=("zero",), families=["gpt2"], unsupported={"lfm2": "new"}),
+            "does_nothing",
+            "adapter_from_context(does_nothing, imputations=('zero',), families=['gpt2'], unsupported={'lfm2': 'new'})",
         ),
-        (adapter_from_context(partial(does_nothing)), "adapter_from_context(does_nothing)"),
+        (adapter_from_context(partial(does_nothing)), "does_nothing", "adapter_from_context(does_nothing)"),
+        (WithoutName, "WithoutName", "WithoutName"),
     ],
-    ids=["held by a variable", "held by none", "with options", "partial"],
+    ids=["held by a variable", "held by none", "with options", "partial", "lambda"],
 )
-def test_message_names_the_code_and_reproduces_the_failure(factory: Any, expression: str) -> None:
-    with pytest.raises(CheckFailure, match="^does_nothing breaks smoke") as failure:
+def test_message_names_the_adapter_and_reproduces_the_failure(factory: Any, name: str, expression: str) -> None:
+    with pytest.raises(CheckFailure, match=f"^{name} breaks smoke") as failure:
         reproduce("smoke", factory, CASE)
     imports, call = re.findall(r"(?:reproduce: |^  )((?:from|reproduce\().*)", str(failure.value), re.M)
     assert call.startswith(f"reproduce('smoke', {expression}, Case(")
-    names: dict[str, Any] = {"Mine": Mine, "does_nothing": does_nothing}
-    with pytest.raises(CheckFailure, match="^does_nothing breaks smoke"):
+    names: dict[str, Any] = {"Mine": Mine, "WithoutName": WithoutName, "does_nothing": does_nothing}
+    with pytest.raises(CheckFailure, match=f"^{name} breaks smoke"):
         exec(f"{imports}\n{call}", names)  # noqa: S102 (what the message shows)
 
 
-def test_made_adapter_is_parametrized_under_the_name_of_the_code() -> None:
-    mark = parametrize_with_checks(Mine, adapter_from_function(run_ablated))
-    assert [mark.args[1][number].id for number in (0, len(CHECKS))] == ["does_nothing-smoke", "run_ablated-smoke"]
+def test_made_adapters_are_parametrized_under_their_names() -> None:
+    mark = parametrize_with_checks(Mine, WithoutName, adapter_from_function(run_ablated))
+    names = [mark.args[1][number * len(CHECKS)].id for number in range(3)]
+    assert names == ["Mine-smoke", "WithoutName-smoke", "run_ablated-smoke"]
 
 
 @pytest.mark.end_to_end

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import re
 import subprocess
 import sys
@@ -40,9 +41,8 @@ def knock_out(model, heads):
         handle.remove()
 
 class KnockOut:
+    families = ("gpt2",)
     unsupported = {"mean": "not written yet"}
-    unsupported |= dict.fromkeys(["llama", "qwen3", "gpt_neox", "opt", "mixtral"], "GPT-2 only")
-    unsupported |= dict.fromkeys(["gemma3", "lfm2", "gemma3_vision"], "GPT-2 only")
     def __init__(self, model):
         self.model, self.heads = model, []
     def ablate(self, heads, imputation):
@@ -77,7 +77,13 @@ class Silent(KnockOut):
         pass
 
 class NoLlama(KnockOut):
-    unsupported = {"mean": "not written yet"} | dict.fromkeys(["qwen3", "gpt_neox", "opt", "mixtral"], "not tried")
+    families = ("gpt2", "llama")
+
+class Stopped(KnockOut):
+    def run(self, *args, **inputs):
+        if len(self.heads) > 1:
+            raise KeyboardInterrupt
+        return super().run(*args, **inputs)
 
 class Hopeless:
     unsupported = {"meen": "misspelt"}
@@ -196,6 +202,16 @@ def test_verdict_begins_with_the_cause_that_failures_share(run_plugin: Run) -> N
     done = run_plugin("my_hook:NoLlama", "-q", "-k", "locality or zero and not deep")
     verdict = done.stdout.str().partition("= head ablation by my_hook:NoLlama =")[2].splitlines()
     assert re.match(r"if you declare unsupported = {'llama': ...}, (\d) of the \1 failures go away", verdict[1])
+
+
+def test_interrupted_run_says_so_in_the_summary(run_plugin: Run) -> None:
+    done = run_plugin(
+        "my_hook:Stopped", "--ablation-summary=summary.md", "--ablation-badge=badge.json", no_reraise_ctrlc=True
+    )
+    assert done.ret == pytest.ExitCode.INTERRUPTED
+    assert "\n- interrupted before the checks were finished\n" in Path("summary.md").read_text()
+    assert "interrupted before the checks were finished" in done.stdout.str()
+    assert json.loads(Path("badge.json").read_text())["color"] == "red"
 
 
 @pytest.mark.parametrize(

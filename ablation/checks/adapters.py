@@ -17,6 +17,7 @@ from transformers import PreTrainedModel
 
 from ablation.checks.cases import with_factor
 from ablation.checks.check import offered_imputations
+from ablation.checks.decoders import ALL_FAMILIES
 from ablation.checks.protocol import CACHES, DEFAULT_IMPUTATIONS, FROM_REFERENCE
 from ablation.errors import InvalidAblation, InvalidDeclaration
 
@@ -44,6 +45,7 @@ class MadeAdapter:
     takes_more: ClassVar[bool]
     expression: ClassVar[str]
     imputations: ClassVar[tuple[str, ...]]
+    families: ClassVar[tuple[str, ...]]
     unsupported: ClassVar[dict[str, str]]
 
     def __init__(self, model: PreTrainedModel) -> None:
@@ -134,6 +136,7 @@ def adapter_from_context(
     context: Callable[..., Any],
     *,
     imputations: Sequence[str] | None = None,
+    families: Sequence[str] | None = None,
     unsupported: Mapping[str, str] | None = None,
 ) -> type[ContextAdapter]:
     """Return the adapter class of a context manager, within which the model is ablated.
@@ -143,10 +146,13 @@ def adapter_from_context(
     {layer: [heads]}, or `layer` and `head`; `imputation`, `values` and `positions` (docs/checking.md); and the names of
     the inputs of a run, such as `attention_mask`. Other parameters need defaults.
 
-    imputations: those that it offers; by default zero, and mean if it has a parameter `imputation`. unsupported:
-    {feature: reason}, in addition to what follows from the signature. Raises InvalidDeclaration.
+    imputations: those that it offers; by default zero, and mean if it has a parameter `imputation`. families: those of
+    models that it supports, such as ["gpt2"]; by default all. unsupported: {feature: reason}, in addition to what
+    follows from the signature. Raises InvalidDeclaration.
     """
-    adapter: type[ContextAdapter] = _adapter(ContextAdapter, "adapter_from_context", context, imputations, unsupported)
+    adapter: type[ContextAdapter] = _adapter(
+        ContextAdapter, "adapter_from_context", context, imputations, families, unsupported
+    )
     return adapter
 
 
@@ -154,6 +160,7 @@ def adapter_from_function(
     function: Callable[..., Any],
     *,
     imputations: Sequence[str] | None = None,
+    families: Sequence[str] | None = None,
     unsupported: Mapping[str, str] | None = None,
 ) -> type[FunctionAdapter]:
     """Return the adapter class of a function that runs the model with heads ablated, and returns the logits.
@@ -164,10 +171,10 @@ def adapter_from_function(
     `past_key_values` or `cache`. `**inputs` stands for all of these. If it does not take the mask, the positions or the
     cache, the adapter does not support what needs them.
 
-    imputations, unsupported: as for `adapter_from_context`. Raises InvalidDeclaration.
+    imputations, families, unsupported: as for `adapter_from_context`. Raises InvalidDeclaration.
     """
     adapter: type[FunctionAdapter] = _adapter(
-        FunctionAdapter, "adapter_from_function", function, imputations, unsupported
+        FunctionAdapter, "adapter_from_function", function, imputations, families, unsupported
     )
     return adapter
 
@@ -177,6 +184,7 @@ def _adapter(
     helper: str,
     code: Callable[..., Any],
     imputations: Sequence[str] | None,
+    families: Sequence[str] | None,
     unsupported: Mapping[str, str] | None,
 ) -> Any:
     name, signature = _name(code), _signature(code)
@@ -188,7 +196,7 @@ def _adapter(
         raise InvalidDeclaration(f"{shown}: {problem}; pass a function of such parameters that calls yours")
     if not isinstance(unsupported or {}, Mapping):
         raise InvalidDeclaration(f"{shown}: `unsupported` should be a dict, feature: reason")
-    given = {"imputations": imputations, "unsupported": unsupported}
+    given = {"imputations": imputations, "families": families, "unsupported": unsupported}
     arguments = "".join(f", {key}={value!r}" for key, value in given.items() if value is not None)
     adapter: Any = type(
         name,
@@ -202,6 +210,7 @@ def _adapter(
             "takes_more": takes_more,
             "expression": f"{helper}({name}{arguments})",
             "imputations": DEFAULT_IMPUTATIONS[: 1 + ("imputation" in named)] if imputations is None else imputations,
+            "families": ALL_FAMILIES if families is None else families,
             "unsupported": {**_lacking(named, base, takes_more), **(unsupported or {})},
         },
     )

@@ -18,7 +18,7 @@ import torch
 from hypothesis import HealthCheck, Phase, given, settings
 
 from ablation.checks.cases import Case, CaseSpec
-from ablation.checks.decoders import DTYPES, FAMILIES, LAYOUTS, Decoder
+from ablation.checks.decoders import ALL_FAMILIES, DTYPES, Decoder
 from ablation.checks.driving import returns_gradients
 from ablation.checks.protocol import DEFAULT_IMPUTATIONS, FEATURES, IMPUTATIONS, Factory
 from ablation.checks.remarks import remarks
@@ -66,19 +66,20 @@ class Check:
 
     def skip_reason(self, factory: Factory) -> str | None:
         """Return why the check cannot be tried on an implementation, or None if it can be tried."""
-        unsupported = unsupported_features(factory)
+        unsupported, left = unsupported_features(factory), self.cases_for(factory)
         needed = [feature for feature in self.needs if feature in unsupported]
-        left = self.cases_for(factory)
-        if not needed and not (left.imputations and left.families and left.dtypes):
-            drawn = (*(self.cases.imputations or DEFAULT_IMPUTATIONS), *self.cases.families, *self.cases.dtypes)
-            needed = [name for name in drawn if name in unsupported]
+        if not needed:
+            for names, usable in (
+                (self.cases.imputations or DEFAULT_IMPUTATIONS, left.imputations),
+                (self.cases.families, left.families),
+                (self.cases.dtypes, left.dtypes),
+            ):
+                needed += [name for name in names if name in unsupported and not usable]
         if not needed and "gradients" in self.needs:
             with isolated_process_state():
                 if not returns_gradients(factory, left.families[0]):
                     return "does not support 'gradients': the logits that run returns do not require gradients"
-        lacking = _lacking(factory)
-        reasons = [lacking.get(name) or f"does not support {name!r}: {unsupported[name]}" for name in needed]
-        return "; ".join(dict.fromkeys(reasons)) or None
+        return "; ".join(reasons(factory, needed)) or None
 
     def cases_for(self, factory: Factory) -> CaseSpec:
         """Return how the cases are drawn for an adapter: without what it does not support."""
@@ -253,18 +254,22 @@ def isolated_process_state(*, one_thread: bool = True) -> Iterator[None]:
 
 
 def adapter_name(factory: Factory) -> str:
-    """Return the name of an adapter, as messages give it."""
-    return str(getattr(factory, "__qualname__", repr(factory)))
+    """Return the name of an adapter, as messages give it: that of its variable, or else that of its class.
+
+    The class that a helper makes has the name of the user's function, which other adapters may share.
+    """
+    return _variable(factory) or str(getattr(factory, "__qualname__", repr(factory)))
 
 
 def adapter_expression(factory: Factory) -> str:
-    """Return Python that gives the adapter, for `reproduce`: the variable of its module that holds it, if there is one.
+    """Return Python that gives the adapter, for `reproduce`. The class that a helper makes may be in no variable."""
+    return _variable(factory) or str(getattr(factory, "expression", adapter_name(factory)))
 
-    The class that a helper makes has the name of the user's function, and may be held by no variable.
-    """
+
+def _variable(factory: Factory) -> str | None:
+    """Return the name of the variable of its module that holds an adapter, or None."""
     module = sys.modules.get(str(getattr(factory, "__module__", None)))
-    held = (name for name, value in vars(module).items() if value is factory) if module else iter(())
-    return next(held, None) or str(getattr(factory, "expression", adapter_name(factory)))
+    return next((name for name, value in vars(module).items() if value is factory), None) if module else None
 
 
 def unsupported_features(factory: Factory) -> Mapping[str, str]:
@@ -279,7 +284,7 @@ def _declared(factory: Factory) -> Mapping[str, str]:
     declared: Mapping[str, str] = getattr(factory, "unsupported", {})
     if not isinstance(declared, Mapping):
         raise InvalidDeclaration(f"`unsupported` is a {type(declared).__name__}, but should be a dict, name: reason")
-    known = (*FEATURES, *FAMILIES, *LAYOUTS, *DTYPES)
+    known = (*FEATURES, *ALL_FAMILIES, *DTYPES)
     for name in declared:
         if name not in known:
             otherwise = f"there are {', '.join(known)}"
@@ -287,10 +292,23 @@ def _declared(factory: Factory) -> Mapping[str, str]:
     return declared
 
 
+def reasons(factory: Factory, names: Iterable[str]) -> list[str]:
+    """Return why an adapter does not support these features, each reason once. Each has to be unsupported."""
+    lacking, declared = _lacking(factory), _declared(factory)
+    names_of: dict[str, list[str]] = {}
+    for name in dict.fromkeys(names):
+        names_of.setdefault(lacking.get(name) or declared[name], []).append(name)
+    return [
+        reason if found[0] in lacking else f"does not support {', '.join(map(repr, found))}: {reason}"
+        for reason, found in names_of.items()
+    ]
+
+
 def _lacking(factory: Factory) -> dict[str, str]:
-    """Return {name: reason} of the imputations, and positions, that an adapter lacks without a declaration."""
-    declared, named = _declared(factory), _named_imputations(factory)
+    """Return {name: reason} of the imputations, families and positions that an adapter lacks without a declaration."""
+    declared, named, families = _declared(factory), _named_imputations(factory), _named_families(factory)
     lacking = {name: f"offers only {', '.join(named) or 'no imputation'}" for name in IMPUTATIONS if name not in named}
+    lacking |= {name: f"supports only {', '.join(families)}" for name in ALL_FAMILIES if name not in families}
     if not takes_positions(factory):
         lacking["positions"] = "`ablate` has no parameter `positions`"
     return {name: reason for name, reason in lacking.items() if name not in declared}
@@ -312,6 +330,17 @@ def _named_imputations(factory: Factory) -> tuple[str, ...]:
         meant = name.lower().replace("_", "-").partition(":")[0]
         if name not in IMPUTATIONS and (close := difflib.get_close_matches(meant, IMPUTATIONS, n=1, cutoff=0.85)):
             raise InvalidDeclaration(f"`imputations` names {name!r}, which does not exist; did you mean {close[0]!r}?")
+    return tuple(names)
+
+
+def _named_families(factory: Factory) -> tuple[str, ...]:
+    names = getattr(factory, "families", ALL_FAMILIES)
+    if not isinstance(names, tuple | list) or not names or not all(isinstance(name, str) for name in names):
+        raise InvalidDeclaration(f"`families` is {names!r}, but should be a tuple of names")
+    for name in names:
+        if name not in ALL_FAMILIES:
+            otherwise = f"there are {', '.join(ALL_FAMILIES)}"
+            raise InvalidDeclaration(f"`families` names {name!r}, {instead(name, ALL_FAMILIES, otherwise)}")
     return tuple(names)
 
 

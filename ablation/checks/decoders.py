@@ -204,6 +204,7 @@ def randomised(
 FAMILIES = ("gpt2", "llama", "qwen3", "gpt_neox", "opt", "mixtral")
 LAYOUTS = ("gemma3", "lfm2", "gemma3_vision")
 """Families in which the place of a head is not obvious: sliding windows, layers without heads, a vision tower."""
+ALL_FAMILIES = (*FAMILIES, *LAYOUTS)
 GROUPED = ("llama", "qwen3", "gemma3", "gemma3_vision", "lfm2", "mixtral")
 """Families in which query heads may share a key/value head."""
 DTYPES = ("float32", "float64", "bfloat16")

@@ -254,6 +254,8 @@ def pytest_sessionfinish(session: pytest.Session) -> None:
 
     run = config.stash[RUN]
     cause, findings = shared_cause(run.factory, records), run.findings()
+    if session.exitstatus == pytest.ExitCode.INTERRUPTED:
+        findings.append("interrupted before the checks were finished")
     if {record.outcome for record in records} == {"skipped"}:
         session.exitstatus = pytest.ExitCode.TESTS_FAILED
         findings.append(NOTHING_TRIED)

@@ -100,6 +100,9 @@ class Implementation(Protocol):
     they are DEFAULT_IMPUTATIONS. Names that IMPUTATIONS does not have are imputations of the implementation's own: they
     are run on the checks that hold for any imputation, so they must depend only on the row's own real tokens.
 
+    A class attribute `families` may hold the names of the families that the implementation supports, such as
+    ("gpt2",); without it, they are all.
+
     A class attribute `unsupported` may hold {name: reason} for features (the keys of FEATURES), families (`gpt2`, ...)
     and dtypes (`float64`, ...) that the implementation does not support. Cases that need one of these are left out; a
     check without any other case is skipped, with that reason.

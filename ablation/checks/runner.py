@@ -250,9 +250,9 @@ def parametrize_with_checks(
     parameters = [
         pytest.param(
             bound(check, run),
-            id=f"{getattr(run.factory, '__name__', number)}-{check.id}" if several else check.id,
+            id=f"{adapter_name(run.factory)}-{check.id}" if several else check.id,
         )
-        for number, run in enumerate(runs)
+        for run in runs
         for check in CHECKS
     ]
     return pytest.mark.parametrize("check", parameters)

@@ -18,6 +18,7 @@ from ablation.checks.check import (
     adapter_name,
     isolated_process_state,
     offered_imputations,
+    reasons,
     unsupported_features,
 )
 from ablation.checks.driving import ablate, discard
@@ -180,9 +181,9 @@ class ModelRun:
 
     def _skip_reason(self, check: Check) -> str | None:
         unsupported = unsupported_features(self.factory)
-        for name in (self.own.family, self.own.model_type, self.own.dtype):
-            if name in unsupported:
-                return f"does not support {name!r}: {unsupported[name]}"
+        of_model = dict.fromkeys((self.own.family, self.own.model_type, self.own.dtype))
+        if found := reasons(self.factory, [name for name in of_model if name in unsupported]):
+            return "; ".join(found)
         if "padding" in check.needs and not self.own.can_be_padded:
             return NO_PADDING
         if check.id == "oracle.long_prompt" and self.own.longest < LONG_PROMPT:
