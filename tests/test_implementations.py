@@ -17,7 +17,7 @@ NOT_IN_THE_TABLE = {"hooked_transformer", "baukit"}
 
 
 def modules(folder: Path) -> set[str]:
-    return {file.stem for file in folder.glob("*.py")} - {"__init__", "__main__", "imputed"}
+    return {file.stem for file in folder.glob("*.py")} - {"__init__", "__main__", "shared"}
 
 
 def test_page_has_every_check_and_implementation() -> None:

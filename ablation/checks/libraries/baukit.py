@@ -6,7 +6,7 @@ module only (nethook.py:76), and in the output of the projection the heads are m
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping
 from contextlib import ExitStack
 from typing import Any, ClassVar
 
@@ -15,12 +15,11 @@ from baukit import Trace, TraceDict
 from torch import Tensor
 from transformers import PreTrainedModel
 
-from ablation.checks.libraries.imputed import OFFERED, Imputed, Recorded
+from ablation.checks.libraries.shared import Library, Recorded
 from ablation.heads import AttentionLayer, find_heads
 
 
-class Baukit:
-    imputations = OFFERED
+class Baukit(Library):
     unsupported: ClassVar[dict[str, str]] = {
         "observable": "it edits the output of a module, so the projection is called with the original z first",
         "validation": "it knows modules, not heads: the adapter decides what an index means",
@@ -29,11 +28,6 @@ class Baukit:
     def __init__(self, model: PreTrainedModel) -> None:
         self.model, self.layers = model, find_heads(model).layers
         self.clear()
-
-    def ablate(
-        self, heads: Sequence[tuple[int, int]], imputation: str, *, positions: Sequence[int] | None = None, **given: Any
-    ) -> None:
-        self.heads, self.imputed = list(heads), Imputed(imputation, positions=positions, **given, record=self.record)
 
     def record(self, batch: Mapping[str, Any]) -> Recorded:
         names = [layer.projection_name for layer in self.layers]
@@ -63,9 +57,3 @@ class Baukit:
             return layer.projection.forward(z)  # a call of the module would call this function again
 
         return edit_output
-
-    def clear(self) -> None:
-        self.ablate([], "zero")
-
-    def close(self) -> None:
-        self.clear()

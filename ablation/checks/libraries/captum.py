@@ -6,7 +6,7 @@ layer_feature_ablation.py:291), for the clean score and for each feature (featur
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping
 from typing import Any, ClassVar
 
 import torch
@@ -14,11 +14,11 @@ from captum.attr import LayerActivation, LayerFeatureAblation
 from torch import Tensor
 from transformers import PreTrainedModel
 
-from ablation.checks.libraries.imputed import Imputed
+from ablation.checks.libraries.shared import Library, Recorded
 from ablation.heads import find_heads
 
 
-class Captum:
+class Captum(Library):
     unsupported: ClassVar[dict[str, str]] = {
         "multiple_heads": "it ablates in one layer at a time",
         "cache": "it runs the model several times for one ablation, and each run would extend the cache",
@@ -31,8 +31,19 @@ class Captum:
         self.model, self.found = model, find_heads(model)
         self.clear()
 
-    def ablate(self, heads: Sequence[tuple[int, int]], imputation: str) -> None:
-        self.heads, self.imputed = list(heads), Imputed(imputation, record=lambda batch: {})
+    def record(self, batch: Mapping[str, Any]) -> Recorded:
+        def score(input_ids: Tensor) -> Tensor:
+            with torch.no_grad():
+                return self.model(input_ids, **others).logits[:, -1].max(dim=-1).values
+
+        others = dict(batch)
+        input_ids = others.pop("input_ids")
+        return {
+            layer.index: LayerActivation(score, layer.projection)
+            .attribute(input_ids, attribute_to_layer_input=True)
+            .unflatten(-1, (layer.num_heads, -1))
+            for layer in self.found.layers
+        }
 
     def run(self, input_ids: Tensor, attention_mask: Tensor | None = None, **inputs: Any) -> Tensor:
         runs: list[Tensor] = []  # Captum returns the change of a score, so the logits are kept here
@@ -57,9 +68,3 @@ class Captum:
             )
             LayerFeatureAblation(score, layer.projection).attribute(input_ids, baseline, layer_mask=features, **at)
         return runs[-1]
-
-    def clear(self) -> None:
-        self.ablate([], "zero")
-
-    def close(self) -> None:
-        self.clear()

@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import copy
 import tempfile
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from functools import partial
 from typing import Any, ClassVar
 
@@ -19,11 +19,10 @@ from torch import Tensor
 from transformer_lens import HookedTransformer, loading_from_pretrained
 from transformers import PreTrainedModel
 
-from ablation.checks.libraries.imputed import OFFERED, Imputed, Recorded, replace_slice
+from ablation.checks.libraries.shared import Library, Recorded, replace_slice
 
 
-class Hooked:
-    imputations = OFFERED
+class Hooked(Library):
     unsupported: ClassVar[dict[str, str]] = {
         "observable": "it is another model, with converted weights",
         "bit_identity": "it computes attention itself, from W_Q, W_K and W_V split by heads",
@@ -53,11 +52,6 @@ class Hooked:
         )
         self.clear()
 
-    def ablate(
-        self, heads: Sequence[tuple[int, int]], imputation: str, *, positions: Sequence[int] | None = None, **given: Any
-    ) -> None:
-        self.heads, self.imputed = list(heads), Imputed(imputation, positions=positions, **given, record=self.record)
-
     def record(self, batch: Mapping[str, Any]) -> Recorded:
         with torch.no_grad():
             _, cache = self.hooked.run_with_cache(batch["input_ids"], attention_mask=batch["attention_mask"])
@@ -70,9 +64,3 @@ class Hooked:
         ]
         with torch.no_grad():
             return self.hooked.run_with_hooks(input_ids, fwd_hooks=hooks, attention_mask=attention_mask)
-
-    def clear(self) -> None:
-        self.ablate([], "zero")
-
-    def close(self) -> None:
-        self.clear()

@@ -7,7 +7,7 @@ trace it does nothing but call the original.
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from typing import Any, ClassVar
 
 import nnsight
@@ -16,12 +16,11 @@ from nnsight import NNsight
 from torch import Tensor
 from transformers import PreTrainedModel
 
-from ablation.checks.libraries.imputed import OFFERED, Imputed, Recorded
+from ablation.checks.libraries.shared import Library, Recorded
 from ablation.heads import find_heads
 
 
-class Nnsight:
-    imputations = OFFERED
+class Nnsight(Library):
     unsupported: ClassVar[dict[str, str]] = {
         "restores": "it leaves an object in place of every module's `forward`, by design",
         "validation": "it knows modules, not heads: the adapter decides what an index means",
@@ -31,11 +30,6 @@ class Nnsight:
         self.model = NNsight(model)
         self.layers = find_heads(model).layers
         self.clear()
-
-    def ablate(
-        self, heads: Sequence[tuple[int, int]], imputation: str, *, positions: Sequence[int] | None = None, **given: Any
-    ) -> None:
-        self.heads, self.imputed = list(heads), Imputed(imputation, positions=positions, **given, record=self.record)
 
     def record(self, batch: Mapping[str, Any]) -> Recorded:
         with torch.no_grad(), self.model.trace(**batch):
@@ -60,9 +54,3 @@ class Nnsight:
                     projection.input = replaced
             logits = self.model.output.logits.save()
         return logits
-
-    def clear(self) -> None:
-        self.ablate([], "zero")
-
-    def close(self) -> None:
-        self.clear()

@@ -7,7 +7,7 @@ of the model, the user's too, and `disable_model_gradients` (intervenable_base.p
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping
 from typing import Any, ClassVar
 
 import pyvene
@@ -15,12 +15,11 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedModel
 
-from ablation.checks.libraries.imputed import OFFERED, Imputed, Recorded
+from ablation.checks.libraries.shared import Library, Recorded
 from ablation.heads import AttentionLayer, find_heads
 
 
-class Pyvene:
-    imputations = OFFERED
+class Pyvene(Library):
     unsupported: ClassVar[dict[str, str]] = {
         "observable": "it removes every hook of the model that it is given and freezes it, so it is given a copy",
         "validation": "the function that replaces z picks the head: the adapter decides what an index means",
@@ -30,11 +29,6 @@ class Pyvene:
         self.model = copy.deepcopy(model)
         self.layers = find_heads(self.model).layers
         self.clear()
-
-    def ablate(
-        self, heads: Sequence[tuple[int, int]], imputation: str, *, positions: Sequence[int] | None = None, **given: Any
-    ) -> None:
-        self.heads, self.imputed = list(heads), Imputed(imputation, positions=positions, **given, record=self.record)
 
     def record(self, batch: Mapping[str, Any]) -> Recorded:
         found: Recorded = {}
@@ -75,9 +69,3 @@ class Pyvene:
             return out
 
         return replace
-
-    def clear(self) -> None:
-        self.ablate([], "zero")
-
-    def close(self) -> None:
-        self.clear()

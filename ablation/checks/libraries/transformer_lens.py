@@ -19,7 +19,7 @@ Since transformers 5.24, which calls it `cache`, it finds none, and each decoded
 from __future__ import annotations
 
 import copy
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from functools import partial
 from typing import Any, ClassVar
 
@@ -28,12 +28,11 @@ from torch import Tensor
 from transformer_lens.model_bridge.sources import build_bridge_from_module
 from transformers import PreTrainedModel
 
-from ablation.checks.libraries.imputed import OFFERED, Imputed, Recorded, replace_slice
+from ablation.checks.libraries.shared import Library, Recorded, replace_slice
 from ablation.checks.protocol import CACHE
 
 
-class TransformerLens:
-    imputations = OFFERED
+class TransformerLens(Library):
     unsupported: ClassVar[dict[str, str]] = {
         "observable": "a bridge replaces the modules of the model that it is given, for good, so it is given a copy",
         "bit_identity": "it computes attention itself, and for GPT-2 from W_Q, W_K and W_V split apart",
@@ -47,11 +46,6 @@ class TransformerLens:
         copied = copy.deepcopy(model)
         self.bridge = build_bridge_from_module(copied, type(copied).__name__, hf_config=copied.config)
         self.clear()
-
-    def ablate(
-        self, heads: Sequence[tuple[int, int]], imputation: str, *, positions: Sequence[int] | None = None, **given: Any
-    ) -> None:
-        self.heads, self.imputed = list(heads), Imputed(imputation, positions=positions, **given, record=self.record)
 
     def record(self, batch: Mapping[str, Any]) -> Recorded:
         inputs = dict(batch)
@@ -68,9 +62,3 @@ class TransformerLens:
         inputs = {"use_cache": False} | inputs
         with torch.no_grad():
             return self.bridge.run_with_hooks(input_ids, fwd_hooks=hooks, attention_mask=attention_mask, **inputs)
-
-    def clear(self) -> None:
-        self.ablate([], "zero")
-
-    def close(self) -> None:
-        self.clear()

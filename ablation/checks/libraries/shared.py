@@ -1,9 +1,9 @@
-"""What the adapters of the libraries put in the place of z, which each library records in its own way."""
+"""What the adapters of the libraries share: the protocol, and the values that replace z."""
 
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor
@@ -79,6 +79,28 @@ class Imputed:
         places_of_tokens = torch.cat([(mask.cumsum(dim=1) - 1)[mask] for _, mask in self.batches])
         means = [tokens[places_of_tokens == place].mean(dim=0) for place in range(int(places_of_tokens.max()) + 1)]
         return torch.stack(means)[places]
+
+
+class Library:
+    """An adapter without the two methods that each library has in its own way: `record` and `run`."""
+
+    imputations: ClassVar[tuple[str, ...]] = OFFERED
+
+    def ablate(
+        self, heads: Sequence[tuple[int, int]], imputation: str, *, positions: Sequence[int] | None = None, **given: Any
+    ) -> None:
+        """Keep the heads and what replaces them. A reference is run here, by `record`."""
+        self.heads, self.imputed = list(heads), Imputed(imputation, positions=positions, **given, record=self.record)
+
+    def record(self, batch: Mapping[str, Any]) -> Recorded:
+        """Return the z of a run of the model without an ablation, on these keyword arguments."""
+        raise NotImplementedError
+
+    def clear(self) -> None:
+        self.ablate([], "zero")
+
+    def close(self) -> None:
+        self.clear()
 
 
 def replace_slice(layer: int, head: int, imputed: Imputed, mask: Tensor | None, z: Tensor, hook: Any) -> Tensor:
