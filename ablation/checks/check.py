@@ -18,7 +18,8 @@ import torch
 from hypothesis import HealthCheck, Phase, given, settings
 
 from ablation.checks.cases import Case, CaseSpec
-from ablation.checks.decoders import ALL_FAMILIES, DTYPES, Decoder
+from ablation.checks.command import DTYPES
+from ablation.checks.decoders import ALL_FAMILIES, Decoder
 from ablation.checks.driving import returns_gradients
 from ablation.checks.protocol import DEFAULT_IMPUTATIONS, FEATURES, IMPUTATIONS, Factory
 from ablation.checks.remarks import remarks
@@ -148,7 +149,7 @@ class Check:
         return CheckFailure(
             f"{name} breaks {self.id} ({self.level}): {self.requirement}\n"
             f"{f'{LIKELY_CAUSE}{cause}{chr(10)}' if cause else ''}"
-            f"  found: {_finding(error)}\n"
+            f"  found: {finding(error)}\n"
             f"  in: {case}\n"
             f"{''.join(f'  note: {note}{chr(10)}' for note in notes)}"
             f"{self._reproduction(expression, helper, case)}",
@@ -203,7 +204,7 @@ def message_of(error: BaseException) -> str:
     return str(error).partition("\nassert ")[0]
 
 
-def _finding(error: BaseException) -> str:
+def finding(error: BaseException) -> str:
     """Return what an error says, in one short paragraph."""
     try:
         text = message_of(error)

@@ -25,14 +25,18 @@ def recorded_inputs(model: PreTrainedModel) -> Iterator[dict[int, list[Tensor]]]
     """
     layers = find_heads(model).layers
     calls: dict[int, list[Tensor]] = {layer.index: [] for layer in layers}
+    found = [vars(layer.projection).get("forward") for layer in layers]  # such as that of accelerate
     for layer in layers:
         recording = _recording(layer.projection.forward, calls[layer.index])
         layer.projection.forward = recording
     try:
         yield calls
     finally:
-        for layer in layers:
-            layer.projection.__dict__.pop("forward", None)
+        for layer, forward in zip(layers, found, strict=True):
+            if forward is None:
+                vars(layer.projection).pop("forward", None)
+            else:
+                layer.projection.forward = forward
 
 
 def _recording(forward: Any, calls: list[Tensor]) -> Any:

@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Any
 
 import pytest
 
-from ablation.checks.command import minutes
+from ablation.checks.command import DTYPES, minutes
 from ablation.errors import AblationError, InvalidDeclaration
 
 if TYPE_CHECKING:
@@ -61,7 +61,7 @@ def pytest_addoption(parser: pytest.Parser) -> None:
     add("--ablation-device", help="the device of the model (default: a GPU if there is one)")
     add(
         "--ablation-dtype",
-        choices=("float32", "float64", "bfloat16", "float16"),
+        choices=DTYPES,
         default="float32",
         help="the dtype of the model (default: float32)",
     )

@@ -62,6 +62,11 @@ class EveryHead:
     outcomes: dict[str, list[Outcome]] = field(default_factory=dict)
     left_out: dict[str, list[int]] = field(default_factory=dict)
 
+    def case_of(self, pairs: Sequence[Pair], imputation: str) -> Case:
+        """Return the case of some heads of one layer. Values are given for each position in every second layer."""
+        by_position = imputation == "values" and pairs[0][0] % 2 == 1
+        return replace(self.case, heads=tuple(pairs), imputation=with_factor(imputation), by_position=by_position)
+
     def has_logits(self, imputation: str) -> bool:
         """Whether the logits were compared: for an imputation of the implementation's own, only z is."""
         return imputation in IMPUTATIONS
@@ -115,7 +120,7 @@ def try_every_head(
     names = list(offered_imputations(factory) if imputations is None else imputations)
     found.outcomes |= {name: [] for name in names}
     with torch.no_grad():
-        look = _Look(factory, own, found.case)
+        look = _Look(factory, own, found)
         for number, layer in enumerate(layers := _spread(sorted(dict(heads)))):
             if time.monotonic() > deadline:
                 found.left_out |= {name: sorted(layers[number:]) for name in names}
@@ -139,8 +144,8 @@ def _spread(layers: Sequence[int]) -> list[int]:
 class _Look:
     """Compares the heads of one layer at a time, with the clean run of one batch."""
 
-    def __init__(self, factory: Factory, own: OwnModel, base: Case) -> None:
-        self.factory, self.own = factory, own
+    def __init__(self, factory: Factory, own: OwnModel, found: EveryHead) -> None:
+        self.factory, self.own, self.found, base = factory, own, found, found.case
         self.observable = not {"observable", "single_forward"} & set(unsupported_features(factory))
         self.base, self.inputs, self.real = base, inputs_for(factory, base), base.replaced()
         model = own.fresh()
@@ -154,7 +159,7 @@ class _Look:
 
     def at(self, names: Sequence[str], pairs: Sequence[Pair]) -> Iterator[tuple[str, list[Outcome]]]:
         """Yield the outcomes of some heads of one layer for each imputation."""
-        cases = {name: replace(self.base, heads=tuple(pairs), imputation=with_factor(name)) for name in names}
+        cases = {name: self.found.case_of(pairs, name) for name in names}
         values = {name: self._values(case) for name, case in cases.items() if name in IMPUTATIONS}
         right = {pair: self._right(pair, values) for pair in pairs}
         for name, case in cases.items():

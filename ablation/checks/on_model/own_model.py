@@ -16,7 +16,7 @@ from ablation.checks.cases import Case, CaseSpec, with_factor
 from ablation.checks.causes.simulation import RIGHT, Setting, simulated
 from ablation.checks.driving import run
 from ablation.checks.oracles import surgery_logits
-from ablation.errors import UnsupportedModel
+from ablation.errors import UnsupportedModel, one_line
 from ablation.forward import embedding_weight
 from ablation.heads import find_heads
 
@@ -31,8 +31,8 @@ class OwnModel:
     """One model. Each case restores it to the state in which it was found: modules, hooks, flags and configuration.
 
     Its weights are not copied: whoever changes them restores them. family: its name. rows: the token ids of its
-    prompts, at least two tokens each. left_out: how many other prompts there are. Raises UnsupportedModel if its
-    projections cannot be edited, or if its heads differ in size.
+    prompts, at least three tokens each. left_out: how many other prompts there are. Raises UnsupportedModel if its
+    projections cannot be edited, if its heads differ in size, or if it does not give finite logits.
     """
 
     def __init__(
@@ -46,15 +46,22 @@ class OwnModel:
         if len({layer.head_dim for layer in self._heads.layers}) > 1:
             raise UnsupportedModel(f"the layers of {family} have heads of different sizes")
         self._found = [_AsFound(owner) for owner in _owners(model)]
-        self.clean = run(self.fresh(), self.case(self.rows[:1]).inputs())  # [1, tokens, vocabulary]
+        self._flags = [(tensor, tensor.requires_grad, tensor.grad) for tensor in model.parameters()]
+        try:
+            self.clean = run(self.fresh(), self.case(self.rows[:1]).inputs())  # [1, tokens, vocabulary]
+        except Exception as error:
+            raise UnsupportedModel(f"{family} cannot be run: {one_line(error)}") from error
+        if not self.clean.isfinite().all():
+            raise UnsupportedModel(f"the logits of {family} in {self.dtype} are not finite: choose another --dtype")
 
     def __repr__(self) -> str:
         return self.family
 
     @property
     def model_type(self) -> str:
-        """The family of transformers that it belongs to."""
-        return str(self._model.config.model_type)
+        """The family that it belongs to: as declarations name it, or else as transformers does."""
+        found = str(self._model.config.model_type)
+        return {"gemma3_text": "gemma3", "gemma3": "gemma3_vision"}.get(found, found)
 
     @property
     def num_layers(self) -> int:
@@ -109,6 +116,9 @@ class OwnModel:
         """Return the model as it was found, without what an implementation has left on it."""
         for each in self._found:
             each.restore()
+        for tensor, requires_grad, grad in self._flags:
+            tensor.requires_grad_(requires_grad)
+            tensor.grad = grad
         return self._model
 
     @property
@@ -196,8 +206,8 @@ class OwnModel:
 
 
 def shorter(row: Sequence[int]) -> tuple[int, ...]:
-    """Return other tokens, two fewer than a row has, but at least one."""
-    return tuple(row[::-1][: max(1, len(row) - 2)])
+    """Return other tokens, two fewer than a row has, but at least two: cases have positions 1 and -1."""
+    return tuple(row[::-1][: max(2, len(row) - 2)])
 
 
 def _verify_editable(name: str, projection: Any) -> None:
@@ -206,6 +216,8 @@ def _verify_editable(name: str, projection: Any) -> None:
         raise UnsupportedModel(
             f"{name} is a {type(projection).__name__}, whose weight cannot be edited: merge adapters into the weights"
         )
+    if projection.weight.is_meta:
+        raise UnsupportedModel(f"the weight of {name} is not in memory: load the model on one device, with --device")
     if not projection.weight.is_floating_point():
         raise UnsupportedModel(
             f"the weight of {name} is quantised ({projection.weight.dtype}) and cannot be edited: load the model in a "

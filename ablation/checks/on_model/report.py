@@ -20,11 +20,11 @@ STRONGEST = 10
 def findings(own: OwnModel, found: EveryHead) -> Iterator[str]:
     """Yield lines for each imputation: heads that are wrong, and conclusions with theirs and with the right numbers."""
     *most, last = [str(len(row)) for row in found.case.rows]
+    left_out = own.left_out + len(own.rows) - found.prompts
     rows = f"{len(most) + 1} rows of {', '.join(most)} and {last} tokens" if most else f"one row of {last} tokens"
     yield (
         f"every head of {own.family}, one at a time, on {rows}; logits count as equal within {own.tolerance:.1e} "
-        f"({NOISE_FACTOR:g} times the noise of the model)"
-        + (f"; {own.left_out} prompts were left out" if own.left_out else "")
+        f"({NOISE_FACTOR:g} times the noise of the model)" + (f"; {left_out} prompts were left out" if left_out else "")
     )
     for name, outcomes in found.outcomes.items():
         if outcomes:
@@ -131,10 +131,16 @@ def wrong_logits(tolerance: float, found: EveryHead, name: str) -> str | None:
 
 
 def wrong_z(found: EveryHead, name: str) -> str | None:
-    """Return what is wrong with the inputs of the projections under an imputation, in one sentence, or None."""
+    """Return what is wrong with the inputs of the projections under an imputation, in one sentence, or None.
+
+    A head whose ablation raised an error is wrong, too.
+    """
     outcomes = found.outcomes.get(name, [])
-    wrong = [each for each in outcomes if each.z_problem]
-    return f"{len(wrong)} of {len(outcomes)} heads are wrong: {wrong[0].z_problem}" if wrong else None
+    wrong = sorted((each for each in outcomes if each.z_problem or each.raised), key=lambda each: not each.raised)
+    if not wrong:
+        return None
+    first = wrong[0].z_problem or f"ablating {pair_label(wrong[0].pair)} raised {wrong[0].raised}"
+    return f"{len(wrong)} of {len(outcomes)} heads are wrong: {first}"
 
 
 def listed(outcomes: Iterable[Outcome], own: OwnModel) -> str:
