@@ -5,6 +5,7 @@ from __future__ import annotations
 from ablation.checks.assertions import assert_equals_bare, assert_identical
 from ablation.checks.cases import Case, CaseSpec
 from ablation.checks.check import check, inputs_for, unsupported_features
+from ablation.checks.decoders import DTYPES
 from ablation.checks.driving import ablate, decode_with_cache, made, run
 from ablation.checks.protocol import Factory
 
@@ -13,7 +14,7 @@ from ablation.checks.protocol import Factory
     "identity",
     "With no head ablated (before any `ablate`, after `ablate([])`, after `clear` or after `close`), the logits are "
     "those of the bare model, bit for bit.",
-    cases=CaseSpec(max_heads=4, dtypes=("float32", "float64", "bfloat16")),
+    cases=CaseSpec(max_heads=4, dtypes=DTYPES),
 )
 def identity(factory: Factory, case: Case) -> None:
     _assert_identity(factory, case)

@@ -15,6 +15,7 @@ from transformers import DynamicCache
 from ablation.checks.assertions import assert_close, assert_identical
 from ablation.checks.cases import Case, CaseSpec
 from ablation.checks.check import check, offered_imputations
+from ablation.checks.decoders import DTYPES
 from ablation.checks.driving import (
     ablate,
     ablated_logits,
@@ -29,8 +30,6 @@ from ablation.checks.driving import (
 from ablation.checks.protocol import WITHOUT_ROW, Factory, Implementation
 from ablation.heads import find_heads
 
-ALL_DTYPES = ("float32", "float64", "bfloat16")
-
 
 # This check is the first of the chapter, since the checks below run an implementation more than once. If the
 # implementation depends on earlier runs, they would name a wrong cause: whatever they vary between the runs.
@@ -38,7 +37,7 @@ ALL_DTYPES = ("float32", "float64", "bfloat16")
     "independence.earlier_runs",
     "A run gives the same logits, bit for bit, whatever runs, ablations, clears and interrupted forward passes came "
     "before.",
-    cases=CaseSpec(max_heads=4, dtypes=ALL_DTYPES),
+    cases=CaseSpec(max_heads=4, dtypes=DTYPES),
 )
 def earlier_runs(factory: Factory, case: Case) -> None:
     _assert_independent_of_history(factory, case)
@@ -136,7 +135,7 @@ def _interrupt(implementation: Implementation, register: Callable[..., Any], inp
     "independence.other_models",
     "An implementation on one model does not affect the logits of another model, ablated or not, and can be closed "
     "while the other model is ablated.",
-    cases=CaseSpec(max_heads=4, dtypes=ALL_DTYPES),
+    cases=CaseSpec(max_heads=4, dtypes=DTYPES),
 )
 def other_models(factory: Factory, case: Case) -> None:
     inputs, one, other = case.inputs(), case.model(), case.model()
@@ -262,7 +261,7 @@ def threads(factory: Factory, case: Case) -> None:
     "independence.head_order",
     "The order in which heads are named does not change the logits, bit for bit, and a head that is named twice is "
     "ablated once.",
-    cases=CaseSpec(max_heads=4, dtypes=ALL_DTYPES),
+    cases=CaseSpec(max_heads=4, dtypes=DTYPES),
     needs=("multiple_heads",),
 )
 def head_order(factory: Factory, case: Case) -> None:

@@ -37,11 +37,11 @@ from ablation.checks.check import (
 )
 from ablation.checks.decoders import Decoder
 from ablation.checks.driving import ablate, ablated_logits, other_ids, run
+from ablation.checks.imputed import Pair
 from ablation.checks.observe import assert_unchanged, changes, hooks, state
 from ablation.checks.protocol import Factory
 from ablation.heads import AttentionLayer, find_heads
 
-Pair = tuple[int, int]
 Steps = tuple[tuple[Any, ...], ...]
 """Steps of the machine: for each, the name of a method of `LifecycleMachine` and the arguments."""
 

@@ -11,20 +11,19 @@ from transformers import PreTrainedModel
 from ablation.checks.assertions import assert_identical, different, tolerance
 from ablation.checks.cases import Case, CaseSpec
 from ablation.checks.check import check, inputs_for
+from ablation.checks.decoders import DTYPES
 from ablation.checks.driving import ablate, made, other_ids, run
 from ablation.checks.imputed import frozen_values
 from ablation.checks.observe import WITH_VALUE_PROJECTION, recorded_inputs, spoil_values
 from ablation.checks.protocol import IMPUTATIONS, Factory
 from ablation.heads import AttentionLayer, find_heads
 
-ALL_DTYPES = ("float32", "float64", "bfloat16")
-
 
 @check(
     "locality",
     "Up to and including the layer of the ablated head, the input of each projection equals its input in the clean "
     "run, except for the slice of the ablated head, which holds the imputed value.",
-    cases=CaseSpec(dtypes=ALL_DTYPES),
+    cases=CaseSpec(dtypes=DTYPES),
     needs=("observable", "single_forward"),
 )
 def locality(factory: Factory, case: Case) -> None:
@@ -45,7 +44,7 @@ def locality_padded(factory: Factory, case: Case) -> None:
 @check(
     "locality.sets",
     "Several heads are replaced in one forward pass, each by its own imputed value.",
-    cases=CaseSpec(max_rows=2, max_heads=4, dtypes=ALL_DTYPES),
+    cases=CaseSpec(max_rows=2, max_heads=4, dtypes=DTYPES),
     needs=("observable", "single_forward", "multiple_heads"),
 )
 def locality_sets(factory: Factory, case: Case) -> None:
@@ -57,7 +56,7 @@ def locality_sets(factory: Factory, case: Case) -> None:
     "If a hook of the user edits z, the imputed value is computed from the edited z, and the heads that are not "
     "ablated keep the user's edit.",
     # Doubling commutes with these, up to the last bit, so either order of the hooks is right.
-    cases=CaseSpec(imputations=("zero", "mean", "channel-mean", "scale"), dtypes=ALL_DTYPES),
+    cases=CaseSpec(imputations=("zero", "mean", "channel-mean", "scale"), dtypes=DTYPES),
     needs=("observable", "single_forward"),
 )
 def locality_user_hooks(factory: Factory, case: Case) -> None:
@@ -212,7 +211,7 @@ def _difference(held: Tensor, want: Tensor, allowed: float, what: str) -> str | 
     "locality.input_untouched",
     "Two tensors are never modified in place, not even in a later forward pass: the z that the model computes, and the "
     "edited z that the projection receives.",
-    cases=CaseSpec(dtypes=ALL_DTYPES),
+    cases=CaseSpec(dtypes=DTYPES),
     needs=("observable",),
 )
 def locality_input_untouched(factory: Factory, case: Case) -> None:

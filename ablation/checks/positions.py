@@ -6,6 +6,7 @@ from dataclasses import replace
 
 from ablation.checks.cases import Case, CaseSpec
 from ablation.checks.check import check
+from ablation.checks.decoders import DTYPES
 from ablation.checks.independence import assert_cache_changes_nothing
 from ablation.checks.locality import assert_local
 from ablation.checks.protocol import WITHOUT_ROW, Factory
@@ -15,7 +16,7 @@ from ablation.checks.protocol import WITHOUT_ROW, Factory
     "positions",
     "An ablation at some positions replaces the z of the tokens there, and keeps that of all others, bit for bit; a "
     "position is the number of real tokens before a token in its row, and negative positions count from the row's end.",
-    cases=CaseSpec(max_rows=3, ragged=True, max_heads=4, positions=True, dtypes=("float32", "float64", "bfloat16")),
+    cases=CaseSpec(max_rows=3, ragged=True, max_heads=4, positions=True, dtypes=DTYPES),
     needs=("positions", "observable", "single_forward"),
 )
 def positions(factory: Factory, case: Case) -> None:

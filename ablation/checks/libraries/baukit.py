@@ -41,19 +41,16 @@ class Baukit(Library):
     def run(self, input_ids: Tensor, attention_mask: Tensor | None = None, **inputs: Any) -> Tensor:
         with torch.no_grad(), ExitStack() as traces:
             for layer in self.layers:
-                if heads := {head for index, head in self.heads if index == layer.index}:
-                    edit = self.edit(layer, heads, attention_mask)
+                if layer.index in dict(self.heads):
+                    edit = self.edit(layer, attention_mask)
                     traces.enter_context(Trace(self.model, layer.projection_name, edit_output=edit))
             return self.model(input_ids, attention_mask=attention_mask, **{"use_cache": False} | inputs).logits
 
-    def edit(self, layer: AttentionLayer, heads: set[int], mask: Tensor | None) -> Callable[..., Tensor]:
+    def edit(self, layer: AttentionLayer, mask: Tensor | None) -> Callable[..., Tensor]:
         """Return a function of the output of a projection and of its inputs, which Trace passes by name."""
 
         def edit_output(output: Tensor, inputs: tuple[Tensor]) -> Tensor:
-            z = inputs[0].clone()
-            for head in heads:
-                own = z[..., layer.channels(head)]
-                z[..., layer.channels(head)] = self.imputed(layer.index, head, own, mask)
+            z = self.edited(layer, inputs[0], mask)
             return layer.projection.forward(z)  # a call of the module would call this function again
 
         return edit_output

@@ -43,14 +43,8 @@ class Nnsight(Library):
         inputs = {"use_cache": False} | inputs
         with torch.no_grad(), self.model.trace(input_ids=input_ids, attention_mask=attention_mask, **inputs):
             for layer in self.layers:  # a trace reads the model in the order in which it runs
-                targets = [head for index, head in self.heads if index == layer.index]
-                if targets:
+                if layer.index in dict(self.heads):
                     projection = self.model.get(layer.projection_name)
-                    z = projection.input
-                    replaced = z.clone()
-                    for head in targets:
-                        own = z[..., layer.channels(head)]
-                        replaced[..., layer.channels(head)] = self.imputed(layer.index, head, own, attention_mask)
-                    projection.input = replaced
+                    projection.input = self.edited(layer, projection.input, attention_mask)
             logits = self.model.output.logits.save()
         return logits

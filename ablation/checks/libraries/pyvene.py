@@ -51,7 +51,7 @@ class Pyvene(Library):
         representations = [
             {"component": f"{layer.projection_name}.input", "intervention": self.intervention(layer, attention_mask)}
             for layer in self.layers
-            if any(index == layer.index for index, _ in self.heads)
+            if layer.index in dict(self.heads)
         ]
         base = {"input_ids": input_ids, "attention_mask": attention_mask, "use_cache": False} | inputs
         with torch.no_grad():
@@ -60,12 +60,4 @@ class Pyvene(Library):
 
     def intervention(self, layer: AttentionLayer, mask: Tensor | None) -> Callable[[Tensor, Any], Tensor]:
         """Return a function of z [rows, tokens, num_heads * head_dim], and of a source, which is unused."""
-
-        def replace(z: Tensor, source: Any) -> Tensor:
-            out = z.clone()
-            for head in [head for index, head in self.heads if index == layer.index]:
-                own = z[..., layer.channels(head)]
-                out[..., layer.channels(head)] = self.imputed(layer.index, head, own, mask)
-            return out
-
-        return replace
+        return lambda z, source: self.edited(layer, z, mask)

@@ -8,16 +8,9 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor
 
-OFFERED = (
-    "zero",
-    "mean",
-    "channel-mean",
-    "scale",
-    "values",
-    "reference-mean",
-    "reference-mean-by-position",
-    "resample",
-)
+from ablation.checks.protocol import IMPUTATIONS
+from ablation.heads import AttentionLayer
+
 Recorded = dict[int, Tensor]
 """{layer: z of a clean run, [rows, tokens, num_heads, head_dim]}"""
 
@@ -48,7 +41,7 @@ class Imputed:
 
     def __call__(self, layer: int, head: int, z: Tensor, mask: Tensor | None) -> Tensor:
         """Return the replacement. z: [rows, tokens, head_dim]. mask: [rows, tokens so far], or None."""
-        real = torch.ones(z.shape[:2], dtype=torch.bool) if mask is None else mask != 0
+        real = torch.ones(z.shape[:2], dtype=torch.bool, device=z.device) if mask is None else mask != 0
         places = (real.cumsum(dim=1) - 1).clamp(min=0)[:, -z.shape[1] :]
         replaced = self._replacement(layer, head, z, real, places).to(z.dtype).expand_as(z)
         if self.positions is None:
@@ -84,7 +77,7 @@ class Imputed:
 class Library:
     """An adapter without the two methods that each library has in its own way: `record` and `run`."""
 
-    imputations: ClassVar[tuple[str, ...]] = OFFERED
+    imputations: ClassVar[tuple[str, ...]] = tuple(IMPUTATIONS)
 
     def ablate(
         self, heads: Sequence[tuple[int, int]], imputation: str, *, positions: Sequence[int] | None = None, **given: Any
@@ -95,6 +88,14 @@ class Library:
     def record(self, batch: Mapping[str, Any]) -> Recorded:
         """Return the z of a run of the model without an ablation, on these keyword arguments."""
         raise NotImplementedError
+
+    def edited(self, layer: AttentionLayer, z: Tensor, mask: Tensor | None) -> Tensor:
+        """Return the input of a layer's projection with the heads in force replaced, [rows, tokens, heads * width]."""
+        replaced = z.clone()
+        for head in [head for index, head in self.heads if index == layer.index]:
+            own = z[..., layer.channels(head)]
+            replaced[..., layer.channels(head)] = self.imputed(layer.index, head, own, mask)
+        return replaced
 
     def clear(self) -> None:
         self.ablate([], "zero")
