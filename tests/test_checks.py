@@ -181,6 +181,18 @@ def test_edit_after_the_projection_is_located(imputation: str) -> None:
         reproduce("locality", Silent, CASE)
 
 
+class LeavesLayerZero(Ours):
+    """Ablates no head of layer 0."""
+
+    def ablate(self, heads: Any, imputation: str, **keywords: Any) -> None:
+        super().ablate([pair for pair in heads if pair[0] > 0], imputation, **keywords)
+
+
+def test_head_that_is_left_out_is_not_an_edit_downstream() -> None:
+    with pytest.raises(AssertionError, match="heads 1 and 2 of layer 0 .* holds 8 of 8 elements that are not 0"):
+        reproduce("locality.sets", LeavesLayerZero, replace(CASE, heads=((1, 0), (0, 2), (0, 1))))
+
+
 class Wrapping:
     """Ablates without a hook, in a `forward` of its own, which it does not remove."""
 

@@ -130,7 +130,8 @@ def test_families_that_are_not_named_are_left_out() -> None:
     assert unsupported_features(OnlyGPT2).keys() - IMPUTATIONS.keys() - {"positions"} == set(ALL_FAMILIES) - {"gpt2"}
     reasons = {check.id: check.skip_reason(OnlyGPT2) for check in CHECKS}
     assert reasons["smoke"] is reasons["oracle.numpy"] is None
-    assert reasons["layouts.sliding_window"] == reasons["locality.non_finite"] == "supports only gpt2"
+    assert reasons["layouts.sliding_window"] == "needs gemma3; supports only gpt2"
+    assert reasons["locality.non_finite"] == "needs llama or qwen3 or opt or mixtral; supports only gpt2"
     fewer: Any = type("Fewer", (OnlyGPT2,), {"unsupported": {"lfm2": "it has no attention"}})
     assert unsupported_features(fewer)["lfm2"] == "it has no attention"
 
@@ -158,7 +159,7 @@ def test_reason_names_only_what_leaves_no_case() -> None:
     """`locality.non_finite` needs one imputation of several, and a family without GPT-2's mask."""
     fewer: Any = type("Fewer", (OnlyGPT2,), {"unsupported": {"mean": "not written"}})
     reasons = {check.id: check.skip_reason(fewer) for check in CHECKS}
-    assert reasons["locality.non_finite"] == "supports only gpt2"
+    assert reasons["locality.non_finite"] == "needs llama or qwen3 or opt or mixtral; supports only gpt2"
     assert reasons["oracle.mean"] == "does not support 'mean': not written"
 
 

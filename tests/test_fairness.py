@@ -358,3 +358,35 @@ def test_square_note_says_whether_the_axes_matter() -> None:
     with pytest.raises(AssertionError) as error:
         reproduce("oracle.zero", NextHead, CASE)
     assert "note:" not in str(error.value)
+
+
+class TwiceInARow(Ours):
+    """Takes the mean of the mean for a head that is named twice."""
+
+    imputations = ("mean",)
+
+    def run(self, *args: Any, **inputs: Any) -> Any:
+        layer, head = self.pair
+        found = find_heads(self.model).layer(layer)
+
+        def again(_: Any, args: Any) -> Any:
+            z = args[0].clone()
+            for _ in range(self.count):
+                z[..., found.channels(head)] = z[..., found.channels(head)].mean(dim=(1, 2), keepdim=True)
+            return (z,)
+
+        handle = found.projection.register_forward_pre_hook(again)
+        try:
+            return super().run(*args, **inputs)
+        finally:
+            handle.remove()
+
+    def ablate(self, heads: Any, imputation: str, **keywords: Any) -> None:
+        self.pair, self.count = (heads or [(0, 0)])[0], list(heads).count((heads or [(0, 0)])[0])
+        super().ablate([pair for pair in heads if pair != self.pair], imputation, **keywords)
+
+
+def test_mean_of_a_mean_is_a_head_named_twice() -> None:
+    for seed in range(8):  # in some, the last bits differ
+        row = tuple((7 * seed + 3 * token) % 41 for token in range(5))
+        reproduce("independence.head_order", TwiceInARow, replace(CASE, rows=(row,), imputation="mean"))

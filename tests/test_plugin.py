@@ -168,7 +168,7 @@ def test_plugin_runs_the_specification_and_nothing_else(run_plugin: Run) -> None
 @pytest.mark.parametrize(
     ("known", "status", "verdict"),
     [
-        ("hygiene.exception  no try/finally yet", pytest.ExitCode.OK, "known to be broken: hygiene.exception"),
+        ("hygiene.exception:  no try/finally yet", pytest.ExitCode.OK, "known to be broken: hygiene.exception"),
         (
             "smoke  it starts",
             pytest.ExitCode.TESTS_FAILED,
@@ -219,6 +219,7 @@ def test_interrupted_run_says_so_in_the_summary(run_plugin: Run) -> None:
     [
         (["nowhere:X"], "implementation nowhere:X: No module named 'nowhere'"),
         (["my_hook:X"], "implementation my_hook:X: module 'my_hook' has no attribute 'X'"),
+        (["my_hook:"], "implementation 'my_hook:': it should be MODULE:CLASS"),
         (["my_hook"], "it should be MODULE:CLASS"),
         ([""], "it should be MODULE:CLASS"),
         (["my_hook:__name__"], "it is no class; it should be MODULE:CLASS"),
@@ -236,6 +237,14 @@ def test_bad_option_is_one_line(options: list[str], reason: str, run_plugin: Run
     done = run_plugin(*options)
     assert done.ret == pytest.ExitCode.USAGE_ERROR
     assert reason in done.stderr.str() and len(done.stderr.str().splitlines()) == 1
+
+
+@pytest.mark.parametrize("option", ["model=capitals", "summary=x", "table=x", "prompts=x", "expected-failures=x"])
+def test_option_without_an_implementation_is_refused(option: str, run_pytest: Run) -> None:
+    done = run_pytest("-p", "ablation.checks.plugin", f"--ablation-{option}", "test_my_hook.py")
+    name = option.partition("=")[0]
+    assert done.ret == pytest.ExitCode.USAGE_ERROR
+    assert done.stderr.str() == f"ERROR: --ablation-{name} needs --ablation-implementation\n"
 
 
 @pytest.mark.parametrize(
@@ -294,6 +303,19 @@ def test_check_command_ignores_the_folders_configuration(user_folder: Path) -> N
     status, output = check_command("my_hook:KnockOut", "-k", "smoke or refusal.type", "--junit-xml", "report.xml")
     assert status == 0 and "2 of 2 requirements hold" in output
     assert 'failures="0" skipped="0" tests="2"' in Path("report.xml").read_text()
+
+
+@pytest.mark.end_to_end
+def test_selection_without_a_check_says_what_to_do(user_folder: Path) -> None:
+    status, output = check_command("my_hook:KnockOut", "-k", "smokes")
+    assert status == pytest.ExitCode.NO_TESTS_COLLECTED
+    assert output.endswith("ablation: no check matches 'smokes': `ablation check --list` lists the checks\n")
+
+
+@pytest.mark.parametrize("arguments", [["-k", "smoke"], ["my_hook:KnockOut"]])
+def test_list_takes_no_selection(arguments: list[str], capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["check", "--list", *arguments]) == 2
+    assert capsys.readouterr().err == "ablation: --list prints all requirements, and takes neither an adapter nor -k\n"
 
 
 @pytest.mark.parametrize("arguments", [[], [""]])

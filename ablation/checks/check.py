@@ -19,7 +19,7 @@ from hypothesis import HealthCheck, Phase, given, settings
 
 from ablation.checks.cases import Case, CaseSpec
 from ablation.checks.command import DTYPES
-from ablation.checks.decoders import ALL_FAMILIES, Decoder
+from ablation.checks.decoders import ALL_FAMILIES, FAMILIES, Decoder
 from ablation.checks.driving import returns_gradients
 from ablation.checks.protocol import DEFAULT_IMPUTATIONS, FEATURES, IMPUTATIONS, Factory
 from ablation.checks.remarks import remarks
@@ -69,6 +69,7 @@ class Check:
         """Return why the check cannot be tried on an implementation, or None if it can be tried."""
         unsupported, left = unsupported_features(factory), self.cases_for(factory)
         needed = [feature for feature in self.needs if feature in unsupported]
+        needs = ""
         if not needed:
             for names, usable in (
                 (self.cases.imputations or DEFAULT_IMPUTATIONS, left.imputations),
@@ -76,11 +77,13 @@ class Check:
                 (self.cases.dtypes, left.dtypes),
             ):
                 needed += [name for name in names if name in unsupported and not usable]
+            if not left.families and self.cases.families != FAMILIES:
+                needs = f"needs {' or '.join(self.cases.families)}; "
         if not needed and "gradients" in self.needs:
             with isolated_process_state():
                 if not returns_gradients(factory, left.families[0]):
                     return "does not support 'gradients': the logits that run returns do not require gradients"
-        return "; ".join(reasons(factory, needed)) or None
+        return needs + "; ".join(reasons(factory, needed)) or None
 
     def cases_for(self, factory: Factory) -> CaseSpec:
         """Return how the cases are drawn for an adapter: without what it does not support."""

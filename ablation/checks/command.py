@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import os
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -77,6 +78,8 @@ def _check(arguments: argparse.Namespace) -> int:
                 raise AblationError(f"--{name} needs --model")
     else:
         sources.resolve(arguments.model)  # before torch is imported
+    if arguments.list and (arguments.k or arguments.implementation):
+        raise AblationError("--list prints all requirements, and takes neither an adapter nor -k")
     if not arguments.list and not arguments.implementation:
         raise AblationError("name an adapter, as MODULE:CLASS, or use --list")
     try:
@@ -114,4 +117,7 @@ def _check(arguments: argparse.Namespace) -> int:
     for name in OF_PLUGIN:
         if (value := getattr(arguments, name)) is not None:
             options += [f"--ablation-{name.replace('_', '-')}", str(value)]
-    return int(pytest.main(options))
+    status = int(pytest.main(options))
+    if status == pytest.ExitCode.NO_TESTS_COLLECTED:
+        print(f"ablation: no check matches {arguments.k!r}: `ablation check --list` lists the checks", file=sys.stderr)
+    return status

@@ -134,6 +134,7 @@ def assert_replaced(
     """
     real, at = case.inputs()["attention_mask"].bool(), case.replaced()
     first = min(layer for layer, _ in case.heads)
+    wrong, untouched = list[tuple[str, str]](), True  # what is wrong where; whether no head was edited
     for layer, was, now in zip(layers, clean, calls, strict=True):
         assert len(now) == 1, f"the projection of layer {layer.index} was called {len(now)} times, not once"
         assert now[0].dtype == was.dtype, f"the projection of layer {layer.index} got {now[0].dtype}, not {was.dtype}"
@@ -146,7 +147,7 @@ def assert_replaced(
             others = [head for head in range(layer.num_heads) if changed[head] and head not in targets]
             too = ", too" if any(changed[head] for head in targets) else ""
             assert not others, f"{what}, but head {others[0]} was changed{too}"
-        unchanged = layer.index == first and not different(old, new).any()
+        untouched &= layer.index != first or not different(old, new).any()
         for head in targets:
             for row in range(len(real)):  # padding may hold anything
                 here, kept = at[row], real[row] & ~at[row]
@@ -154,13 +155,19 @@ def assert_replaced(
                 values = frozen[layer.index, head][row, here] if frozen else None
                 read = own[real[row]] if case.reads_row else own[here]
                 problem = _imputation_problem(case, held, read if layer.index == first else None, values)
-                if problem and unchanged and logits_moved:
-                    problem = "is unchanged at the projection, though the logits changed: the edit is downstream of it"
+                untouched &= problem is not None
                 if layer.index == first and different(new[row, kept, head], own[kept]).any():
                     problem = (
                         problem or f"is changed at other positions than {', '.join(map(str, case.positions or ()))}"
                     )
-                assert not problem, f"{what}; the z of head {head} in row {row} {problem}"
+                if problem:
+                    wrong.append((f"{what}; the z of head {head} in row {row}", problem))
+    if wrong and untouched and logits_moved:
+        where, _ = wrong[0]
+        raise AssertionError(
+            f"{where} is unchanged at the projection, though the logits changed: the edit is downstream of it"
+        )
+    assert not wrong, " ".join(wrong[0])
 
 
 def _imputation_problem(case: Case, held: Tensor, own: Tensor | None, values: Tensor | None) -> str | None:

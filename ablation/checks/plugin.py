@@ -27,6 +27,7 @@ RUN: pytest.StashKey[CheckRun | ModelRun] = pytest.StashKey()
 RECORDS = pytest.StashKey[list["Record"]]()
 VERDICT = pytest.StashKey[list[str]]()
 """The lines that end the report of pytest."""
+NAMING_FILES = ("summary", "badge", "table")
 FILES = pytest.StashKey[dict[str, Path]]()
 """The files to write: the name of an option -> path."""
 
@@ -71,7 +72,11 @@ def pytest_addoption(parser: pytest.Parser) -> None:
 def pytest_configure(config: pytest.Config) -> None:
     """Read the options once. An invalid option is reported in one line, before any check runs."""
     config.stash[RECORDS] = []
-    if config.getoption("--ablation-implementation") is not None:
+    if config.getoption("--ablation-implementation") is None:
+        for name in ("expected-failures", *NAMING_FILES, "model", "prompts", "device"):
+            if config.getoption(f"--ablation-{name}") is not None:
+                raise pytest.UsageError(f"--ablation-{name} needs --ablation-implementation")
+    else:
         if hasattr(config.option, "dist"):
             config.option.dist = "no"  # the checks share what they find, so they run in this process
         config.stash[FILES] = _writable_files(config)
@@ -117,6 +122,8 @@ def _load_adapter(config: pytest.Config) -> Any:
     """Return the adapter class that --ablation-implementation names. Raises UsageError."""
     name = config.getoption("--ablation-implementation")
     module, _, attribute = name.partition(":")
+    if not module or not attribute:
+        raise pytest.UsageError(f"implementation {name!r}: it should be MODULE:CLASS")
     folder = str(config.invocation_params.dir)
     if folder not in sys.path:
         sys.path.insert(0, folder)
@@ -130,8 +137,7 @@ def _load_adapter(config: pytest.Config) -> Any:
         raise
     except BaseException as error:  # the user's module may raise anything when it is imported, SystemExit included
         problem = str(error) if isinstance(error, ImportError | AttributeError) else f"{type(error).__name__}: {error}"
-        form = "" if attribute else "; it should be MODULE:CLASS"
-        raise pytest.UsageError(f"implementation {name}: {problem}{form}") from None
+        raise pytest.UsageError(f"implementation {name}: {problem}") from None
     if not callable(adapter):
         raise pytest.UsageError(f"implementation {name}: it is no class; it should be MODULE:CLASS")
     from ablation.checks.signature import adapter_problem
@@ -144,7 +150,7 @@ def _load_adapter(config: pytest.Config) -> Any:
 def _writable_files(config: pytest.Config) -> dict[str, Path]:
     """Return the files that options name: option -> path. Raises UsageError."""
     files = {}
-    for option in ("summary", "badge", "table"):
+    for option in NAMING_FILES:
         if (name := config.getoption(f"--ablation-{option}")) is None:
             continue
         file = Path(name)  # pytest returns to the first folder before it finishes
@@ -183,6 +189,7 @@ def _read_expected_failures(config: pytest.Config) -> dict[str, str]:
         if not line or line.startswith("#"):
             continue
         check, *rest = line.split(maxsplit=1)
+        check = check.removesuffix(":")
         place = f"expected failures {file}, line {number}"
         try:
             validate_ids({check: ""})
