@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import warnings
 from collections.abc import Callable, Iterator
+from contextlib import ExitStack
 from dataclasses import replace
 from functools import partial
 from typing import TYPE_CHECKING, Any
@@ -30,15 +31,21 @@ if TYPE_CHECKING:
     from ablation.checks.check import Check
 
 MISTAKES = (*WRONG_HEADS, *WRONG_PLACES, *WRONG_VALUES)
+NEED_COPIES = (side_effects.residue, surroundings.differentiated, surroundings.other_models)
+"""Experiments that change the weights, gradients or configuration of a model, or need two models: only for random
+decoders, of which each experiment gets copies. Of a model of the user's, there is one copy."""
 
 
 def diagnosis(factory: Factory, check: Check, case: Case, error: BaseException | None = None) -> str | None:
     """Return a sentence that names the mistake of an implementation that fails a check in a case, or None.
 
-    error: what the check raised. An experiment that fails is no diagnosis; a KeyboardInterrupt propagates.
+    error: what the check raised. An experiment that fails is no diagnosis; a KeyboardInterrupt propagates. A model of
+    the user's is left as it was found.
     """
-    with warnings.catch_warnings():
+    with ExitStack() as at_end, warnings.catch_warnings():
         warnings.simplefilter("ignore")
+        if not isinstance(case.decoder, Decoder):
+            at_end.callback(case.model)
         for experiment in _experiments(factory, check, case, error):
             with Attempt():
                 if cause := experiment():
@@ -55,7 +62,8 @@ def _experiments(
         yield lambda: no_effect(factory, case)
     for of_chapter in (histories.EXPERIMENTS, surroundings.EXPERIMENTS, side_effects.EXPERIMENTS):
         for experiment in of_chapter.get(check.id, ()):
-            yield partial(experiment, History(factory, case))
+            if isinstance(case.decoder, Decoder) or experiment not in NEED_COPIES:
+                yield partial(experiment, History(factory, case))
     if error is not None and not isinstance(error, AssertionError):
         yield lambda: _in_default_dtype(factory, check, case) if "dtype" in str(error) else None
     if isinstance(error, AssertionError):
