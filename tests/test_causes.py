@@ -2,18 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from typing import Any, ClassVar
+from typing import ClassVar
 
 import pytest
 import torch
-from hypothesis import settings
-from torch import Tensor
 
 from ablation.checks import CHECKS
-from ablation.checks.cases import Case
 from ablation.checks.causes.diagnosis import diagnosis
-from ablation.checks.check import Check, CheckFailure
 from ablation.checks.decoders import Decoder
 from ablation.checks.observe import changes, state
 from ablation.checks.on_model.own_model import OwnModel
