@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from ablation.checks.cases import Case
-from ablation.checks.causes import findings, histories, side_effects, surroundings
+from ablation.checks.causes import findings, histories, passed_inputs, side_effects, surroundings
 from ablation.checks.causes.conditions import no_effect
 from ablation.checks.causes.histories import History
 from ablation.checks.causes.simulation import NOTHING, RIGHT, Attempt, Mistake, Outcome, Setting, observed, simulated
@@ -60,8 +60,8 @@ def _experiments(
     if case.heads and not case.steps:
         yield lambda: _wrong_ablation(factory, check, case)
         yield lambda: no_effect(factory, case)
-    for of_chapter in (histories.EXPERIMENTS, surroundings.EXPERIMENTS, side_effects.EXPERIMENTS):
-        for experiment in of_chapter.get(check.id, ()):
+    for module in (histories, passed_inputs, surroundings, side_effects):
+        for experiment in module.EXPERIMENTS.get(check.id, ()):
             if isinstance(case.decoder, Decoder) or experiment not in NEED_COPIES:
                 yield partial(experiment, History(factory, case))
     if error is not None and not isinstance(error, AssertionError):
