@@ -2,16 +2,22 @@
 
 from __future__ import annotations
 
-from typing import ClassVar
+from collections.abc import Sequence
+from typing import Any, ClassVar
 
 import pytest
 import torch
+from torch import Tensor
 
-from ablation.checks import CHECKS
+from ablation.checks import CHECKS, adapter_from_function
+from ablation.checks.cases import Case
 from ablation.checks.causes.diagnosis import diagnosis
+from ablation.checks.check import Check, CheckFailure
 from ablation.checks.decoders import Decoder
 from ablation.checks.observe import changes, state
 from ablation.checks.on_model.own_model import OwnModel
+from ablation.checks.protocol import CACHE
+from ablation.heads import find_heads
 from tests.implementations.ours import Ours
 
 GPT2 = Decoder("gpt2", num_layers=2, num_heads=3, head_dim=8)
@@ -46,3 +52,110 @@ def test_diagnosis_leaves_the_users_model_as_found(id: str) -> None:
     rows = (PROMPT, PROMPT[:4]) if "padded" in id else (PROMPT,)
     diagnosis(LeavesAHook, CHECK[id], mine.case(rows, heads=((1, 0),)), AssertionError("a finding"))
     assert not changes(model, before)
+
+
+# ---- inputs
+
+
+def replaced_by(value: float, model: Any, heads: Sequence[tuple[int, int]], inputs: dict[str, Any]) -> Tensor:
+    """Run a model with z replaced by a number that no imputation gives."""
+    handles = []
+    for index, head in heads:
+        layer = find_heads(model).layer(index)
+        channels = layer.channels(head)
+
+        def edit(_: Any, args: Any, channels: slice = channels) -> tuple[Tensor]:
+            z = args[0].clone()
+            z[..., channels] = value
+            return (z,)
+
+        handles.append(layer.projection.register_forward_pre_hook(edit))
+    try:
+        logits: Tensor = model(**{"use_cache": False} | inputs).logits
+    finally:
+        for handle in handles:
+            handle.remove()
+    return logits
+
+
+def ids_only(model: Any, input_ids: Tensor, heads: Any) -> Tensor:
+    return replaced_by(0.123, model, heads, {"input_ids": input_ids})
+
+
+def ids_and_mask(model: Any, input_ids: Tensor, attention_mask: Tensor, heads: Any) -> Tensor:
+    return replaced_by(0.123, model, heads, {"input_ids": input_ids, "attention_mask": attention_mask})
+
+
+def without_cache(
+    model: Any, input_ids: Tensor, attention_mask: Tensor, position_ids: Tensor, heads: Any, use_cache: bool = False
+) -> Tensor:
+    inputs = {"attention_mask": attention_mask, "position_ids": position_ids}
+    return replaced_by(0.123, model, heads, {"input_ids": input_ids, **inputs})
+
+
+def all_inputs(model: Any, heads: Any, **inputs: Any) -> Tensor:
+    return replaced_by(0.123, model, heads, inputs)
+
+
+def one_head(model: Any, layer: int, head: int, **inputs: Any) -> Tensor:
+    return replaced_by(0.123, model, [(layer, head)], inputs)
+
+
+def failures(factory: Any, check: Check) -> list[CheckFailure]:
+    """Return how a check fails in its simplest cases."""
+    found = []
+    if check.skip_reason(factory) is None:
+        for case in check.cases_for(factory).simplest():
+            try:
+                check.run_case(factory, case)
+            except CheckFailure as failure:
+                found.append(failure)
+    return found
+
+
+REFUSALS = ("heads are not validated", "are not checked, or not before the forward pass")
+"""What else is wrong with these functions."""
+INPUTS = ("smoke", "identity", "locality", "locality.padded", "independence.padding", "independence.cache")
+
+
+@pytest.mark.parametrize("id", [pytest.param(id, marks=() if id in INPUTS else pytest.mark.slow) for id in CHECK])
+@pytest.mark.parametrize("function", [ids_only, ids_and_mask, without_cache, all_inputs, one_head])
+def test_wrong_value_is_not_blamed_on_an_input(function: Any, id: str) -> None:
+    factory = adapter_from_function(function)
+    found = failures(factory, CHECK[id])
+    assert found or id not in ("locality", "oracle.zero")
+    for failure in found:
+        cause = diagnosis(factory, CHECK[id], failure.case, failure.error)
+        assert cause is None or cause.endswith(REFUSALS), cause
+
+
+def loses(*names: str) -> Any:
+    """Return a right adapter that does not pass some inputs on to the model."""
+
+    class Loses(Ours):
+        imputations: ClassVar[tuple[str, ...]] = ("zero",)
+
+        def run(self, input_ids: Tensor, attention_mask: Tensor | None = None, **inputs: Any) -> Tensor:
+            given = {"attention_mask": attention_mask, **inputs}
+            return super().run(input_ids, **{name: value for name, value in given.items() if name not in names})
+
+    return Loses
+
+
+@pytest.mark.parametrize(
+    ("names", "id", "lost"),
+    [
+        (("attention_mask",), "identity.padded", "the attention mask is"),
+        (("attention_mask", "position_ids"), "locality.padded", "the attention mask and the position ids are"),
+        (("position_ids",), "identity.padded", "the position ids are"),
+        (("attention_mask", "position_ids"), "identity.padded", "the attention mask and the position ids are"),
+        ((CACHE,), "identity", "the key/value cache is"),
+        ((CACHE, "attention_mask"), "identity", "the key/value cache is"),
+        ((CACHE, "attention_mask", "position_ids", "use_cache"), "identity", "the key/value cache is"),
+    ],
+)
+def test_input_that_is_lost_is_named(names: tuple[str, ...], id: str, lost: str) -> None:
+    rows = ((3, 1, 4, 1, 5), (9, 2, 6)) if "padded" in id else (PROMPT,)
+    case = Case(GPT2, rows, ((1, 0),), side="left")
+    assert diagnosis(loses(*names), CHECK[id], case) == f"{lost} not passed on to the model"
+    assert diagnosis(loses(*names), CHECK["smoke"], case) is None

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from ablation.checks.causes.histories import Experiment, History
-from ablation.checks.causes.simulation import hooked, same_logits
+from ablation.checks.causes.simulation import Attempt, hooked, same_logits
 from ablation.checks.check import inputs_for, unsupported_features
 from ablation.checks.driving import decode_with_cache, run
 from ablation.checks.protocol import CACHE, Factory
@@ -66,9 +66,10 @@ LOST: tuple[Lost, ...] = (
     ("the position ids are not passed on to the model", ("position_ids",)),
     ("the attention mask and the position ids are not passed on to the model", ("attention_mask", "position_ids")),
 )
-WITHOUT_CACHE: Lost = (
-    "the key/value cache is not passed on to the model",
-    (CACHE, "attention_mask", "position_ids", "use_cache"),
+NO_CACHE = "the key/value cache is not passed on to the model"
+WITHOUT_CACHE: tuple[Lost, ...] = tuple(
+    (NO_CACHE, (CACHE, *others))
+    for others in ((), ("attention_mask",), ("position_ids",), ("attention_mask", "position_ids"))
 )
 
 
@@ -81,8 +82,8 @@ def _lost(factory: Factory) -> list[Lost]:
 def _least_lost(found: list[Lost]) -> str | None:
     """Return the one cause that loses the fewest inputs: losing another, too, may change nothing."""
     fewest = min((len(names) for _, names in found), default=0)
-    causes = [cause for cause, names in found if len(names) == fewest]
-    return causes[0] if len(causes) == 1 else None
+    causes = {cause for cause, names in found if len(names) == fewest}
+    return causes.pop() if len(causes) == 1 else None
 
 
 def _without(inputs: dict[str, Any], *names: str) -> dict[str, Any]:
@@ -115,8 +116,12 @@ def passed_pieces(history: History) -> str | None:
         got = decoded_with(implementation.run)
     if same_logits(got, right):
         return None
-    fits = lambda names: same_logits(got, decoded_with(lambda **piece: run(model, _without(piece, *names))))  # noqa: E731
-    return _least_lost([lost for lost in (*_lost(history.factory), WITHOUT_CACHE) if fits(lost[1])])
+    found = []
+    for cause, names in (*_lost(history.factory), *WITHOUT_CACHE):
+        with Attempt():  # of a model that refuses, say, a mask that is longer than its tokens
+            if same_logits(got, decoded_with(lambda names=names, **piece: run(model, _without(piece, *names)))):  # type: ignore[misc]
+                found.append((cause, names))
+    return _least_lost(found)
 
 
 def _prepended(history: History, got: Tensor) -> str | None:
