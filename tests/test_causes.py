@@ -16,9 +16,10 @@ from ablation.checks.check import Check, CheckFailure
 from ablation.checks.decoders import Decoder
 from ablation.checks.observe import changes, state
 from ablation.checks.on_model.own_model import OwnModel
-from ablation.checks.protocol import CACHE
+from ablation.checks.protocol import CACHE, FROM_REFERENCE
 from ablation.heads import find_heads
 from tests.implementations.ours import Ours
+from tests.mutants.imputations import ReferenceAblated
 
 GPT2 = Decoder("gpt2", num_layers=2, num_heads=3, head_dim=8)
 PROMPT = (3, 14, 15, 9, 26, 5)
@@ -118,7 +119,7 @@ REFUSALS = ("heads are not validated", "are not checked, or not before the forwa
 INPUTS = ("smoke", "identity", "locality", "locality.padded", "independence.padding", "independence.cache")
 
 
-@pytest.mark.parametrize("id", [pytest.param(id, marks=() if id in INPUTS else pytest.mark.slow) for id in CHECK])
+@pytest.mark.parametrize("id", [pytest.param(id, marks=() if id in INPUTS else pytest.mark.mutants) for id in CHECK])
 @pytest.mark.parametrize("function", [ids_only, ids_and_mask, without_cache, all_inputs, one_head])
 def test_wrong_value_is_not_blamed_on_an_input(function: Any, id: str) -> None:
     factory = adapter_from_function(function)
@@ -159,3 +160,52 @@ def test_input_that_is_lost_is_named(names: tuple[str, ...], id: str, lost: str)
     case = Case(GPT2, rows, ((1, 0),), side="left")
     assert diagnosis(loses(*names), CHECK[id], case) == f"{lost} not passed on to the model"
     assert diagnosis(loses(*names), CHECK["smoke"], case) is None
+
+
+# ---- a reference
+
+
+class Adds(Ours):
+    """Adds to the heads of earlier calls; the reference is measured on clean runs."""
+
+    def __init__(self, model: Any) -> None:
+        super().__init__(model)
+        self.sets: list[tuple[int, int]] = []
+
+    def ablate(self, heads: Sequence[tuple[int, int]], imputation: str, **keywords: Any) -> None:
+        self.sets = sorted({*self.sets, *heads})
+        super().ablate(self.sets, imputation, **keywords)
+
+
+class Drifts(Ours):
+    """Adds the number of earlier calls of `ablate` to the logits."""
+
+    def ablate(self, heads: Sequence[tuple[int, int]], imputation: str, **keywords: Any) -> None:
+        super().ablate(heads, imputation, **keywords)
+        self.calls = getattr(self, "calls", 0) + 1
+
+    def run(self, *args: Any, **inputs: Any) -> Tensor:
+        return super().run(*args, **inputs) + max(0, self.calls - 1)
+
+
+ADDS, ABLATED = "each call adds to them", "the reference is measured while the previous heads are still ablated"
+
+
+@pytest.mark.parametrize(
+    ("factory", "names", "cause"),
+    [
+        (Adds, FROM_REFERENCE, ADDS),
+        # Resample puts back the z of the reference, so nothing changes in its runs.
+        (ReferenceAblated, ("reference-mean", "reference-mean-by-position"), ABLATED),
+        (Drifts, FROM_REFERENCE, ""),
+    ],
+)
+def test_cause_of_an_unclean_reference_is_told_apart(factory: Any, names: tuple[str, ...], cause: str) -> None:
+    check = CHECK["reference.clean"]
+    cases = [case for case in check.cases_for(factory).simplest() if case.kind in names]
+    assert len(cases) == len(names)
+    for case in cases:
+        with pytest.raises(CheckFailure) as failure:
+            check.run_case(factory, case)
+        found = diagnosis(factory, check, case, failure.value.error)
+        assert (found or "").endswith(cause) and bool(found) == bool(cause)
