@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from functools import partial
 from typing import Any, ClassVar
 
 import pytest
@@ -11,7 +12,9 @@ from torch import Tensor
 
 from ablation.checks import CHECKS, adapter_from_function
 from ablation.checks.cases import Case
+from ablation.checks.causes.conditions import NO_HOOK, NOT_CALLED, no_effect
 from ablation.checks.causes.diagnosis import diagnosis
+from ablation.checks.causes.histories import EARLIER, History
 from ablation.checks.check import Check, CheckFailure
 from ablation.checks.decoders import Decoder
 from ablation.checks.observe import changes, state
@@ -209,3 +212,89 @@ def test_cause_of_an_unclean_reference_is_told_apart(factory: Any, names: tuple[
             check.run_case(factory, case)
         found = diagnosis(factory, check, case, failure.value.error)
         assert (found or "").endswith(cause) and bool(found) == bool(cause)
+
+
+# ---- nothing is ablated
+
+
+class NanInPadding(Ours):
+    """Gives NaN in padding, whose logits mean nothing."""
+
+    imputations: ClassVar[tuple[str, ...]] = ("zero", "mean")
+
+    def run(self, input_ids: Tensor, attention_mask: Tensor | None = None, **inputs: Any) -> Tensor:
+        logits = super().run(input_ids, attention_mask, **inputs)
+        return logits if attention_mask is None else logits.masked_fill(attention_mask[..., None] == 0, float("nan"))
+
+
+class Noisy:
+    """Ablates nothing, and rounds differently in each run."""
+
+    def __init__(self, model: Any) -> None:
+        self.model, self.noise = model, 2**-22
+
+    def ablate(self, heads: Sequence[tuple[int, int]], imputation: str) -> None: ...
+
+    def run(self, input_ids: Tensor, attention_mask: Tensor | None = None, **inputs: Any) -> Tensor:
+        self.noise = -self.noise
+        logits: Tensor = self.model(input_ids, attention_mask=attention_mask, **inputs).logits * (1 + self.noise)
+        return logits if attention_mask is None else logits.masked_fill(attention_mask[..., None] == 0, float("nan"))
+
+    def clear(self) -> None: ...
+
+    def close(self) -> None: ...
+
+
+class FromSecondRun(Ours):
+    """Registers its hooks after the first run."""
+
+    waiting: Any = None
+
+    def ablate(self, *args: Any, **keywords: Any) -> None:
+        self.waiting = partial(super().ablate, *args, **keywords)
+
+    def run(self, *args: Any, **inputs: Any) -> Tensor:
+        logits = super().run(*args, **inputs).clone()
+        if self.waiting:
+            self.waiting()
+        return logits
+
+
+PADDED = Case(GPT2, ((3, 1, 4, 1, 5), (9, 2, 6)), ((1, 0),))
+
+
+def test_first_run_is_compared_as_the_checks_compare() -> None:
+    assert no_effect(Noisy, PADDED) == NO_HOOK
+    found = no_effect(FromSecondRun, PADDED)
+    assert found and "only from the second run on" in found
+
+
+@pytest.mark.parametrize("experiment", EARLIER, ids=lambda each: each.__name__)
+def test_nan_in_padding_is_no_cause(experiment: Any) -> None:
+    assert experiment(History(NanInPadding, PADDED)) is None
+
+
+class UncalledHere(Noisy):
+    """Hooks a module that is never called in the layer of the head, and other modules in the other layers."""
+
+    def ablate(self, heads: Sequence[tuple[int, int]], imputation: str) -> None:
+        for layer in find_heads(self.model).layers:
+            module = layer.block
+            if layer.index == heads[0][0]:
+                module = layer.block.never = torch.nn.Identity()
+            module.register_forward_hook(lambda *_: None)
+
+
+class OnTheModel(Noisy):
+    """Hooks the model as a whole, which does nothing."""
+
+    def ablate(self, heads: Sequence[tuple[int, int]], imputation: str) -> None:
+        self.model.register_forward_hook(lambda *_: None)
+
+
+def test_hook_on_the_whole_model_is_called() -> None:
+    assert (no_effect(OnTheModel, PADDED) or "").startswith("the hook on the model is called")
+
+
+def test_hook_that_is_never_called_is_named() -> None:
+    assert no_effect(UncalledHere, PADDED) == NOT_CALLED.format("transformer.h.1.never")

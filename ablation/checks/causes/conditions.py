@@ -95,7 +95,7 @@ def _exchanged(case: Case) -> Iterator[tuple[str, Case]]:
 def _lost(factory: Factory, case: Case) -> str | None:
     """Return what happens to the hooks of an implementation that ablates nothing."""
     model = case.model()
-    names, found = dict(model.named_modules()), find_heads(model)
+    found = find_heads(model)
     seen: dict[str, Any] = {}
     called: set[str] = set()
 
@@ -112,6 +112,7 @@ def _lost(factory: Factory, case: Case) -> str | None:
         mine = sorted(
             {place.rpartition(".")[0] for place, table in seen.items() if len(table) > len(before.get(place, ()))}
         )
+        names = {name or "the model": module for name, module in model.named_modules()}
         counters = [names[name].register_forward_pre_hook(_noting(called, name)) for name in mine if name in names]
         implementation.run(**case.inputs())
         for counter in (*counters, watch):

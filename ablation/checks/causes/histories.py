@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from ablation.checks.cases import Case
-from ablation.checks.causes.simulation import Mistake, Setting, hooked, row_means, same_logits, simulated
+from ablation.checks.causes.simulation import Mistake, Setting, hooked, row_means, same_bits, same_logits, simulated
 from ablation.checks.check import offered_imputations
 from ablation.checks.driving import ablate, discard, made, other_ids, other_keywords, run
 from ablation.checks.imputed import Pair, frozen_values, recorded_z
@@ -74,7 +74,7 @@ def repeated(history: History) -> str | None:
         if same_logits(three, one):
             return "every second run ablates nothing"
         return "only the first run ablates: the hooks are gone after it"
-    if not torch.equal(one, two) and not torch.equal(two, three) and same_logits(one, two):
+    if not same_bits(one, two) and not same_bits(two, three) and same_logits(one, two):
         return "equal runs give slightly different logits: the imputed value is random, or depends on earlier runs"
     return None
 
@@ -169,7 +169,7 @@ def interrupted(history: History) -> str | None:
                     implementation.run(**history.inputs)
                 handle.remove()
                 got = implementation.run(**history.other_inputs).detach().clone()
-                if not torch.equal(want, again) or torch.equal(got, want):
+                if not same_bits(want, again) or same_bits(got, want):
                     continue
                 if same_logits(got, bare):
                     return "after an exception in a forward pass, nothing is ablated any more"
@@ -201,7 +201,7 @@ def kept_logits(history: History) -> str | None:
         kept = implementation.run(**history.inputs)
         was = kept.detach().clone()
         implementation.run(**history.other_inputs)
-    return None if torch.equal(kept, was) else "the logits are returned in a tensor that the next run overwrites"
+    return None if same_bits(kept, was) else "the logits are returned in a tensor that the next run overwrites"
 
 
 def remembered(history: History) -> str | None:

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from ablation.checks.causes.histories import Experiment, History
-from ablation.checks.causes.simulation import Attempt, hooked, same_logits
+from ablation.checks.causes.simulation import Attempt, hooked, same_bits, same_logits
 from ablation.checks.check import inputs_for, unsupported_features
 from ablation.checks.driving import decode_with_cache, run
 from ablation.checks.protocol import CACHE, Factory
@@ -41,7 +41,7 @@ def passed_inputs(history: History) -> str | None:
     inputs = inputs_for(history.factory, history.case)
     real, want = inputs["attention_mask"].bool(), history.bare(inputs)
     got = _idle(history)
-    if torch.equal(got[real], want[real]):
+    if same_bits(got[real], want[real]):
         return None
     if not same_logits(got[real], want[real]):
         fits = lambda names: same_logits(got[real], history.bare(_without(inputs, *names))[real])  # noqa: E731
@@ -140,7 +140,7 @@ def _rounded_layers(history: History, got: Tensor) -> str | None:
         with ExitStack() as undo:
             for layer in find_heads(model).layers:
                 undo.enter_context(hooked(layer.projection, partial(_rounded, dtype), is_output=False))
-            if torch.equal(got, run(model, history.inputs)):
+            if same_bits(got, run(model, history.inputs)):
                 causes.append(f"z is rounded to {name} in every layer, even if nothing is ablated")
     return causes[0] if len(causes) == 1 else None
 

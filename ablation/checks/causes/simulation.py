@@ -15,7 +15,7 @@ import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
-from ablation.checks.assertions import is_measured, tolerance
+from ablation.checks.assertions import different, is_measured, tolerance
 from ablation.checks.cases import Case
 from ablation.checks.check import unsupported_features
 from ablation.checks.driving import ablate, made, run
@@ -46,6 +46,11 @@ class Outcome:
 def same_logits(got: Tensor, want: Tensor) -> bool:
     """Return whether logits are equal up to rounding."""
     return _close(got.detach(), want.detach(), tolerance(want, got.dtype))
+
+
+def same_bits(got: Tensor, want: Tensor) -> bool:
+    """Return whether logits are identical, as `assert_identical` asks for it: NaN equals NaN."""
+    return got.shape == want.shape and not bool(different(got, want).any())
 
 
 def same_z(got: Tensor, want: Tensor) -> bool:
