@@ -2,15 +2,17 @@
 
 from __future__ import annotations
 
+import ast
 from collections.abc import Sequence
 from functools import partial
+from pathlib import Path
 from typing import Any, ClassVar
 
 import pytest
 import torch
 from torch import Tensor
 
-from ablation.checks import CHECKS, adapter_from_function
+from ablation.checks import CHECKS, adapter_from_function, causes
 from ablation.checks.cases import Case
 from ablation.checks.causes.conditions import NO_HOOK, NOT_CALLED, no_effect
 from ablation.checks.causes.diagnosis import diagnosis
@@ -298,3 +300,28 @@ def test_hook_on_the_whole_model_is_called() -> None:
 
 def test_hook_that_is_never_called_is_named() -> None:
     assert no_effect(UncalledHere, PADDED) == NOT_CALLED.format("transformer.h.1.never")
+
+
+# ---- devices
+
+MAKERS = ("arange", "as_tensor", "empty", "eye", "full", "linspace", "ones", "rand", "randn", "tensor", "zeros")
+
+
+def made_without_device(source: str) -> list[str]:
+    """Return the calls of torch that make a tensor and do not say on which device."""
+    calls = [node for node in ast.walk(ast.parse(source)) if isinstance(node, ast.Call)]
+    return [
+        ast.unparse(call)
+        for call in calls
+        if isinstance(call.func, ast.Attribute)
+        and ast.unparse(call.func.value) == "torch"
+        and call.func.attr in MAKERS
+        and not any(keyword.arg == "device" for keyword in call.keywords)
+    ]
+
+
+@pytest.mark.parametrize("path", sorted(Path(causes.__file__).parent.glob("*.py")), ids=lambda path: path.stem)
+def test_tensors_are_made_on_the_device_of_the_model(path: Path) -> None:
+    """On the CPU, where these tests run, a tensor on the wrong device raises nothing."""
+    assert made_without_device("torch.zeros(3)") and not made_without_device("torch.zeros(3, device=z.device)")
+    assert not made_without_device(path.read_text())

@@ -266,7 +266,7 @@ def while_ablated(setting: Setting, mistake: Mistake) -> Iterator[None]:
             edit = partial(_edited, setting, mistake, layer, here)
             undo.enter_context(hooked(module, edit, is_output=is_output))
             if mistake.output is not None:
-                site = Site(setting, layer, torch.empty(0), [head for _, (_, head) in here])
+                site = Site(setting, layer, torch.empty(0, device=setting.real.device), [head for _, (_, head) in here])
                 undo.enter_context(hooked(layer.projection, partial(mistake.output, site), is_output=True))
         yield
 
@@ -282,7 +282,7 @@ def _edited(setting: Setting, mistake: Mistake, layer: AttentionLayer, here: lis
     for number, (named, (_, head)) in enumerate(here):
         channels, at = mistake.channels(site, head), mistake.tokens(site, number)
         own = x[..., channels]
-        value = torch.as_tensor(mistake.value(site, own, named)).to(x.dtype).expand_as(own)
+        value = torch.as_tensor(mistake.value(site, own, named), device=x.device).to(x.dtype).expand_as(own)
         out[..., channels] = torch.where(at[..., None], value, out[..., channels])
     return mistake.rest(site, out)
 
