@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import ast
 from collections.abc import Sequence
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from typing import Any, ClassVar
@@ -17,6 +18,7 @@ from ablation.checks.cases import Case
 from ablation.checks.causes.conditions import NO_HOOK, NOT_CALLED, no_effect
 from ablation.checks.causes.diagnosis import diagnosis
 from ablation.checks.causes.histories import EARLIER, History
+from ablation.checks.causes.surroundings import RESTARTED, decoded
 from ablation.checks.check import Check, CheckFailure
 from ablation.checks.decoders import Decoder
 from ablation.checks.observe import changes, state
@@ -24,7 +26,7 @@ from ablation.checks.on_model.own_model import OwnModel
 from ablation.checks.protocol import CACHE, FROM_REFERENCE
 from ablation.heads import find_heads
 from tests.implementations.ours import Ours
-from tests.mutants.imputations import ReferenceAblated
+from tests.mutants.imputations import ReferenceAblated, ValuesRestart
 
 GPT2 = Decoder("gpt2", num_layers=2, num_heads=3, head_dim=8)
 PROMPT = (3, 14, 15, 9, 26, 5)
@@ -214,6 +216,42 @@ def test_cause_of_an_unclean_reference_is_told_apart(factory: Any, names: tuple[
             check.run_case(factory, case)
         found = diagnosis(factory, check, case, failure.value.error)
         assert (found or "").endswith(cause) and bool(found) == bool(cause)
+
+
+# ---- decoding with a cache
+
+
+class FirstPassOnly(Ours):
+    """Ablates nothing in passes that follow a cache."""
+
+    def ablate(self, *args: Any, **keywords: Any) -> None:
+        self.again = partial(super().ablate, *args, **keywords)
+        self.again()
+
+    def run(self, *args: Any, **inputs: Any) -> Tensor:
+        if CACHE not in inputs or not inputs[CACHE].get_seq_length():
+            return super().run(*args, **inputs)
+        self.clear()
+        logits = super().run(*args, **inputs)
+        self.again()
+        return logits
+
+
+DECODED = {f"{case.imputation} {case.by_position}": case for case in CHECK["independence.cache"].cases.simplest()}
+
+
+@pytest.mark.parametrize("case", DECODED.values(), ids=DECODED)
+def test_pass_that_is_not_ablated_is_named(case: Case) -> None:
+    for rows in (case.rows, (PROMPT, PROMPT[:4])):
+        found = decoded(History(FirstPassOnly, replace(case, rows=rows, side="left")))
+        assert found == "nothing is ablated in passes that follow a cache"
+
+
+@pytest.mark.parametrize("name", ["values True", "reference-mean-by-position False"])
+def test_position_that_restarts_is_named(name: str) -> None:
+    case = DECODED[name]
+    for rows in (case.rows, (PROMPT, PROMPT[:4])):
+        assert decoded(History(ValuesRestart, replace(case, rows=rows, side="left"))) == RESTARTED
 
 
 # ---- nothing is ablated

@@ -23,8 +23,10 @@ from ablation.checks.causes.wrong_heads import WRONG_HEADS
 from ablation.checks.causes.wrong_places import WRONG_PLACES
 from ablation.checks.causes.wrong_values import WRONG_VALUES
 from ablation.checks.check import message_of, unsupported_features
-from ablation.checks.decoders import GROUPED, VOCABULARY, Decoder, Subject
-from ablation.checks.masks import MASK_DTYPES, PLACES, forms_of_row, with_empty_row
+from ablation.checks.decoders import GROUPED, Decoder, Subject
+from ablation.checks.independence import with_many_rows
+from ablation.checks.masks import MASK_DTYPES, forms_of_row, with_empty_row
+from ablation.checks.oracles import with_long_prompt
 from ablation.checks.protocol import IMPUTATIONS, Factory
 
 if TYPE_CHECKING:
@@ -76,7 +78,7 @@ def _wrong_ablation(factory: Factory, check: Check, case: Case) -> str | None:
     """Return the one known mistake that gives what the implementation gives, in the case and in similar ones."""
     if case.kind not in IMPUTATIONS:
         return None
-    for when, failing, inputs in _tried(check, case):
+    for when, failing, inputs in _tried(factory, check, case):
         setting = Setting(failing, failing.model(), inputs(failing))
         got = observed(factory, failing, inputs(failing))
         if got.fits(simulated(setting, RIGHT)):
@@ -124,7 +126,7 @@ def _explanations(got: Outcome, setting: Setting, mistakes: tuple[Mistake, ...])
 Inputs = Callable[[Case], dict[str, Any]]
 
 
-def _tried(check: Check, case: Case) -> Iterator[tuple[str, Case, Inputs]]:
+def _tried(factory: Factory, check: Check, case: Case) -> Iterator[tuple[str, Case, Inputs]]:
     """Yield the cases that a check makes of one, and their inputs.
 
     The first item is what a message says about inputs that are not the usual ones.
@@ -137,9 +139,9 @@ def _tried(check: Check, case: Case) -> Iterator[tuple[str, Case, Inputs]]:
             yield "", case, Case.inputs
             yield "", replace(case, imputation="scale:0"), Case.inputs
         case "oracle.long_prompt":
-            yield "", replace(case, rows=(_row(case.rows[0], 70),)), Case.inputs
+            yield "", with_long_prompt(case), Case.inputs
         case "independence.many_rows":
-            yield "", replace(case, rows=_rows(case.rows, 19)), Case.inputs
+            yield "", with_many_rows(case), Case.inputs
         case "independence.rows" | "independence.padding":
             yield "", case, Case.inputs
             if not case.is_padded:
@@ -148,7 +150,7 @@ def _tried(check: Check, case: Case) -> Iterator[tuple[str, Case, Inputs]]:
             for dtype in MASK_DTYPES:
                 yield f"with an attention mask of {dtype}, ", case, partial(_with_mask_of, dtype)
         case "masks.single_row":
-            for form in ("with a mask of ones", *(f"with hidden tokens {place}" for place in PLACES)):
+            for form, _ in forms_of_row(case, "position_ids" not in unsupported_features(factory)):
                 yield f"in one row {form}, ", case, partial(_in_form, form)
         case "masks.empty_row":
             for first in (True, False):
@@ -174,13 +176,21 @@ def _with_empty_row(first: bool, case: Case) -> dict[str, Any]:
     return {name: with_empty_row(given, first) for name, given in case.inputs().items()}
 
 
-def _row(row: tuple[int, ...], length: int) -> tuple[int, ...]:
-    """Return a longer prompt, which begins as the given one."""
-    return tuple((row[at % len(row)] + at // len(row) * (3 * at + 1)) % VOCABULARY for at in range(length))
+def _with_longer_rows(case: Case) -> Case:
+    """Return a case whose rows begin as before, and have four more tokens."""
+    size = case.decoder.vocabulary
+
+    def longer(row: tuple[int, ...]) -> tuple[int, ...]:
+        return tuple((row[at % len(row)] + at // len(row) * (3 * at + 1)) % size for at in range(len(row) + 4))
+
+    return replace(case, rows=tuple(map(longer, case.rows)))
 
 
-def _rows(rows: tuple[tuple[int, ...], ...], count: int) -> tuple[tuple[int, ...], ...]:
-    return tuple(tuple((token + at // len(rows)) % VOCABULARY for token in rows[at % len(rows)]) for at in range(count))
+def _with_three_rows(case: Case) -> Case:
+    """Return a case of three rows, the first ones as before."""
+    rows, size = case.rows, case.decoder.vocabulary
+    every = (tuple((token + at // len(rows)) % size for token in rows[at % len(rows)]) for at in range(3))
+    return replace(case, rows=tuple(every))
 
 
 def _similar(factory: Factory, case: Case) -> Iterator[Case]:
@@ -191,12 +201,12 @@ def _similar(factory: Factory, case: Case) -> Iterator[Case]:
     yield replace(case, heads=_moved(case, decoder))
     if case.kind == "scale":
         yield replace(case, imputation="scale:0.25")
-    yield replace(case, rows=tuple(_row(row, len(row) + 4) for row in case.rows))
+    yield _with_longer_rows(case)
     if len(case.rows) > 1:
         yield replace(case, rows=case.rows[:1])
     if "batch" not in unsupported and len(case.rows) < 3:
-        yield replace(case, rows=_rows(case.rows, 3))
-    if case.is_padded:
+        yield _with_three_rows(case)
+    if case.is_padded and "position_ids" not in unsupported:
         yield replace(case, side="both" if case.side != "both" else "left")
     if not isinstance(decoder, Decoder) or decoder.num_layers > 8:
         return

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager
 from dataclasses import replace
 from typing import Any
 
@@ -15,6 +15,7 @@ from ablation.checks.causes.simulation import Mistake, Setting, hooked, row_mean
 from ablation.checks.check import offered_imputations
 from ablation.checks.driving import ablate, discard, made, other_ids, other_keywords, run
 from ablation.checks.imputed import Pair, frozen_values, recorded_z
+from ablation.checks.independence import interrupt
 from ablation.checks.protocol import Factory
 from ablation.heads import find_heads
 
@@ -146,16 +147,8 @@ def emptied(history: History) -> str | None:
     return None
 
 
-class Interruption(Exception):
-    """Raised by a hook in the middle of a forward pass."""
-
-
 def interrupted(history: History) -> str | None:
     """Run after forward passes that an exception has interrupted."""
-
-    def fail(*_: Any) -> None:
-        raise Interruption
-
     model = history.case.model()
     layer, bare = find_heads(model).layer(history.first[0][0]), run(model, history.other_inputs)
     with made(history.factory, model) as implementation:
@@ -164,10 +157,7 @@ def interrupted(history: History) -> str | None:
         again = implementation.run(**history.other_inputs).detach().clone()
         for register in (layer.block.register_forward_pre_hook, layer.projection.register_forward_hook):
             for _ in range(2):
-                handle = register(fail)
-                with suppress(Interruption):
-                    implementation.run(**history.inputs)
-                handle.remove()
+                interrupt(implementation, register, history.inputs)
                 got = implementation.run(**history.other_inputs).detach().clone()
                 if not same_bits(want, again) or same_bits(got, want):
                     continue

@@ -44,8 +44,8 @@ def passed_inputs(history: History) -> str | None:
     if same_bits(got[real], want[real]):
         return None
     if not same_logits(got[real], want[real]):
-        fits = lambda names: same_logits(got[real], history.bare(_without(inputs, *names))[real])  # noqa: E731
-        if cause := _least_lost([lost for lost in _lost(history.factory) if fits(lost[1])]):
+        others = [(lost, history.bare(_without(inputs, *lost[1]))[real]) for lost in _lost(history.factory)]
+        if cause := _least_lost([lost for lost, logits in others if same_logits(got[real], logits)]):
             return cause
     return _prepended(history, got) or _rounded_layers(history, got)
 
@@ -119,7 +119,7 @@ def passed_pieces(history: History) -> str | None:
     found = []
     for cause, names in (*_lost(history.factory), *WITHOUT_CACHE):
         with Attempt():  # of a model that refuses, say, a mask that is longer than its tokens
-            if same_logits(got, decoded_with(lambda names=names, **piece: run(model, _without(piece, *names)))):  # type: ignore[misc]
+            if same_logits(got, decoded_with(lambda names=names, **piece: run(model, _without(piece, *names)))):
                 found.append((cause, names))
     return _least_lost(found)
 

@@ -12,6 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from ablation.checks.cases import Case
 from ablation.checks.causes.histories import Experiment, History
 from ablation.checks.causes.simulation import (
     NOTHING,
@@ -25,8 +26,8 @@ from ablation.checks.causes.simulation import (
     simulated,
     while_ablated,
 )
-from ablation.checks.decoders import VOCABULARY
 from ablation.checks.driving import ablate, decode_with_cache, made, run
+from ablation.checks.imputed import frozen_values
 from ablation.heads import find_heads
 
 
@@ -59,7 +60,7 @@ def _interfere(history: History, *, share_configuration: bool) -> str | None:
         other.config = one.config
     bare, want = run(other, inputs), history.fresh(history.every)
     with made(history.factory, one) as first:
-        got = history.ablated(first, history.every)
+        history.ablated(first, history.every)
         if not same_logits(run(other, inputs), bare):
             return "what is replaced belongs to all models, such as a method of a class or a function of the library"
         with made(history.factory, other) as second:
@@ -120,7 +121,7 @@ def decoded(history: History) -> str | None:
     """Decode with a cache, in two ways, and compare with simulations of known mistakes."""
     rows = history.case.rows
     other = replace(
-        history.case, rows=(tuple((token + 1) % VOCABULARY for token in rows[0]), *rows[1:])
+        history.case, rows=(tuple((token + 1) % history.case.decoder.vocabulary for token in rows[0]), *rows[1:])
     )  # other pieces
     causes = _mistakes_in_decoding(history) & _mistakes_in_decoding(History(history.factory, other))
     return causes.pop() if len(causes) == 1 else None
@@ -129,10 +130,8 @@ def decoded(history: History) -> str | None:
 def _mistakes_in_decoding(history: History) -> set[str]:
     """Return the mistakes that give the logits of an implementation: some pieces only, or positions that restart."""
     case = history.case
-    if "positions" in case.keywords():
-        case = replace(
-            case, positions=tuple(dict.fromkeys(at % min(map(len, case.rows)) for at in case.positions or ()))
-        )
+    if case.positions is not None:
+        case = replace(case, positions=tuple(dict.fromkeys(at % min(map(len, case.rows)) for at in case.positions)))
     real = history.inputs["attention_mask"].bool()
     with made(history.factory, case.model()) as implementation:
         ablate(implementation, case)
@@ -140,7 +139,7 @@ def _mistakes_in_decoding(history: History) -> set[str]:
 
     def simulated_pieces(mistake: Mistake, acts: Piece) -> Tensor:
         setting = Setting(case, case.model(), history.inputs)
-        position, mask, frozen = setting.position, setting.real, dict(setting.frozen) if case.kind == "values" else {}
+        position, mask, frozen = setting.position, setting.real, dict(setting.frozen)
 
         def forward(**piece: Any) -> Tensor:
             tokens, after = piece["input_ids"].shape[1], piece["attention_mask"].shape[1]
@@ -157,7 +156,7 @@ def _mistakes_in_decoding(history: History) -> set[str]:
     causes = [cause for cause, acts in PIECES if _fits(got, lambda acts=acts: simulated_pieces(RIGHT, acts))]  # type: ignore[misc]
     causes += [
         cause
-        for cause, mistake in RESTARTS
+        for cause, mistake in _restarts(case)
         if _fits(got, lambda mistake=mistake: simulated_pieces(mistake, always))  # type: ignore[misc]
     ]
     return set(causes)
@@ -186,22 +185,23 @@ def _at_restarted(site: Any, number: int) -> Tensor:
     return _at(site.setting.case, _restarted(site), site.setting.real)
 
 
-def _values_restarted(site: Any, own: Tensor, pair: Any) -> Tensor:
-    values: Tensor = site.setting.case.values()[pair].double()
-    if values.ndim == 1:
-        raise LookupError("one value for all positions")
-    return values[_restarted(site)]
-
-
 RESTARTED = "positions are counted from the first token of each forward pass, not from that of the cache"
 RESTARTS = (
     (RESTARTED, Mistake("", tokens=_at_restarted)),
-    (RESTARTED, Mistake("", value=_values_restarted)),
     (
         "the first columns of the mask are used for the tokens that are decoded, not its last ones",
         Mistake("", tokens=lambda site, _: real_tokens(site.setting.inputs)[:, : site.x.shape[1]]),
     ),
 )
+
+
+def _restarts(case: Case) -> tuple[tuple[str, Mistake], ...]:
+    """Return mistakes in decoding, with those of values that depend on the position."""
+    if not case.by_position and case.kind != "reference-mean-by-position":
+        return RESTARTS
+    alone = replace(case, rows=(max(case.rows, key=len),))  # without padding, so that columns are positions
+    values = frozen_values(alone, case.model())
+    return *RESTARTS, (RESTARTED, Mistake("", value=lambda site, own, pair: values[pair][0][_restarted(site)]))
 
 
 def checkpointed(history: History) -> str | None:
