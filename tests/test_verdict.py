@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Callable, Iterator, Sequence
+from dataclasses import replace
 from typing import Any, ClassVar
 
 import pytest
@@ -12,6 +13,8 @@ from hypothesis import assume, settings
 from torch import Tensor
 
 from ablation.checks import CHECKS, Record, check_implementation, parametrize_with_checks, verdict
+from ablation.checks.cases import Case
+from ablation.checks.decoders import Decoder
 from ablation.checks.runner import NOTHING_TRIED, STOPPED, UNUSABLE, CheckRun, works_with_some_model
 from ablation.errors import InvalidDeclaration
 from tests.implementations import ours
@@ -119,6 +122,57 @@ def test_verdict_names_the_cause_that_failures_share(factory: Any, ids: list[str
     assert named and set(named[1].split(", ")) == set(features.split(", "))
     assert (int(named[2]), int(named[3])) == (gone, len(ids))
     assert second == f"0 of {len(ids)} requirements hold; {len(CHECKS) - len(ids)} were not run"
+
+
+class OneFamilyAndALayout(WithoutFamily):
+    """Supports a family and a layout, and cannot be made from the family."""
+
+    family = "gpt2"
+    families: ClassVar[tuple[str, ...]] = ("gpt2", "gemma3")
+
+
+class OneFamilyAndAHybrid(OneFamilyAndALayout):
+    """The other family has no heads in its first layer."""
+
+    families: ClassVar[tuple[str, ...]] = ("gpt2", "lfm2")
+
+
+class OneDtype(WithoutDtype):
+    """Runs in one other dtype, which half of the families do not support."""
+
+    unsupported: ClassVar[dict[str, str]] = {"float32": "not tried"}
+
+
+def failed(decoder: Decoder, *ids: str, **changes: Any) -> list[Record]:
+    case = replace(Case(decoder, ((3, 1, 4, 1),), ((1, 0),)), **changes)
+    return [Record(id, "failed", "broken", case) for id in ids]
+
+
+@pytest.mark.parametrize("factory", [OneFamilyAndALayout, OneFamilyAndAHybrid])
+def test_family_is_exchanged_for_a_layout(factory: Any) -> None:
+    first, *_ = verdict(factory, failed(Decoder("gpt2", 2, 3, 8), "locality", "oracle.zero"))
+    assert first == "if you declare unsupported = {'gpt2': ...}, 2 of the 2 failures go away"
+
+
+def test_family_that_nothing_replaces_is_no_cause() -> None:
+    records = failed(Decoder("gpt2", 2, 3, 8), "locality", "oracle.zero", heads=((0, 0),))  # lfm2 has no such head
+    first, *_ = verdict(OneFamilyAndAHybrid, records)
+    assert first.startswith("0 of 2 requirements hold")
+
+
+def test_layout_is_exchanged_for_a_family() -> None:
+    no_layout = type("NoLayout", (WithoutFamily,), {"family": "gemma3_text"})
+    records = failed(Decoder("gemma3", 2, 4, 8, 2), "layouts.sliding_window", "locality", "oracle.zero")
+    first, *_ = verdict(no_layout, records)
+    assert first == "if you declare unsupported = {'gemma3': ...}, 3 of the 3 failures go away"
+
+
+@pytest.mark.parametrize("family", ["gpt2", "mixtral"])
+def test_dtype_is_exchanged_if_another_is_left(family: str) -> None:
+    records = failed(Decoder(family, 2, 3, 8, dtype="bfloat16"), "locality", "locality.sets")
+    first, *_ = verdict(OneDtype, records)
+    found = first == "if you declare unsupported = {'bfloat16': ...}, 2 of the 2 failures go away"
+    assert found == (family == "gpt2")
 
 
 class NextHead(Ours):

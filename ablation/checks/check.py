@@ -241,7 +241,10 @@ def search_settings(quick: bool = False, **changes: Any) -> settings:
 
 @contextmanager
 def isolated_process_state(*, one_thread: bool = True) -> Iterator[None]:
-    """Context manager: on exit, restore the state of torch that an implementation or a check may have changed.
+    """Context manager: gradients are enabled inside. On exit, restore what an implementation may have changed.
+
+    Restored are torch's gradient mode, default dtype, number of threads, and random number generator of the CPU;
+    nothing else, such as deterministic mode, which `hygiene.global_state` reports.
 
     one_thread: torch uses one thread inside. Small models are no slower on it, other processes disturb its speed less,
     and results do not depend on the number of cores.

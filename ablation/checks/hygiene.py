@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import random
+from collections.abc import Iterator
 from typing import Any
 
 import numpy as np
@@ -31,14 +32,7 @@ from ablation.heads import find_heads
 )
 def restored(factory: Factory, case: Case) -> None:
     model, inputs = case.model(), case.inputs()
-    model.config.use_cache = False  # like the gradients below, no default, so a reset to defaults is noticed
-    for number, parameter in enumerate(model.parameters()):
-        parameter.grad = torch.ones_like(parameter)
-        parameter.requires_grad_(number % 2 == 0)
-    for ablations, runs in ((1, 1), (2, 1), (1, 0)):
-        with torch.no_grad():
-            for parameter in model.parameters():  # as if trained in between, so no longer exact in a shorter dtype
-                parameter.mul_(0.9)
+    for ablations, runs in rounds(model):
         want = ablated_logits(factory, case, copy.deepcopy(model))
         before = state(model)
         implementation = factory(model)
@@ -51,6 +45,22 @@ def restored(factory: Factory, case: Case) -> None:
         assert_state_equals(model, before)
 
 
+def rounds(model: PreTrainedModel) -> Iterator[tuple[int, int]]:
+    """Yield how often to call `ablate` and `run` before `close`, on a model in a state that no default has.
+
+    A reset to defaults is thus noticed. Before each round, the weights change.
+    """
+    model.config.use_cache = False
+    for number, parameter in enumerate(model.parameters()):
+        parameter.grad = torch.ones_like(parameter)
+        parameter.requires_grad_(number % 2 == 0)
+    for ablations, runs in ((1, 1), (2, 1), (1, 0)):
+        with torch.no_grad():
+            for parameter in model.parameters():  # as if trained in between, so no longer exact in a shorter dtype
+                parameter.mul_(0.9)
+        yield ablations, runs
+
+
 @check(
     "hygiene.user_hooks",
     "The user's hooks stay registered, fire in the same order and as often as in the bare model, and can be removed by "
@@ -61,15 +71,7 @@ def restored(factory: Factory, case: Case) -> None:
 def user_hooks(factory: Factory, case: Case) -> None:
     model, inputs = case.model(), case.inputs()
     fired: list[str] = []
-    handles = []
-    for count, (name, module) in enumerate(model.named_modules()):
-        for when in ("before", "after"):
-            # The function is called `hook`, as most are: an implementation must not recognise its own by that name.
-            def hook(*_: Any, place: str = f"{when} {name or 'the model'}") -> None:
-                fired.append(place)
-
-            register = module.register_forward_pre_hook if when == "before" else module.register_forward_hook
-            handles.append(register(hook, with_kwargs=bool(count % 2)))
+    handles = register_everywhere(model, fired)
     before = hooks(model)
     run(model, inputs)
     expected = list(fired)
@@ -83,7 +85,7 @@ def user_hooks(factory: Factory, case: Case) -> None:
             implementation.run(**inputs)
             found, due = fired, expected
             if step == "ablated":
-                found, due = _without_experts(fired), _without_experts(expected)
+                found, due = without_experts(fired), without_experts(expected)
             missing = [place for place in due if place not in found]
             assert not missing, f"with heads {step}, the user's hook {missing[0]} did not fire"
             assert found == due, f"with heads {step}, the user's hooks fired as {found}, not as {due}"
@@ -95,7 +97,21 @@ def user_hooks(factory: Factory, case: Case) -> None:
     assert not fired, f"the user's hook {fired[0]} still fires after its handle removed it"
 
 
-def _without_experts(places: list[str]) -> list[str]:
+def register_everywhere(model: nn.Module, fired: list[str]) -> list[Any]:
+    """Register hooks before and after every module, which append when and where they fire. Returns the handles."""
+    handles = []
+    for count, (name, module) in enumerate(model.named_modules()):
+        for when in ("before", "after"):
+            # The function is called `hook`, as most are: an implementation must not recognise its own by that name.
+            def hook(*_: Any, place: str = f"{when} {name or 'the model'}") -> None:
+                fired.append(place)
+
+            register = module.register_forward_pre_hook if when == "before" else module.register_forward_hook
+            handles.append(register(hook, with_kwargs=bool(count % 2)))
+    return handles
+
+
+def without_experts(places: list[str]) -> list[str]:
     """Leave out single experts: transformers 4 runs those that tokens choose, and an ablation may change the choice."""
     return [place for place in places if ".experts." not in place]
 

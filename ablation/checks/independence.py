@@ -107,7 +107,7 @@ def _assert_independent_of_history(factory: Factory, case: Case) -> None:
         ablate(implementation, case, first)
         for register in (layer.block.register_forward_pre_hook, layer.projection.register_forward_hook):
             for interrupted, prompt in ((0, 1), (1, 2)):
-                _interrupt(implementation, register, prompts[interrupted])
+                interrupt(implementation, register, prompts[interrupted])
                 assert_run(prompt, alone[prompt], "after an interrupted forward pass")
         for got, was, what in kept:
             assert_identical(got, was, what)
@@ -117,7 +117,7 @@ class Interrupted(Exception):
     """Raised by a hook in the middle of a forward pass."""
 
 
-def _interrupt(implementation: Implementation, register: Callable[..., Any], inputs: dict[str, Any]) -> None:
+def interrupt(implementation: Implementation, register: Callable[..., Any], inputs: dict[str, Any]) -> None:
     """Run an implementation while a hook raises."""
 
     def fail(*_: Any) -> None:
@@ -199,14 +199,19 @@ def _assert_rows_stand_alone(factory: Factory, case: Case) -> None:
     needs=("batch",),
 )
 def many_rows(factory: Factory, case: Case) -> None:
-    size = case.decoder.vocabulary
-    rows = tuple(tuple((token + number) % size for token in case.rows[0]) for number in range(19))
+    batch = with_many_rows(case)
     with made(factory, case.model()) as implementation:
         ablate(implementation, case)
-        together = implementation.run(**replace(case, rows=rows).inputs()).clone()
+        together = implementation.run(**batch.inputs()).clone()
         for index in (0, 15, 16, 18):
-            alone = implementation.run(case.tensor(rows[index]))
-            assert_close(together[index], alone[0], f"row {index} of {len(rows)}, against the same row alone")
+            alone = implementation.run(case.tensor(batch.rows[index]))
+            assert_close(together[index], alone[0], f"row {index} of {len(batch.rows)}, against the same row alone")
+
+
+def with_many_rows(case: Case) -> Case:
+    """Return a case with 19 rows of the length of its first row."""
+    size = case.decoder.vocabulary
+    return replace(case, rows=tuple(tuple((token + at) % size for token in case.rows[0]) for at in range(19)))
 
 
 @check(

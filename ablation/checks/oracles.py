@@ -189,9 +189,14 @@ def resample(factory: Factory, case: Case) -> None:
     cases=CaseSpec(imputations=tuple(IMPUTATIONS), dtypes=("float32",)),
 )
 def long_prompt(factory: Factory, case: Case) -> None:
+    _assert_equals_surgery(factory, with_long_prompt(case))
+
+
+def with_long_prompt(case: Case) -> Case:
+    """Return a case with a row of LONG_PROMPT tokens."""
     size = case.decoder.vocabulary
     row = tuple((token + number) % size for number in range(LONG_PROMPT) for token in case.rows[0])[:LONG_PROMPT]
-    _assert_equals_surgery(factory, replace(case, rows=(row,)))
+    return replace(case, rows=(row,))
 
 
 def _assert_equals_surgery(factory: Factory, case: Case) -> None:

@@ -3,14 +3,14 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import replace
 from functools import partial
 from typing import Any
 
 from ablation.checks.cases import Case, with_factor
 from ablation.checks.check import LIKELY_CAUSE, Check, adapter_name, offered_imputations, unsupported_features
-from ablation.checks.decoders import DTYPES, FAMILIES
+from ablation.checks.decoders import ALL_FAMILIES, DTYPES, GROUPED
 from ablation.checks.protocol import IMPUTATIONS, Factory
 from ablation.checks.runner import CHECKS, Record, run_check, tries_nothing
 
@@ -139,11 +139,8 @@ def _features(case: Case) -> list[str]:
 
 def _exchanged(case: Case, feature: str, restricted: Factory) -> Case:
     """Return a case without a feature, in which nothing else differs; the same case if nothing can replace it."""
-    decoder, unsupported = case.random_decoder, unsupported_features(restricted)
-    if feature in FAMILIES:
-        return replace(case, decoder=decoder._replace(family=next(f for f in FAMILIES if f not in unsupported)))
-    if feature in DTYPES:
-        return replace(case, decoder=decoder._replace(dtype=next(d for d in DTYPES if d not in unsupported)))
+    if feature in ALL_FAMILIES or feature in DTYPES:
+        return next(_other_decoders(case, feature, unsupported_features(restricted)), case)
     if feature in IMPUTATIONS:
         return replace(case, imputation=with_factor(offered_imputations(restricted)[0]), by_position=False)
     match feature:
@@ -157,6 +154,19 @@ def _exchanged(case: Case, feature: str, restricted: Factory) -> Case:
         case "batch":
             return replace(case, rows=case.rows[:1])
     return case
+
+
+def _other_decoders(case: Case, feature: str, unsupported: Iterable[str]) -> Iterator[Case]:
+    """Yield a case with each other family, or with each other dtype, that has its heads."""
+    decoder = case.random_decoder
+    for name in ALL_FAMILIES if feature in ALL_FAMILIES else DTYPES:
+        if name in (feature, *unsupported):
+            continue
+        other = decoder._replace(dtype=name) if feature in DTYPES else decoder._replace(family=name)
+        if other.family not in GROUPED:
+            other = other._replace(num_key_value_groups=1)
+        if set(case.heads) <= set(other.heads()) and (other.family, other.dtype) != ("mixtral", "float64"):
+            yield replace(case, decoder=other)
 
 
 def _without(factory: Factory, declared: dict[str, str]) -> Any:

@@ -7,10 +7,8 @@ from collections.abc import Callable, Iterator
 from dataclasses import replace
 from typing import Any
 
-import torch
-
 from ablation.checks.cases import Case
-from ablation.checks.causes.simulation import NOTHING, RIGHT, Attempt, Setting, observed, simulated
+from ablation.checks.causes.simulation import NOTHING, RIGHT, Attempt, Setting, observed, same_logits, simulated
 from ablation.checks.decoders import Decoder
 from ablation.checks.driving import ablate, made
 from ablation.checks.observe import hooks
@@ -47,6 +45,8 @@ def no_effect(factory: Factory, case: Case) -> str | None:
 
 NO_HOOK = "no hook is registered on any module of this model: the code does not find its modules"
 
+NOT_CALLED = "the hooks are on modules that the forward pass does not call, such as {}"
+
 
 def _ablates_another(factory: Factory, case: Case) -> bool:
     """Return whether one of a few other heads is ablated as it should be."""
@@ -68,8 +68,9 @@ def _is_right(factory: Factory, case: Case) -> bool:
 def _acts_in_second_run(factory: Factory, case: Case) -> bool:
     with made(factory, case.model()) as implementation:
         ablate(implementation, case)
-        first = implementation.run(**case.inputs()).clone()
-        return not torch.equal(first, implementation.run(**case.inputs()))
+        first, second = (implementation.run(**case.inputs()).detach().clone() for _ in range(2))
+    real = case.inputs()["attention_mask"].bool()
+    return not same_logits(second[real], first[real])
 
 
 def _exchanged(case: Case) -> Iterator[tuple[str, Case]]:
@@ -94,7 +95,6 @@ def _exchanged(case: Case) -> Iterator[tuple[str, Case]]:
 def _lost(factory: Factory, case: Case) -> str | None:
     """Return what happens to the hooks of an implementation that ablates nothing."""
     model = case.model()
-    before, names = hooks(model), dict(model.named_modules())
     found = find_heads(model)
     seen: dict[str, Any] = {}
     called: set[str] = set()
@@ -102,7 +102,7 @@ def _lost(factory: Factory, case: Case) -> str | None:
     def look(*_: Any) -> None:
         seen.update(hooks(model))
 
-    # The last layer, since an implementation may register its hooks in `run`.
+    # In the run, since an implementation may register its hooks only there.
     watch = found.decoder.register_forward_pre_hook(look)
     before = hooks(model)
     with made(factory, model) as implementation:
@@ -112,6 +112,7 @@ def _lost(factory: Factory, case: Case) -> str | None:
         mine = sorted(
             {place.rpartition(".")[0] for place, table in seen.items() if len(table) > len(before.get(place, ()))}
         )
+        names = {name or "the model": module for name, module in model.named_modules()}
         counters = [names[name].register_forward_pre_hook(_noting(called, name)) for name in mine if name in names]
         implementation.run(**case.inputs())
         for counter in (*counters, watch):
@@ -119,14 +120,16 @@ def _lost(factory: Factory, case: Case) -> str | None:
     if not mine:
         return NO_HOOK
     if not called:
-        return f"the hooks are on modules that the forward pass does not call, such as {mine[0]}"
+        return NOT_CALLED.format(mine[0])
     layer = case.heads[0][0]
     here = [name for name in mine if f".{layer}." in f".{name}."]
     if not here and any(re.search(r"\.\d+(\.|$)", name) for name in mine):
         return f"no hook is registered in layer {layer}, only in others, such as on {mine[0]}"
-    mine = [name for name in here or mine if name in called]
+    acting = [name for name in here or mine if name in called]
+    if not acting:
+        return NOT_CALLED.format(here[0])
     return (
-        f"the hook on {mine[0]} is called, but changes nothing that is read afterwards: it edits a copy that is not "
+        f"the hook on {acting[0]} is called, but changes nothing that is read afterwards: it edits a copy that is not "
         "returned, its slice is empty, or it skips this head"
     )
 

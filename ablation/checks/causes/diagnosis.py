@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import warnings
 from collections.abc import Callable, Iterator
+from contextlib import ExitStack
 from dataclasses import replace
 from functools import partial
 from typing import TYPE_CHECKING, Any
@@ -14,7 +15,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from ablation.checks.cases import Case
-from ablation.checks.causes import findings, histories, side_effects, surroundings
+from ablation.checks.causes import findings, histories, passed_inputs, side_effects, surroundings
 from ablation.checks.causes.conditions import no_effect
 from ablation.checks.causes.histories import History
 from ablation.checks.causes.simulation import NOTHING, RIGHT, Attempt, Mistake, Outcome, Setting, observed, simulated
@@ -22,23 +23,31 @@ from ablation.checks.causes.wrong_heads import WRONG_HEADS
 from ablation.checks.causes.wrong_places import WRONG_PLACES
 from ablation.checks.causes.wrong_values import WRONG_VALUES
 from ablation.checks.check import message_of, unsupported_features
-from ablation.checks.decoders import GROUPED, VOCABULARY, Decoder, Subject
-from ablation.checks.masks import MASK_DTYPES, PLACES, forms_of_row, with_empty_row
+from ablation.checks.decoders import GROUPED, Decoder, Subject
+from ablation.checks.independence import with_many_rows
+from ablation.checks.masks import MASK_DTYPES, forms_of_row, with_empty_row
+from ablation.checks.oracles import with_long_prompt
 from ablation.checks.protocol import IMPUTATIONS, Factory
 
 if TYPE_CHECKING:
     from ablation.checks.check import Check
 
 MISTAKES = (*WRONG_HEADS, *WRONG_PLACES, *WRONG_VALUES)
+NEED_COPIES = (side_effects.residue, surroundings.differentiated, surroundings.other_models)
+"""Experiments that change the weights, gradients or configuration of a model, or need two models: only for random
+decoders, of which each experiment gets copies. Of a model of the user's, there is one copy."""
 
 
 def diagnosis(factory: Factory, check: Check, case: Case, error: BaseException | None = None) -> str | None:
     """Return a sentence that names the mistake of an implementation that fails a check in a case, or None.
 
-    error: what the check raised. An experiment that fails is no diagnosis; a KeyboardInterrupt propagates.
+    error: what the check raised. An experiment that fails is no diagnosis; a KeyboardInterrupt propagates. A model of
+    the user's is left as it was found.
     """
-    with warnings.catch_warnings():
+    with ExitStack() as at_end, warnings.catch_warnings():
         warnings.simplefilter("ignore")
+        if not isinstance(case.decoder, Decoder):
+            at_end.callback(case.model)
         for experiment in _experiments(factory, check, case, error):
             with Attempt():
                 if cause := experiment():
@@ -53,9 +62,10 @@ def _experiments(
     if case.heads and not case.steps:
         yield lambda: _wrong_ablation(factory, check, case)
         yield lambda: no_effect(factory, case)
-    for of_chapter in (histories.EXPERIMENTS, surroundings.EXPERIMENTS, side_effects.EXPERIMENTS):
-        for experiment in of_chapter.get(check.id, ()):
-            yield partial(experiment, History(factory, case))
+    for module in (histories, passed_inputs, surroundings, side_effects):
+        for experiment in module.EXPERIMENTS.get(check.id, ()):
+            if isinstance(case.decoder, Decoder) or experiment not in NEED_COPIES:
+                yield partial(experiment, History(factory, case))
     if error is not None and not isinstance(error, AssertionError):
         yield lambda: _in_default_dtype(factory, check, case) if "dtype" in str(error) else None
     if isinstance(error, AssertionError):
@@ -68,7 +78,7 @@ def _wrong_ablation(factory: Factory, check: Check, case: Case) -> str | None:
     """Return the one known mistake that gives what the implementation gives, in the case and in similar ones."""
     if case.kind not in IMPUTATIONS:
         return None
-    for when, failing, inputs in _tried(check, case):
+    for when, failing, inputs in _tried(factory, check, case):
         setting = Setting(failing, failing.model(), inputs(failing))
         got = observed(factory, failing, inputs(failing))
         if got.fits(simulated(setting, RIGHT)):
@@ -116,7 +126,7 @@ def _explanations(got: Outcome, setting: Setting, mistakes: tuple[Mistake, ...])
 Inputs = Callable[[Case], dict[str, Any]]
 
 
-def _tried(check: Check, case: Case) -> Iterator[tuple[str, Case, Inputs]]:
+def _tried(factory: Factory, check: Check, case: Case) -> Iterator[tuple[str, Case, Inputs]]:
     """Yield the cases that a check makes of one, and their inputs.
 
     The first item is what a message says about inputs that are not the usual ones.
@@ -129,9 +139,9 @@ def _tried(check: Check, case: Case) -> Iterator[tuple[str, Case, Inputs]]:
             yield "", case, Case.inputs
             yield "", replace(case, imputation="scale:0"), Case.inputs
         case "oracle.long_prompt":
-            yield "", replace(case, rows=(_row(case.rows[0], 70),)), Case.inputs
+            yield "", with_long_prompt(case), Case.inputs
         case "independence.many_rows":
-            yield "", replace(case, rows=_rows(case.rows, 19)), Case.inputs
+            yield "", with_many_rows(case), Case.inputs
         case "independence.rows" | "independence.padding":
             yield "", case, Case.inputs
             if not case.is_padded:
@@ -140,7 +150,7 @@ def _tried(check: Check, case: Case) -> Iterator[tuple[str, Case, Inputs]]:
             for dtype in MASK_DTYPES:
                 yield f"with an attention mask of {dtype}, ", case, partial(_with_mask_of, dtype)
         case "masks.single_row":
-            for form in ("with a mask of ones", *(f"with hidden tokens {place}" for place in PLACES)):
+            for form, _ in forms_of_row(case, "position_ids" not in unsupported_features(factory)):
                 yield f"in one row {form}, ", case, partial(_in_form, form)
         case "masks.empty_row":
             for first in (True, False):
@@ -166,13 +176,21 @@ def _with_empty_row(first: bool, case: Case) -> dict[str, Any]:
     return {name: with_empty_row(given, first) for name, given in case.inputs().items()}
 
 
-def _row(row: tuple[int, ...], length: int) -> tuple[int, ...]:
-    """Return a longer prompt, which begins as the given one."""
-    return tuple((row[at % len(row)] + at // len(row) * (3 * at + 1)) % VOCABULARY for at in range(length))
+def _with_longer_rows(case: Case) -> Case:
+    """Return a case whose rows begin as before, and have four more tokens."""
+    size = case.decoder.vocabulary
+
+    def longer(row: tuple[int, ...]) -> tuple[int, ...]:
+        return tuple((row[at % len(row)] + at // len(row) * (3 * at + 1)) % size for at in range(len(row) + 4))
+
+    return replace(case, rows=tuple(map(longer, case.rows)))
 
 
-def _rows(rows: tuple[tuple[int, ...], ...], count: int) -> tuple[tuple[int, ...], ...]:
-    return tuple(tuple((token + at // len(rows)) % VOCABULARY for token in rows[at % len(rows)]) for at in range(count))
+def _with_three_rows(case: Case) -> Case:
+    """Return a case of three rows, the first ones as before."""
+    rows, size = case.rows, case.decoder.vocabulary
+    every = (tuple((token + at // len(rows)) % size for token in rows[at % len(rows)]) for at in range(3))
+    return replace(case, rows=tuple(every))
 
 
 def _similar(factory: Factory, case: Case) -> Iterator[Case]:
@@ -183,12 +201,12 @@ def _similar(factory: Factory, case: Case) -> Iterator[Case]:
     yield replace(case, heads=_moved(case, decoder))
     if case.kind == "scale":
         yield replace(case, imputation="scale:0.25")
-    yield replace(case, rows=tuple(_row(row, len(row) + 4) for row in case.rows))
+    yield _with_longer_rows(case)
     if len(case.rows) > 1:
         yield replace(case, rows=case.rows[:1])
     if "batch" not in unsupported and len(case.rows) < 3:
-        yield replace(case, rows=_rows(case.rows, 3))
-    if case.is_padded:
+        yield _with_three_rows(case)
+    if case.is_padded and "position_ids" not in unsupported:
         yield replace(case, side="both" if case.side != "both" else "left")
     if not isinstance(decoder, Decoder) or decoder.num_layers > 8:
         return

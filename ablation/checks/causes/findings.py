@@ -147,6 +147,8 @@ IF_RIGHT = (
     "oracle.non_finite",
     "masks.non_finite",
     "layouts.low_rank",
+    "hygiene.later_hooks",
+    "hygiene.later_patch",
 )
 """Checks of a special case: what they find names the mistake only if the ablation is right in an ordinary case."""
 

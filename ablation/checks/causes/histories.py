@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager
 from dataclasses import replace
 from typing import Any
 
@@ -11,10 +11,11 @@ import torch
 from torch import Tensor
 
 from ablation.checks.cases import Case
-from ablation.checks.causes.simulation import Mistake, Setting, row_means, same_logits, simulated
+from ablation.checks.causes.simulation import Mistake, Setting, hooked, row_means, same_bits, same_logits, simulated
 from ablation.checks.check import offered_imputations
 from ablation.checks.driving import ablate, discard, made, other_ids, other_keywords, run
-from ablation.checks.imputed import Pair, recorded_z
+from ablation.checks.imputed import Pair, frozen_values, recorded_z
+from ablation.checks.independence import interrupt
 from ablation.checks.protocol import Factory
 from ablation.heads import find_heads
 
@@ -59,6 +60,7 @@ class History:
 
 
 Experiment = Callable[[History], str | None]
+EACH_ADDS = "heads of earlier calls of `ablate` stay ablated: each call adds to them"
 
 
 def repeated(history: History) -> str | None:
@@ -73,7 +75,7 @@ def repeated(history: History) -> str | None:
         if same_logits(three, one):
             return "every second run ablates nothing"
         return "only the first run ablates: the hooks are gone after it"
-    if not torch.equal(one, two) and not torch.equal(two, three) and same_logits(one, two):
+    if not same_bits(one, two) and not same_bits(two, three) and same_logits(one, two):
         return "equal runs give slightly different logits: the imputed value is random, or depends on earlier runs"
     return None
 
@@ -89,7 +91,7 @@ def replaced(history: History) -> str | None:
         return None
     if same_logits(got, old):
         return "a second call of `ablate` is ignored: the heads of the first one stay in force"
-    return "heads of earlier calls of `ablate` stay ablated: each call adds to them" if same_logits(got, both) else None
+    return EACH_ADDS if same_logits(got, both) else None
 
 
 def replaced_imputation(history: History) -> str | None:
@@ -145,16 +147,8 @@ def emptied(history: History) -> str | None:
     return None
 
 
-class Interruption(Exception):
-    """Raised by a hook in the middle of a forward pass."""
-
-
 def interrupted(history: History) -> str | None:
     """Run after forward passes that an exception has interrupted."""
-
-    def fail(*_: Any) -> None:
-        raise Interruption
-
     model = history.case.model()
     layer, bare = find_heads(model).layer(history.first[0][0]), run(model, history.other_inputs)
     with made(history.factory, model) as implementation:
@@ -163,12 +157,9 @@ def interrupted(history: History) -> str | None:
         again = implementation.run(**history.other_inputs).detach().clone()
         for register in (layer.block.register_forward_pre_hook, layer.projection.register_forward_hook):
             for _ in range(2):
-                handle = register(fail)
-                with suppress(Interruption):
-                    implementation.run(**history.inputs)
-                handle.remove()
+                interrupt(implementation, register, history.inputs)
                 got = implementation.run(**history.other_inputs).detach().clone()
-                if not torch.equal(want, again) or torch.equal(got, want):
+                if not same_bits(want, again) or same_bits(got, want):
                     continue
                 if same_logits(got, bare):
                     return "after an exception in a forward pass, nothing is ablated any more"
@@ -200,7 +191,7 @@ def kept_logits(history: History) -> str | None:
         kept = implementation.run(**history.inputs)
         was = kept.detach().clone()
         implementation.run(**history.other_inputs)
-    return None if torch.equal(kept, was) else "the logits are returned in a tensor that the next run overwrites"
+    return None if same_bits(kept, was) else "the logits are returned in a tensor that the next run overwrites"
 
 
 def remembered(history: History) -> str | None:
@@ -289,15 +280,38 @@ def earlier_reference(history: History) -> str | None:
 
 
 def reference_while_ablated(history: History) -> str | None:
-    """Give a reference while another head is ablated."""
+    """Give a reference while another head is ablated, as reference.clean does."""
     layers = sorted(dict(history.case.decoder.heads()))
     head = history.case.heads[0][1]
-    last, lower = [(layers[-1], head)], [(layers[0], head)]
-    want = history.fresh(last)
+    last, lower = (layers[-1], head), (layers[0], head)
+    want = history.fresh([last])
     with history.made() as implementation:
-        history.ablated(implementation, lower)
-        got = history.ablated(implementation, last)
-    return None if same_logits(got, want) else "the reference is measured while the previous heads are still ablated"
+        history.ablated(implementation, [lower])
+        got = history.ablated(implementation, [last])
+    if same_logits(got, want):
+        return None
+    if history.case.kind != "resample":  # which puts back the z of the reference, so that nothing changes in its runs
+        values = _contaminated(history, lower, last)
+        contaminated = _simulated_with(history, history.inputs, [last], lambda site, own, pair: values[pair])
+        if same_logits(got[history.inputs["attention_mask"].bool()], contaminated):
+            return "the reference is measured while the previous heads are still ablated"
+    return EACH_ADDS if same_logits(got, history.fresh([lower, last])) else None
+
+
+def _contaminated(history: History, lower: Pair, last: Pair) -> dict[Pair, Tensor]:
+    """Return what replaces z in a head if its reference is measured while another one is ablated."""
+    model = history.case.model()
+    layer = find_heads(model).layer(lower[0])
+    longest = max(batch["input_ids"].shape[1] for batch in history.case.reference())
+    by_position = frozen_values(replace(history.case, heads=(lower,), rows=((0,) * longest,)), model)[lower][0]
+
+    def edit(z: Tensor) -> Tensor:
+        out = z.clone()
+        out[..., layer.channels(lower[1])] = by_position[: z.shape[1]].to(z.dtype)
+        return out
+
+    with hooked(layer.projection, edit, is_output=False):
+        return frozen_values(replace(history.case, heads=(last,)), model)
 
 
 def earlier_mask(history: History) -> str | None:

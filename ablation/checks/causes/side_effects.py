@@ -7,22 +7,18 @@ from typing import Any
 
 import torch
 from torch import nn
-from transformers import PreTrainedModel
 
 from ablation.checks.causes.histories import Experiment, History
 from ablation.checks.causes.simulation import Attempt, same_logits
 from ablation.checks.driving import ablate, discard, made, run
+from ablation.checks.hygiene import register_everywhere, rounds, without_experts
 from ablation.checks.observe import changes, hooks, state
 
 
 def residue(history: History) -> str | None:
     """Make, use and close implementations on a model, as hygiene.restored does, and say what has changed."""
     model = history.case.model()
-    _prepare(model)
-    for ablations, runs in ((1, 1), (2, 1), (1, 0)):
-        with torch.no_grad():
-            for parameter in model.parameters():
-                parameter.mul_(0.9)
+    for ablations, runs in rounds(model):
         before = state(model)
         kept = {name: _kept(weight) for name, weight in model.named_parameters()}
         implementation = history.factory(model)
@@ -37,14 +33,6 @@ def residue(history: History) -> str | None:
         if changed := changes(model, before):
             return _of_hooks(before, state(model), changed, ablations, runs) or _of_state(model, before, changed, kept)
     return None
-
-
-def _prepare(model: PreTrainedModel) -> None:
-    """Give a model a state that no default has, so that a reset to defaults is noticed."""
-    model.config.use_cache = False
-    for number, parameter in enumerate(model.parameters()):
-        parameter.grad = torch.ones_like(parameter)
-        parameter.requires_grad_(number % 2 == 0)
 
 
 def _kept(weight: torch.Tensor) -> tuple[Any, ...]:
@@ -127,22 +115,16 @@ PLACES = (
 
 def users_hooks(history: History) -> str | None:
     """Register hooks of a user on every module, and see what becomes of them."""
-    model, fired = history.case.model(), set[str]()
-    handles = []
-    for name, module in model.named_modules():
-
-        def hook(*_: Any, place: str = name or "the model") -> None:
-            fired.add(place)
-
-        handles += [module.register_forward_pre_hook(hook), module.register_forward_hook(hook)]
+    model, fired = history.case.model(), list[str]()
+    handles = register_everywhere(model, fired)
     before = hooks(model)
     run(model, history.inputs)
-    expected = sorted(fired)
+    expected = without_experts(fired)
     with made(history.factory, model) as implementation:
         ablate(implementation, history.case)
         fired.clear()
         implementation.run(**history.inputs)
-        missing = [place for place in expected if place not in fired]
+        missing = [place.partition(" ")[2] for place in expected if place not in fired]
         during = hooks(model)
     if lost := _lost(before, during):
         return f"hooks of the user are removed from {lost[0].rpartition('.')[0]} before or in a run"

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
-from ablation.checks.assertions import is_measured, tolerance
+from ablation.checks.assertions import different, is_measured, tolerance
 from ablation.checks.cases import Case
 from ablation.checks.check import unsupported_features
 from ablation.checks.driving import ablate, made, run
@@ -46,6 +46,11 @@ class Outcome:
 def same_logits(got: Tensor, want: Tensor) -> bool:
     """Return whether logits are equal up to rounding."""
     return _close(got.detach(), want.detach(), tolerance(want, got.dtype))
+
+
+def same_bits(got: Tensor, want: Tensor) -> bool:
+    """Return whether logits are identical, as `assert_identical` asks for it: NaN equals NaN."""
+    return got.shape == want.shape and not bool(different(got, want).any())
 
 
 def same_z(got: Tensor, want: Tensor) -> bool:
@@ -261,7 +266,7 @@ def while_ablated(setting: Setting, mistake: Mistake) -> Iterator[None]:
             edit = partial(_edited, setting, mistake, layer, here)
             undo.enter_context(hooked(module, edit, is_output=is_output))
             if mistake.output is not None:
-                site = Site(setting, layer, torch.empty(0), [head for _, (_, head) in here])
+                site = Site(setting, layer, torch.empty(0, device=setting.real.device), [head for _, (_, head) in here])
                 undo.enter_context(hooked(layer.projection, partial(mistake.output, site), is_output=True))
         yield
 
@@ -277,7 +282,7 @@ def _edited(setting: Setting, mistake: Mistake, layer: AttentionLayer, here: lis
     for number, (named, (_, head)) in enumerate(here):
         channels, at = mistake.channels(site, head), mistake.tokens(site, number)
         own = x[..., channels]
-        value = torch.as_tensor(mistake.value(site, own, named)).to(x.dtype).expand_as(own)
+        value = torch.as_tensor(mistake.value(site, own, named), device=x.device).to(x.dtype).expand_as(own)
         out[..., channels] = torch.where(at[..., None], value, out[..., channels])
     return mistake.rest(site, out)
 

@@ -1,4 +1,4 @@
-"""What an implementation depends on besides its calls: inputs, other models, threads, gradients, caches, dtypes."""
+"""What an implementation depends on besides its calls: other models, threads, gradients, caches, dtypes."""
 
 from __future__ import annotations
 
@@ -12,6 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from ablation.checks.cases import Case
 from ablation.checks.causes.histories import Experiment, History
 from ablation.checks.causes.simulation import (
     NOTHING,
@@ -25,99 +26,9 @@ from ablation.checks.causes.simulation import (
     simulated,
     while_ablated,
 )
-from ablation.checks.decoders import VOCABULARY
 from ablation.checks.driving import ablate, decode_with_cache, made, run
-from ablation.checks.protocol import CACHE
+from ablation.checks.imputed import frozen_values
 from ablation.heads import find_heads
-
-
-def passed_inputs(history: History) -> str | None:
-    """Run with no head ablated, and compare with what the bare model gives for other inputs."""
-    inputs, real = history.inputs, history.inputs["attention_mask"].bool()
-    with history.made() as implementation:
-        got = implementation.run(**inputs).detach()
-    want = history.bare()
-    if got.shape == want[:, -1:].shape != want.shape:
-        return "only the logits of the last token are returned"
-    if got.dtype != want.dtype:
-        return f"the logits are returned in {got.dtype}, whatever the dtype of the model"
-    if torch.equal(got[real], want[real]):
-        return _invented_positions(history) or _pieces(history)
-    others = {
-        "the attention mask is not passed on to the model": _without(inputs, "attention_mask"),
-        "the position ids are not passed on to the model": _without(inputs, "position_ids"),
-        "the attention mask and the position ids are not passed on to the model": _without(
-            inputs, "attention_mask", "position_ids"
-        ),
-    }
-    causes = [cause for cause, other in others.items() if same_logits(got[real], history.bare(other)[real])]
-    if len(causes) == 1 and not same_logits(got[real], want[real]):
-        return causes[0]
-    if same_logits(got, want.log_softmax(dim=-1)) and not same_logits(got, want):
-        return "log-probabilities are returned, not logits"
-    return _prepended(history, got) or _rounded_layers(history, got) or _pieces(history)
-
-
-def _without(inputs: dict[str, Any], *names: str) -> dict[str, Any]:
-    return {name: value for name, value in inputs.items() if name not in names}
-
-
-def _invented_positions(history: History) -> str | None:
-    given = _without(history.inputs, "position_ids")
-    real = history.inputs["attention_mask"].bool()
-    with history.made() as implementation:
-        got = implementation.run(**given).detach()[real]
-    if same_logits(got, history.bare(given)[real]) or not same_logits(got, history.bare()[real]):
-        return None
-    return "position ids are derived from the mask if none are given; the bare model counts positions differently then"
-
-
-def _pieces(history: History) -> str | None:
-    """Decode with a cache, and compare with what the bare model gives if it does not receive everything."""
-    model, real = history.case.model(), history.inputs["attention_mask"].bool()
-
-    def decoded_with(forward: Callable[..., Tensor]) -> Tensor:
-        pieces = decode_with_cache(forward, history.case)
-        return torch.cat([logits.detach() for _, _, logits in pieces], dim=1)[real]
-
-    lost = {
-        "the attention mask is not passed on to the model": ("attention_mask",),
-        "the position ids are not passed on to the model": ("position_ids",),
-        "the key/value cache is not passed on to the model": (CACHE, "attention_mask", "position_ids", "use_cache"),
-    }
-    wanted = {
-        cause: decoded_with(lambda names=names, **p: run(model, _without(p, *names))) for cause, names in lost.items()
-    }
-    right = decoded_with(lambda **piece: run(model, piece))
-    with history.made() as implementation:
-        got = decoded_with(implementation.run)
-    causes = [cause for cause, want in wanted.items() if same_logits(got, want) and not same_logits(right, want)]
-    return causes[0] if len(causes) == 1 else None
-
-
-def _prepended(history: History, got: Tensor) -> str | None:
-    ids = history.inputs["input_ids"]
-    longer = {"input_ids": torch.cat([ids[:, :1], ids], dim=1), "use_cache": False}
-    if same_logits(got, history.bare(longer)[:, 1:]):
-        return "a token is prepended to the prompt, which all other tokens see"
-    return None
-
-
-def _rounded_layers(history: History, got: Tensor) -> str | None:
-    """Compare with the bare model whose z is rounded in every layer."""
-    causes = []
-    for name in ("float16", "bfloat16", "float32"):
-        dtype, model = getattr(torch, name), history.case.model()
-        with ExitStack() as undo:
-            for layer in find_heads(model).layers:
-                undo.enter_context(hooked(layer.projection, partial(_rounded, dtype), is_output=False))
-            if torch.equal(got, run(model, history.inputs)):
-                causes.append(f"z is rounded to {name} in every layer, even if nothing is ablated")
-    return causes[0] if len(causes) == 1 else None
-
-
-def _rounded(dtype: torch.dtype, z: Tensor) -> Tensor:
-    return z.to(dtype).to(z.dtype)
 
 
 def found_by_next(history: History) -> str | None:
@@ -149,7 +60,7 @@ def _interfere(history: History, *, share_configuration: bool) -> str | None:
         other.config = one.config
     bare, want = run(other, inputs), history.fresh(history.every)
     with made(history.factory, one) as first:
-        got = history.ablated(first, history.every)
+        history.ablated(first, history.every)
         if not same_logits(run(other, inputs), bare):
             return "what is replaced belongs to all models, such as a method of a class or a function of the library"
         with made(history.factory, other) as second:
@@ -210,7 +121,7 @@ def decoded(history: History) -> str | None:
     """Decode with a cache, in two ways, and compare with simulations of known mistakes."""
     rows = history.case.rows
     other = replace(
-        history.case, rows=(tuple((token + 1) % VOCABULARY for token in rows[0]), *rows[1:])
+        history.case, rows=(tuple((token + 1) % history.case.decoder.vocabulary for token in rows[0]), *rows[1:])
     )  # other pieces
     causes = _mistakes_in_decoding(history) & _mistakes_in_decoding(History(history.factory, other))
     return causes.pop() if len(causes) == 1 else None
@@ -219,10 +130,8 @@ def decoded(history: History) -> str | None:
 def _mistakes_in_decoding(history: History) -> set[str]:
     """Return the mistakes that give the logits of an implementation: some pieces only, or positions that restart."""
     case = history.case
-    if "positions" in case.keywords():
-        case = replace(
-            case, positions=tuple(dict.fromkeys(at % min(map(len, case.rows)) for at in case.positions or ()))
-        )
+    if case.positions is not None:
+        case = replace(case, positions=tuple(dict.fromkeys(at % min(map(len, case.rows)) for at in case.positions)))
     real = history.inputs["attention_mask"].bool()
     with made(history.factory, case.model()) as implementation:
         ablate(implementation, case)
@@ -230,7 +139,7 @@ def _mistakes_in_decoding(history: History) -> set[str]:
 
     def simulated_pieces(mistake: Mistake, acts: Piece) -> Tensor:
         setting = Setting(case, case.model(), history.inputs)
-        position, mask, frozen = setting.position, setting.real, dict(setting.frozen) if case.kind == "values" else {}
+        position, mask, frozen = setting.position, setting.real, dict(setting.frozen)
 
         def forward(**piece: Any) -> Tensor:
             tokens, after = piece["input_ids"].shape[1], piece["attention_mask"].shape[1]
@@ -247,7 +156,7 @@ def _mistakes_in_decoding(history: History) -> set[str]:
     causes = [cause for cause, acts in PIECES if _fits(got, lambda acts=acts: simulated_pieces(RIGHT, acts))]  # type: ignore[misc]
     causes += [
         cause
-        for cause, mistake in RESTARTS
+        for cause, mistake in _restarts(case)
         if _fits(got, lambda mistake=mistake: simulated_pieces(mistake, always))  # type: ignore[misc]
     ]
     return set(causes)
@@ -276,22 +185,23 @@ def _at_restarted(site: Any, number: int) -> Tensor:
     return _at(site.setting.case, _restarted(site), site.setting.real)
 
 
-def _values_restarted(site: Any, own: Tensor, pair: Any) -> Tensor:
-    values: Tensor = site.setting.case.values()[pair].double()
-    if values.ndim == 1:
-        raise LookupError("one value for all positions")
-    return values[_restarted(site)]
-
-
 RESTARTED = "positions are counted from the first token of each forward pass, not from that of the cache"
 RESTARTS = (
     (RESTARTED, Mistake("", tokens=_at_restarted)),
-    (RESTARTED, Mistake("", value=_values_restarted)),
     (
         "the first columns of the mask are used for the tokens that are decoded, not its last ones",
         Mistake("", tokens=lambda site, _: real_tokens(site.setting.inputs)[:, : site.x.shape[1]]),
     ),
 )
+
+
+def _restarts(case: Case) -> tuple[tuple[str, Mistake], ...]:
+    """Return mistakes in decoding, with those of values that depend on the position."""
+    if not case.by_position and case.kind != "reference-mean-by-position":
+        return RESTARTS
+    alone = replace(case, rows=(max(case.rows, key=len),))  # without padding, so that columns are positions
+    values = frozen_values(alone, case.model())
+    return *RESTARTS, (RESTARTED, Mistake("", value=lambda site, own, pair: values[pair][0][_restarted(site)]))
 
 
 def checkpointed(history: History) -> str | None:
@@ -375,12 +285,8 @@ DETACHED: tuple[tuple[str, Callable[..., Tensor]], ...] = (
 )
 
 EXPERIMENTS: dict[str, tuple[Experiment, ...]] = {
-    "identity": (passed_inputs, found_by_next),
-    "identity.padded": (passed_inputs, found_by_next),
-    "smoke": (passed_inputs,),
-    "locality": (passed_inputs,),
-    "locality.padded": (passed_inputs,),
-    "independence.padding": (passed_inputs,),
+    "identity": (found_by_next,),
+    "identity.padded": (found_by_next,),
     "independence.other_models": (other_models,),
     "independence.threads": (threads,),
     "independence.gradient_mode": (gradient_modes,),

@@ -34,7 +34,7 @@ def _over(mask: Callable[[Site], Tensor]) -> Value:
 def _one_sided(site: Site) -> Tensor:
     """Return the mask with the padding of all rows on the side on which the first row has it."""
     real = site.setting.real
-    count, column = real.sum(dim=-1, keepdim=True), torch.arange(real.shape[1])[None]
+    count, column = real.sum(dim=-1, keepdim=True), torch.arange(real.shape[1], device=real.device)[None]
     return column < count if real[:, 0].all() else column >= real.shape[1] - count
 
 
@@ -46,7 +46,7 @@ def _span(site: Site) -> Tensor:
 def _window(site: Site) -> Tensor:
     real = site.setting.real
     window = getattr(site.setting.model.config.get_text_config(), "sliding_window", None) or real.shape[1]
-    return real & (torch.arange(real.shape[1]) >= real.shape[1] - window)
+    return real & (torch.arange(real.shape[1], device=real.device) >= real.shape[1] - window)
 
 
 def _no_padding_token(site: Site) -> Tensor:
@@ -215,7 +215,7 @@ def _first_position(site: Site, own: Tensor, pair: Pair) -> Any:
 
 def _at_columns(site: Site, own: Tensor, pair: Pair) -> Any:
     value = _given(site, pair)
-    return value[torch.arange(own.shape[1])] if value.ndim == 2 else value
+    return value[torch.arange(own.shape[1], device=value.device)] if value.ndim == 2 else value
 
 
 Batch = tuple[Tensor, Tensor]
@@ -252,7 +252,7 @@ def _short_as_zero(batches: list[Batch]) -> Tensor:
     prompts = _prompts(batches)
     return torch.stack(
         [
-            sum((z[at] for z in prompts if len(z) > at), torch.zeros(())) / len(prompts)
+            sum((z[at] for z in prompts if len(z) > at), torch.zeros((), device=prompts[0].device)) / len(prompts)
             for at in range(max(map(len, prompts)))
         ]
     )
