@@ -83,7 +83,6 @@ def repeated(history: History) -> str | None:
 def replaced(history: History) -> str | None:
     """Ablate a head, run, and ablate another one."""
     want, old = history.fresh(history.another), history.fresh(history.first)
-    both = history.fresh([*history.first, *history.another])
     with history.made() as implementation:
         history.ablated(implementation, history.first)
         got = history.ablated(implementation, history.another)
@@ -91,7 +90,7 @@ def replaced(history: History) -> str | None:
         return None
     if same_logits(got, old):
         return "a second call of `ablate` is ignored: the heads of the first one stay in force"
-    return EACH_ADDS if same_logits(got, both) else None
+    return EACH_ADDS if same_logits(got, history.fresh([*history.first, *history.another])) else None
 
 
 def replaced_imputation(history: History) -> str | None:

@@ -105,21 +105,24 @@ def passed_pieces(history: History) -> str | None:
     """Decode with a cache, and compare with what the bare model gives if it does not receive everything."""
     if "cache" in unsupported_features(history.factory):
         return None
-    model, real = history.case.model(), history.inputs["attention_mask"].bool()
+    real = history.inputs["attention_mask"].bool()
 
     def decoded_with(forward: Callable[..., Tensor]) -> Tensor:
         pieces = decode_with_cache(forward, history.case)
         return torch.cat([logits.detach() for _, _, logits in pieces], dim=1)[real]
 
-    right = decoded_with(lambda **piece: run(model, piece))
+    def of_bare(*lost: str) -> Tensor:
+        model = history.case.model()
+        return decoded_with(lambda **piece: run(model, _without(piece, *lost)))
+
     with history.made() as implementation:
         got = decoded_with(implementation.run)
-    if same_logits(got, right):
+    if same_logits(got, of_bare()):
         return None
     found = []
     for cause, names in (*_lost(history.factory), *WITHOUT_CACHE):
         with Attempt():  # of a model that refuses, say, a mask that is longer than its tokens
-            if same_logits(got, decoded_with(lambda names=names, **piece: run(model, _without(piece, *names)))):
+            if same_logits(got, of_bare(*names)):
                 found.append((cause, names))
     return _least_lost(found)
 
