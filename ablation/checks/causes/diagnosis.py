@@ -95,9 +95,12 @@ def _wrong_ablation(factory: Factory, check: Check, case: Case) -> str | None:
                 found = _explanations(got, setting, found)
                 if not got.fits(simulated(setting, NOTHING)):
                     confirmed |= set(found)
-        causes = {mistake.cause for mistake in found if mistake in confirmed}
-        if len(causes) == len({mistake.cause for mistake in found}) <= _allowed(case):
-            return when + "; or ".join(sorted(causes)) if causes else None
+        causes = {mistake.cause for mistake in found}
+        if causes == {mistake.cause for mistake in found if mistake in confirmed}:
+            if len(general := {cause.partition(": ")[0] for cause in causes}) < len(causes):
+                causes = general  # what variants of one mistake have in common
+            if 0 < len(causes) <= _allowed(case):
+                return when + "; or ".join(sorted(causes))
     return None
 
 

@@ -187,7 +187,14 @@ def _late_heads(setting: Setting) -> list[tuple[Pair, Pair]]:
     return [(first[layer], (layer, head)) for layer in first for head in of_last if (layer, head) in known]
 
 
+def _inverted(setting: Setting) -> list[tuple[Pair, Pair]]:
+    """Each named layer ablates all heads but the named ones."""
+    first = {layer: (layer, head) for layer, head in reversed(setting.case.heads)}
+    return [(first[pair[0]], pair) for pair in setting.found if pair[0] in first and pair not in setting.case.heads]
+
+
 WRONG_HEADS = (
+    Mistake("all heads of the layer are ablated but the named ones: the mask of heads is inverted", pairs=_inverted),
     *(Mistake(LATE_HEAD, pairs=pairs, needs=lambda case: len(case.heads) > 1) for pairs in (_late_head, _late_heads)),
     *(Mistake(cause, pairs=_pairs(renamed)) for cause, renamed in OTHER_HEADS),
     *(Mistake(cause, pairs=partial(_only, kept=kept), needs=lambda case: len(case.heads) > 1) for cause, kept in SETS),

@@ -27,6 +27,8 @@ def _config(site: Site) -> Any:
     return site.setting.model.config.get_text_config()
 
 
+WRONG_WIDTH = "the width of a head is not that of this model"
+
 CHANNELS: tuple[tuple[str, Callable[[Site, int], Any]], ...] = (
     (
         "a head is taken as every n-th channel: z is reshaped to [head_dim, heads], but holds [heads, head_dim]",
@@ -58,8 +60,33 @@ CHANNELS: tuple[tuple[str, Callable[[Site, int], Any]], ...] = (
             f"the number of heads is taken as {count}, whatever the model has",
             _sliced(lambda site, count=count: site.x.shape[-1] // count),  # type: ignore[misc]
         )
-        for count in (1, 2, 4, 8, 12, 16, 32)
+        for count in (2, 4, 8, 12, 16, 32)
     ),
+    (WRONG_WIDTH + ": it is that of the whole layer, as of one head", _sliced(lambda site: site.x.shape[-1])),
+    *(
+        (f"{WRONG_WIDTH}: it is taken as {width}, whatever the model has", _sliced(lambda _, width=width: width))  # type: ignore[misc]
+        for width in (32, 64, 80, 96, 128, 256)
+    ),
+    (
+        "the slice of the head is shifted by one channel",
+        lambda site, head: slice(head * site.layer.head_dim + 1, (head + 1) * site.layer.head_dim + 1),
+    ),
+    (
+        "the slice of the head is shifted by one channel",
+        lambda site, head: slice(max(0, head * site.layer.head_dim - 1), (head + 1) * site.layer.head_dim - 1),
+    ),
+    (
+        "only the first half of the head's channels is ablated",
+        lambda site, head: slice(head * site.layer.head_dim, head * site.layer.head_dim + site.layer.head_dim // 2),
+    ),
+    (
+        "only the second half of the head's channels is ablated",
+        lambda site, head: slice(
+            head * site.layer.head_dim + site.layer.head_dim // 2, (head + 1) * site.layer.head_dim
+        ),
+    ),
+    (WRONG_WIDTH + ": it is half of its own", _sliced(lambda site: site.layer.head_dim // 2)),
+    (WRONG_WIDTH + ": it is twice its own", _sliced(lambda site: 2 * site.layer.head_dim)),
 )
 
 Tokens = Callable[[Site, int], Tensor]

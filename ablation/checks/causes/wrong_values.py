@@ -107,6 +107,8 @@ def _unmasked_after_first(site: Site, own: Tensor, pair: Pair) -> Any:
     return row_means(own, real if pair[1] == site.named[0] else torch.ones_like(real))
 
 
+OVER_ROWS = "z is replaced by one mean over all rows of the batch"
+
 MEANS: tuple[tuple[str, Value], ...] = (
     (
         "z is replaced by a mean for each channel; mean imputation is one number, over tokens and channels",
@@ -117,8 +119,10 @@ MEANS: tuple[tuple[str, Value], ...] = (
         lambda site, own, pair: own.mean(dim=-1, keepdim=True),
     ),
     ("z is replaced by a mean over the rows of the batch", lambda site, own, pair: own.mean(dim=0, keepdim=True)),
-    ("z is replaced by one mean over all rows of the batch", lambda site, own, pair: own[site.setting.real].mean()),
-    ("z is replaced by one mean over all rows of the batch, padding included", lambda site, own, pair: own.mean()),
+    (f"{OVER_ROWS}: of real tokens", lambda site, own, pair: own[site.setting.real].mean()),
+    (f"{OVER_ROWS}: padding included", lambda site, own, pair: own.mean()),
+    (f"{OVER_ROWS}, for each channel: of real tokens", lambda site, own, pair: own[site.setting.real].mean(dim=0)),
+    (f"{OVER_ROWS}, for each channel: padding included", lambda site, own, pair: own.mean(dim=(0, 1))),
     ("the mean of the first row is used for all rows", lambda site, own, pair: _mean(site, own)[:1]),
     ("the mean is divided by the number of all tokens, padding included", _padding_in_count),
     *(
@@ -137,6 +141,10 @@ MEANS: tuple[tuple[str, Value], ...] = (
         lambda site, own, pair: _mean(site, site.x),
     ),
     ("one mean is used for all ablated heads of a layer", _of_set),
+    (
+        "all ablated heads of a layer get the mean of the first of them",
+        lambda site, own, pair: _mean(site, site.own(site.named[0])),
+    ),
     ("z is replaced by the mean of its absolute values", lambda site, own, pair: _mean(site, own.abs())),
     ("z is replaced by its median, not by its mean", _median),
     ("the mean is subtracted from z; it should replace z", lambda site, own, pair: own - _mean(site, own)),
@@ -316,6 +324,17 @@ WRONG_VALUES = (
         "the mean is taken over channels, not over tokens",
         value=lambda site, own, pair: own.mean(dim=-1, keepdim=True),
         needs=_for("channel-mean"),
+    ),
+    *(
+        Mistake(
+            f"each channel is replaced by one mean over all rows of the batch: {over}",
+            value=value,
+            needs=_for("channel-mean"),
+        )
+        for over, value in (
+            ("of real tokens", lambda site, own, pair: own[site.setting.real].mean(dim=0)),
+            ("padding included", lambda site, own, pair: own.mean(dim=(0, 1))),
+        )
     ),
     Mistake("the given values of the next layer are used", value=_of_next_layer, needs=_for("values")),
     Mistake(
