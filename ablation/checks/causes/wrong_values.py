@@ -141,10 +141,6 @@ MEANS: tuple[tuple[str, Value], ...] = (
         lambda site, own, pair: _mean(site, site.x),
     ),
     ("one mean is used for all ablated heads of a layer", _of_set),
-    (
-        "all ablated heads of a layer get the mean of the first of them",
-        lambda site, own, pair: _mean(site, site.own(site.named[0])),
-    ),
     ("z is replaced by the mean of its absolute values", lambda site, own, pair: _mean(site, own.abs())),
     ("z is replaced by its median, not by its mean", _median),
     ("the mean is subtracted from z; it should replace z", lambda site, own, pair: own - _mean(site, own)),
