@@ -6,7 +6,7 @@ the machine runs the model and compares the logits.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import dataclass, replace
 from enum import StrEnum
@@ -105,6 +105,18 @@ def _raising(layer: AttentionLayer, place: Place, error: type[BaseException]) ->
         yield
 
 
+def _when(
+    *, is_open: bool | None = None, with_errors: bool | None = None
+) -> Callable[[Callable[..., None]], Callable[..., None]]:
+    """Return the precondition of a step: whether an implementation is open, and whether errors are injected."""
+
+    def holds(machine: Any) -> bool:  # no lambda: hypothesis 6.100 reads the source of one again at each step
+        found = (machine.implementation is not None, machine.inject_errors)
+        return all(want in (None, is_so) for want, is_so in zip((is_open, with_errors), found, strict=True))
+
+    return precondition(holds)
+
+
 class LifecycleMachine(RuleBasedStateMachine):
     """A state machine with one model and at most one current implementation. Hypothesis draws the order of its steps.
 
@@ -165,21 +177,21 @@ class LifecycleMachine(RuleBasedStateMachine):
     def _note(self, *step: Any) -> None:
         self.case = replace(self.case, steps=(*self.case.steps, step))
 
-    @precondition(lambda self: self.implementation is None)
+    @_when(is_open=False)
     @rule()
     def open(self) -> None:
         """Make the implementation on the model."""
         self._note("open")
         self.implementation = self.factory(self.model)
 
-    @precondition(lambda self: self.implementation is not None)
+    @_when(is_open=True)
     @rule(heads=sets, imputation=from_machine(lambda machine: st.sampled_from(machine.imputations)))
     def ablate(self, heads: tuple[Pair, ...], imputation: str) -> None:
         """Ablate some heads instead of the previous ones."""
         self._note("ablate", heads, imputation)
         ablate(self.implementation, self._expect(heads, imputation))
 
-    @precondition(lambda self: self.implementation is not None and not self.inject_errors)
+    @_when(is_open=True, with_errors=False)
     @rule()
     def clear(self) -> None:
         """Ablate nothing."""
@@ -187,7 +199,7 @@ class LifecycleMachine(RuleBasedStateMachine):
         self.implementation.clear()
         self.ablated = None
 
-    @precondition(lambda self: self.inject_errors)
+    @_when(with_errors=True)
     @rule(place=st.sampled_from([str(place) for place in Place]), layer=layers, error=st.sampled_from(sorted(ERRORS)))
     def fail(self, place: str, layer: int, error: str) -> None:
         """Run the implementation while a layer raises an error. If none is open, it is made while the layer raises."""
@@ -220,7 +232,7 @@ class LifecycleMachine(RuleBasedStateMachine):
         if self.ablated is not None:
             ablate(self.implementation, self.ablated)
 
-    @precondition(lambda self: not self.inject_errors)
+    @_when(with_errors=False)
     @rule(layer=layers, place=st.sampled_from([str(Place.BEFORE), str(Place.AFTER)]))
     def hook(self, layer: int, place: str) -> None:
         """Register a user hook on a projection; the hook counts its calls."""
@@ -233,7 +245,7 @@ class LifecycleMachine(RuleBasedStateMachine):
         register = projection.register_forward_pre_hook if place == Place.BEFORE else projection.register_forward_hook
         self.user_hooks.append(register(count))
 
-    @precondition(lambda self: self.implementation is not None and not self.inject_errors)
+    @_when(is_open=True, with_errors=False)
     @rule(pair=pairs)
     def nest(self, pair: Pair) -> None:
         """Make, use and close a second implementation on the model while the first is open."""
@@ -243,7 +255,7 @@ class LifecycleMachine(RuleBasedStateMachine):
             other.run(**self.inputs)
             other.close()
 
-    @precondition(lambda self: self.implementation is not None and not self.inject_errors)
+    @_when(is_open=True, with_errors=False)
     @rule(pair=pairs)
     def replace_implementation(self, pair: Pair) -> None:
         """Make a second implementation on the model, close the first, and continue with the second."""
@@ -269,7 +281,7 @@ class LifecycleMachine(RuleBasedStateMachine):
         except Exception:
             return None
 
-    @precondition(lambda self: self.implementation is not None)
+    @_when(is_open=True)
     @rule()
     def close(self) -> None:
         """Close the implementation."""
