@@ -85,8 +85,6 @@ CHANNELS: tuple[tuple[str, Callable[[Site, int], Any]], ...] = (
             head * site.layer.head_dim + site.layer.head_dim // 2, (head + 1) * site.layer.head_dim
         ),
     ),
-    (WRONG_WIDTH + ": it is half of its own", _sliced(lambda site: site.layer.head_dim // 2)),
-    (WRONG_WIDTH + ": it is twice its own", _sliced(lambda site: 2 * site.layer.head_dim)),
 )
 
 Tokens = Callable[[Site, int], Tensor]
