@@ -39,7 +39,7 @@ def openai_gpt() -> PreTrainedModel:
     return OpenAIGPTLMHeadModel(config).eval()
 
 
-@pytest.mark.slow
+@pytest.mark.families
 @pytest.mark.parametrize(
     ("model", "left_out"),
     [
