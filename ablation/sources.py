@@ -19,6 +19,8 @@ from ablation.errors import ModelUnavailable, one_line
 from ablation.prompts import Question
 
 MODEL_HELP = "capitals (default), smollm2, gpt2, NAME=FOLDER, a folder, a .gguf file or a hub id"
+MODEL_DTYPES = ("float32", "float64", "bfloat16", "float16")
+"""The dtypes in which the command line loads a model."""
 HUB_ID = re.compile(r"\w[\w.-]*(/\w[\w.-]*)?")
 """A name, or OWNER/NAME; anything else is a path."""
 

@@ -24,9 +24,10 @@ from ablation.checks.decoders import Decoder
 from ablation.checks.observe import changes, state
 from ablation.checks.on_model.own_model import OwnModel
 from ablation.checks.protocol import CACHE, FROM_REFERENCE
-from ablation.heads import find_heads
+from ablation.heads import AttentionLayer, find_heads
 from tests.implementations.ours import Ours
 from tests.mutants.imputations import ReferenceAblated, ValuesRestart
+from tests.test_causes_of_edits import hooked
 
 GPT2 = Decoder("gpt2", num_layers=2, num_heads=3, head_dim=8)
 PROMPT = (3, 14, 15, 9, 26, 5)
@@ -67,22 +68,13 @@ def test_diagnosis_leaves_the_users_model_as_found(id: str) -> None:
 
 def replaced_by(value: float, model: Any, heads: Sequence[tuple[int, int]], inputs: dict[str, Any]) -> Tensor:
     """Run a model with z replaced by a number that no imputation gives."""
-    handles = []
-    for index, head in heads:
-        layer = find_heads(model).layer(index)
-        channels = layer.channels(head)
 
-        def edit(_: Any, args: Any, channels: slice = channels) -> tuple[Tensor]:
-            z = args[0].clone()
-            z[..., channels] = value
-            return (z,)
+    def edit(z: Tensor, layer: AttentionLayer, named: Sequence[int]) -> None:
+        for head in named:
+            z[..., layer.channels(head)] = value
 
-        handles.append(layer.projection.register_forward_pre_hook(edit))
-    try:
+    with hooked(model, heads, edit):
         logits: Tensor = model(**{"use_cache": False} | inputs).logits
-    finally:
-        for handle in handles:
-            handle.remove()
     return logits
 
 

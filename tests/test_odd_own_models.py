@@ -1,4 +1,4 @@
-"""The specification on odd models of the user's: a right hook passes, and what proves nothing is left out."""
+"""The specification on unusual models of a user: a right hook passes, and what proves nothing is left out."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The specification on a model of the user's: one copy, restored for each case, and every head against surgery."""
+"""The specification on the user's own model: one copy, restored for each case, and every head against surgery."""
 
 from __future__ import annotations
 

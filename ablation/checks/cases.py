@@ -68,7 +68,7 @@ class Case:
 
     @property
     def random_decoder(self) -> Decoder:
-        """The decoder, whose shape can be exchanged. Raises TypeError for a model of the user's."""
+        """The decoder, whose shape can be exchanged. Raises TypeError for the user's own model."""
         if not isinstance(self.decoder, Decoder):
             raise TypeError(f"{self.decoder!r} is no random decoder")
         return self.decoder
@@ -163,13 +163,17 @@ class Case:
             ids.append([*[pad] * left, *row, *[pad] * (pads - left)])
             mask.append([*[0] * left, *[1] * len(row), *[0] * (pads - left)])
         attention_mask = self.tensor(*mask)
-        positions = (attention_mask.cumsum(dim=1) - 1).clamp(min=0)
         return {
             "input_ids": self.tensor(*ids),
             "attention_mask": attention_mask,
-            "position_ids": positions,
+            "position_ids": token_positions(attention_mask),
             "use_cache": False,
         }
+
+
+def token_positions(mask: Tensor) -> Tensor:
+    """Return the position of each token, the number of real tokens before it; 0 before the first. [rows, tokens]."""
+    return (mask.cumsum(dim=1) - 1).clamp(min=0)
 
 
 def _batch(inputs: dict[str, Any]) -> dict[str, Tensor]:

@@ -18,12 +18,12 @@ import torch
 from hypothesis import HealthCheck, Phase, given, settings
 
 from ablation.checks.cases import Case, CaseSpec
-from ablation.checks.command import DTYPES
 from ablation.checks.decoders import ALL_FAMILIES, FAMILIES, Decoder
 from ablation.checks.driving import returns_gradients
 from ablation.checks.protocol import DEFAULT_IMPUTATIONS, FEATURES, IMPUTATIONS, Factory
 from ablation.checks.remarks import remarks
 from ablation.errors import InvalidDeclaration
+from ablation.sources import MODEL_DTYPES
 
 Function = Callable[[Factory, Case], None]
 """Raises AssertionError if an implementation breaks the requirement in one case."""
@@ -263,7 +263,7 @@ def isolated_process_state(*, one_thread: bool = True) -> Iterator[None]:
 def adapter_name(factory: Factory) -> str:
     """Return the name of an adapter, as messages give it: that of its variable, or else that of its class.
 
-    The class that a helper makes has the name of the user's function, which other adapters may share.
+    A helper names the class that it makes after the user's function, and another class may have the same name.
     """
     return _variable(factory) or str(getattr(factory, "__qualname__", repr(factory)))
 
@@ -291,7 +291,7 @@ def _declared(factory: Factory) -> Mapping[str, str]:
     declared: Mapping[str, str] = getattr(factory, "unsupported", {})
     if not isinstance(declared, Mapping):
         raise InvalidDeclaration(f"`unsupported` is a {type(declared).__name__}, but should be a dict, name: reason")
-    known = (*FEATURES, *ALL_FAMILIES, *DTYPES)
+    known = (*FEATURES, *ALL_FAMILIES, *MODEL_DTYPES)
     for name in declared:
         if name not in known:
             otherwise = f"there are {', '.join(known)}"

@@ -14,7 +14,6 @@ OF_PLUGIN = ("expected_failures", "summary", "badge", "model", "prompts", "minut
 """Options that are passed on to the plugin."""
 OF_MODEL = ("prompts", "minutes", "device", "dtype", "table")
 """Options that need --model."""
-DTYPES = ("float32", "float64", "bfloat16", "float16")
 
 
 def minutes(text: str) -> float:
@@ -60,7 +59,7 @@ def add_command(commands: Any) -> None:
         "--table", metavar="FILE", type=Path, help="write what was found for every head of the model, as CSV"
     )
     parser.add_argument("--device", help="of the model: cpu, cuda, ... (default: a GPU if there is one)")
-    parser.add_argument("--dtype", choices=DTYPES, help="of the model (default: float32)")
+    parser.add_argument("--dtype", choices=sources.MODEL_DTYPES, help="of the model (default: float32)")
     parser.add_argument("--junit-xml", metavar="FILE", type=Path, help="write a report for a CI service")
     parser.add_argument(
         "--summary", metavar="FILE", help="append a Markdown table, for the summary of a CI job ($GITHUB_STEP_SUMMARY)"

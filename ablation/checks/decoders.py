@@ -35,7 +35,7 @@ ROTARY: Any = {"rope_type": "default", "rope_theta": 10000.0, "partial_rotary_fa
 
 
 class Subject(Protocol):
-    """The model of a case: a random decoder (`Decoder`), or a model of the user's (`on_model.own_model.OwnModel`)."""
+    """The model of a case: a random decoder (`Decoder`), or the user's own (`on_model.own_model.OwnModel`)."""
 
     @property
     def family(self) -> str:
@@ -76,7 +76,7 @@ class Subject(Protocol):
         """Return the model, which the caller must leave or restore unchanged."""
 
     def fresh(self) -> PreTrainedModel:
-        """Return the model as it was found. Of a model of the user's, there is one copy: it is restored here."""
+        """Return the model as it was found. There is one copy of the user's own model, which is restored here."""
 
 
 class Decoder(NamedTuple):

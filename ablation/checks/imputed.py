@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedModel
 
-from ablation.checks.cases import Case
+from ablation.checks.cases import Case, token_positions
 from ablation.checks.driving import run
 from ablation.checks.observe import recorded_inputs
 from ablation.checks.protocol import KEYWORDS
@@ -58,9 +58,8 @@ def _mean_by_position(prompts: Sequence[Tensor]) -> Tensor:
 
 def recorded_z(model: PreTrainedModel, inputs: dict[str, Any]) -> dict[int, Tensor]:
     """Return the z of a run of the bare model, {layer: [rows, tokens, num_heads, head_dim]}."""
-    mask = inputs["attention_mask"]
     with recorded_inputs(model) as calls:
-        run(model, {**inputs, "position_ids": (mask.cumsum(dim=1) - 1).clamp(min=0)})
+        run(model, {**inputs, "position_ids": token_positions(inputs["attention_mask"])})
     return {
         layer.index: calls[layer.index][0].unflatten(-1, (layer.num_heads, layer.head_dim))
         for layer in find_heads(model).layers

@@ -134,7 +134,8 @@ def assert_replaced(
     """
     real, at = case.inputs()["attention_mask"].bool(), case.replaced()
     first = min(layer for layer, _ in case.heads)
-    wrong, untouched = list[tuple[str, str]](), True  # what is wrong where; whether no head was edited
+    wrong: tuple[str, str] | None = None  # the first head with a wrong z, and what is wrong
+    untouched = True  # no head of the case was edited
     for layer, was, now in zip(layers, clean, calls, strict=True):
         assert len(now) == 1, f"the projection of layer {layer.index} was called {len(now)} times, not once"
         assert now[0].dtype == was.dtype, f"the projection of layer {layer.index} got {now[0].dtype}, not {was.dtype}"
@@ -160,14 +161,13 @@ def assert_replaced(
                     problem = (
                         problem or f"is changed at other positions than {', '.join(map(str, case.positions or ()))}"
                     )
-                if problem:
-                    wrong.append((f"{what}; the z of head {head} in row {row}", problem))
-    if wrong and untouched and logits_moved:
-        where, _ = wrong[0]
-        raise AssertionError(
-            f"{where} is unchanged at the projection, though the logits changed: the edit is downstream of it"
-        )
-    assert not wrong, " ".join(wrong[0])
+                if problem and wrong is None:
+                    wrong = f"{what}; the z of head {head} in row {row}", problem
+    if wrong is not None:
+        place, problem = wrong
+        if untouched and logits_moved:
+            problem = "is unchanged at the projection, though the logits changed: the edit is downstream of it"
+        raise AssertionError(f"{place} {problem}")
 
 
 def _imputation_problem(case: Case, held: Tensor, own: Tensor | None, values: Tensor | None) -> str | None:

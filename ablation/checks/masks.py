@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from ablation.checks.assertions import assert_close
-from ablation.checks.cases import Case, CaseSpec
+from ablation.checks.cases import Case, CaseSpec, token_positions
 from ablation.checks.check import check, unsupported_features
 from ablation.checks.driving import ablate, made, run
 from ablation.checks.observe import WITH_VALUE_PROJECTION
@@ -74,7 +74,7 @@ def forms_of_row(case: Case, takes_positions: bool = True) -> Iterator[tuple[str
             {
                 "input_ids": case.tensor(ids),
                 "attention_mask": mask,
-                "position_ids": (mask.cumsum(dim=1) - 1).clamp(min=0),
+                "position_ids": token_positions(mask),
                 "use_cache": False,
             },
         )

@@ -15,8 +15,9 @@ from typing import TYPE_CHECKING, Any
 
 import pytest
 
-from ablation.checks.command import DTYPES, minutes
+from ablation.checks.command import minutes
 from ablation.errors import AblationError, InvalidDeclaration
+from ablation.sources import MODEL_DTYPES
 
 if TYPE_CHECKING:
     from ablation.checks.check import Check
@@ -62,7 +63,7 @@ def pytest_addoption(parser: pytest.Parser) -> None:
     add("--ablation-device", help="the device of the model (default: a GPU if there is one)")
     add(
         "--ablation-dtype",
-        choices=DTYPES,
+        choices=MODEL_DTYPES,
         default="float32",
         help="the dtype of the model (default: float32)",
     )

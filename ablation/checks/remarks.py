@@ -23,7 +23,7 @@ UNRELATED = (("rows", "layers"), ("layers", "channels per head"))
 
 def remarks(passes: Callable[[Case], bool], case: Case) -> Iterator[str]:
     """Yield a sentence for each peculiarity of a failing case that may be the reason. passes: runs the check."""
-    if not isinstance(case.decoder, Decoder):  # nothing about a model of the user's can be exchanged
+    if not isinstance(case.decoder, Decoder):  # nothing about the user's own model can be exchanged
         return
     yield from _square(passes, case)
     if _has_projection_bias(case) and passes(_WithoutProjectionBias(**vars(case))):

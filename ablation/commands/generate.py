@@ -100,7 +100,7 @@ def add_command(commands: Any) -> None:
     )
     add("--overwrite", action="store_true", help="replace the files of --out")
     add("--device", help="cpu, cuda, cuda:1, mps, ..., or auto: all devices (default: a GPU if there is one)")
-    add("--dtype", choices=["float32", "float64", "bfloat16", "float16"], default="float32", help="(default: float32)")
+    add("--dtype", choices=sources.MODEL_DTYPES, default="float32", help="(default: float32)")
     add("--json", action="store_true", help="print the findings as JSON")
     parser.set_defaults(run=_generate)
     parser._negative_number_matcher = NEGATIVE  # otherwise, argparse takes -2,-1 for an option

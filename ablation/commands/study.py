@@ -104,7 +104,7 @@ def add_output_options(parser: argparse.ArgumentParser) -> None:
     add("--overwrite", action="store_true", help="replace the result of other prompts or another model in FOLDER")
     add("--max-rows", type=int, metavar="N", help="rows of a forward pass (default: as many as fit in memory)")
     add("--device", help="cpu, cuda, cuda:1, mps, ..., or auto: all devices (default: a GPU if there is one)")
-    add("--dtype", choices=["float32", "float64", "bfloat16", "float16"], default="float32", help="(default: float32)")
+    add("--dtype", choices=sources.MODEL_DTYPES, default="float32", help="(default: float32)")
     add("--json", action="store_true", help="print the findings as JSON")
 
 

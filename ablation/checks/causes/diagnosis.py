@@ -35,14 +35,14 @@ if TYPE_CHECKING:
 MISTAKES = (*WRONG_HEADS, *WRONG_PLACES, *WRONG_VALUES)
 NEED_COPIES = (side_effects.residue, surroundings.differentiated, surroundings.other_models)
 """Experiments that change the weights, gradients or configuration of a model, or need two models: only for random
-decoders, of which each experiment gets copies. Of a model of the user's, there is one copy."""
+decoders, which each experiment gets as new copies. There is only one copy of the user's own model."""
 
 
 def diagnosis(factory: Factory, check: Check, case: Case, error: BaseException | None = None) -> str | None:
     """Return a sentence that names the mistake of an implementation that fails a check in a case, or None.
 
-    error: what the check raised. An experiment that fails is no diagnosis; a KeyboardInterrupt propagates. A model of
-    the user's is left as it was found.
+    error: what the check raised. An experiment that fails is no diagnosis; a KeyboardInterrupt propagates. The user's
+    own model is left as it was found.
     """
     with ExitStack() as at_end, warnings.catch_warnings():
         warnings.simplefilter("ignore")
@@ -105,7 +105,7 @@ def _wrong_ablation(factory: Factory, check: Check, case: Case) -> str | None:
 
 
 def _allowed(case: Case) -> int:
-    """Return how many causes are named if they cannot be told apart: two for a model of the user's, which is fixed."""
+    """Return how many causes are named if they cannot be told apart: two for the user's own model, which is fixed."""
     return 1 if isinstance(case.decoder, Decoder) else 2
 
 

@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from ablation.checks.assertions import different, is_measured, tolerance
-from ablation.checks.cases import Case
+from ablation.checks.cases import Case, token_positions
 from ablation.checks.check import unsupported_features
 from ablation.checks.driving import ablate, made, run
 from ablation.checks.imputed import Pair, frozen_values, recorded_z
@@ -125,8 +125,7 @@ class Setting:
     @cached_property
     def position(self) -> Tensor:
         """The position of each token, [rows, tokens]."""
-        position: Tensor = (self.real.cumsum(dim=1) - 1).clamp(min=0)
-        return position
+        return token_positions(self.real)
 
     def __post_init__(self) -> None:
         # Before any simulation, since they record runs of the model, too.

@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ablation.checks.cases import Case
+from ablation.checks.cases import Case, token_positions
 from ablation.checks.causes.histories import Experiment, History
 from ablation.checks.causes.simulation import (
     NOTHING,
@@ -175,8 +175,7 @@ def _at(case: Any, position: Tensor, real: Tensor) -> Tensor:
 
 
 def _restarted(site: Any) -> Tensor:
-    position: Tensor = (site.setting.real.cumsum(dim=1) - 1).clamp(min=0)
-    return position
+    return token_positions(site.setting.real)
 
 
 def _at_restarted(site: Any, number: int) -> Tensor:

@@ -8,6 +8,7 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor
 
+from ablation.checks.cases import token_positions
 from ablation.checks.protocol import IMPUTATIONS
 from ablation.heads import AttentionLayer
 
@@ -36,13 +37,13 @@ class Imputed:
         self.batches = []
         for batch in reference or ():
             real = batch["attention_mask"] != 0
-            inputs = {"position_ids": (real.cumsum(dim=1) - 1).clamp(min=0), "use_cache": False, **batch}
+            inputs = {"position_ids": token_positions(real), "use_cache": False, **batch}
             self.batches.append((record(inputs), real))
 
     def __call__(self, layer: int, head: int, z: Tensor, mask: Tensor | None) -> Tensor:
         """Return the replacement. z: [rows, tokens, head_dim]. mask: [rows, tokens so far], or None."""
         real = torch.ones(z.shape[:2], dtype=torch.bool, device=z.device) if mask is None else mask != 0
-        places = (real.cumsum(dim=1) - 1).clamp(min=0)[:, -z.shape[1] :]
+        places = token_positions(real)[:, -z.shape[1] :]
         replaced = self._replacement(layer, head, z, real, places).to(z.dtype).expand_as(z)
         if self.positions is None:
             return replaced

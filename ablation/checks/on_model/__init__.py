@@ -1,1 +1,1 @@
-"""The specification on a model of the user's: `ablation check --model`."""
+"""The specification on the user's own model: `ablation check --model`."""

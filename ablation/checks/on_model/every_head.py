@@ -145,9 +145,9 @@ class _Look:
     """Compares the heads of one layer at a time, with the clean run of one batch."""
 
     def __init__(self, factory: Factory, own: OwnModel, found: EveryHead) -> None:
-        self.factory, self.own, self.found, base = factory, own, found, found.case
+        self.factory, self.own, self.found = factory, own, found
         self.observable = not {"observable", "single_forward"} & set(unsupported_features(factory))
-        self.base, self.inputs, self.real = base, inputs_for(factory, base), base.replaced()
+        self.inputs, self.real = inputs_for(factory, found.case), found.case.replaced()
         model = own.fresh()
         with recorded_inputs(model) as calls:
             logits = run(model, self.inputs)
@@ -190,7 +190,8 @@ class _Look:
         if not values:
             return {}
         imputation = with_factor(next(iter(values))) if len(values) == 1 else "values"
-        case = replace(self.base, rows=self.base.rows * len(values), heads=(pair,), imputation=imputation)
+        base = self.found.case
+        case = replace(base, rows=base.rows * len(values), heads=(pair,), imputation=imputation)
         logits = surgery_logits(case, {pair: torch.cat([of_heads[pair] for of_heads in values.values()])})
         of_each = logits.unflatten(0, (len(values), -1))
         return {name: of_each[number][self.real] for number, name in enumerate(values)}

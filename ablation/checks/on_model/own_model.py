@@ -1,4 +1,4 @@
-"""A model of the user's, in the place of a random decoder: real weights, of which there is one copy in memory."""
+"""The user's own model, in the place of a random decoder: real weights, of which there is one copy in memory."""
 
 from __future__ import annotations
 

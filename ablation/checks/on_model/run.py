@@ -1,4 +1,4 @@
-"""The specification on a model of the user's: checks on some of its heads, and a comparison of every head."""
+"""The specification on the user's own model: checks on some of its heads, and a comparison of every head."""
 
 from __future__ import annotations
 
@@ -254,7 +254,7 @@ class ModelRun:
 def load_own_model(
     name: str, prompts: str | None = None, *, device: str | None = None, dtype: str = "float32"
 ) -> OwnModel:
-    """Load a model of the user's, with prompts.
+    """Load the user's own model, with prompts.
 
     name, device: as `models.load` takes them. prompts: a .jsonl or .csv file with a column prompt, of which the first
     MOST_PROMPTS rows are used; by default, the prompt of a named model or DEFAULT_PROMPT. dtype: its name. Raises
